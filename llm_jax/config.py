@@ -1,0 +1,374 @@
+"""Typed configs: frozen dataclasses, tagged unions, one absl flag, JSON round trip, identity.
+
+A config is a frozen dataclass whose fields are int, float, bool, str, Literal, Optional, tuple, another
+config, or a tagged union. A union's root derives from `Tagged`; its members are registered where they
+are written, so a new model or optimizer is one file:
+
+    class Model(Tagged): ...
+
+    @dataclasses.dataclass(frozen=True)
+    class Transformer(Model, kind="transformer"):
+        layers: int = 4
+
+On the command line `--config=FILE.py[:scale]` picks an experiment file and `--config.a.b=value` overrides
+any field of what its `get_config(scale)` returns.
+"""
+
+import ast
+import dataclasses
+import difflib
+import functools
+import hashlib
+import importlib.util
+import json
+import pathlib
+import sys
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+from absl import app, flags
+
+
+class UserError(ValueError):
+    """What a user got wrong, in one line that names it and says what would be right (exit code 2)."""
+
+
+class Tagged:
+    """Root of a tagged union: a value's class is chosen by its `kind`."""
+
+    kind: ClassVar[str]
+    members: ClassVar[dict[str, type]]
+
+    def __init_subclass__(cls, kind: str | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if Tagged in cls.__bases__:
+            cls.members = {}
+        if kind is not None:
+            cls.kind = kind
+            cls.members[kind] = cls
+
+    @classmethod
+    def parse(cls, text: str) -> "Tagged":
+        """What `--config.field=text` stands for; a root may also accept paths or short forms."""
+        return member(cls, text)()
+
+
+def member(root: type[Tagged], kind: str) -> type:
+    """The member of the union `root` that `kind` names; raises UserError with the nearest name."""
+    if kind not in root.members:
+        raise UserError(f"no {root.__name__.lower()} {kind!r}; {_suggest(kind, root.members)}")
+    return root.members[kind]
+
+
+def outside_identity(default: Any, **kwargs: Any) -> Any:
+    """A field that is recorded but says nothing about the result: places, labels, how it is executed."""
+    if dataclasses.is_dataclass(default):
+        return dataclasses.field(default_factory=lambda: default, metadata={"identity": False}, **kwargs)
+    return dataclasses.field(default=default, metadata={"identity": False}, **kwargs)
+
+
+def replace(config: Any, path: str, value: Any) -> Any:
+    """A copy of `config` with the field at the dotted `path` set to `value`."""
+    head, _, rest = path.partition(".")
+    if isinstance(config, tuple):
+        index = _index(config, head, path)
+        item = replace(config[index], rest, value) if rest else value
+        return (*config[:index], item, *config[index + 1 :])
+    _field_type(config, head)
+    item = replace(getattr(config, head), rest, value) if rest else value
+    return dataclasses.replace(config, **{head: item})
+
+
+def override(config: Any, path: str, text: str) -> Any:
+    """`--config.path=text` applied: `text` is read as the type of the field it sets.
+
+    Raises UserError for an unknown field (with the nearest name) and for a value of the wrong type.
+    """
+    parent_path, _, name = path.rpartition(".")
+    parent = config
+    for part in parent_path.split(".") if parent_path else ():
+        if isinstance(parent, tuple):
+            parent = parent[_index(parent, part, path)]
+        else:
+            _field_type(parent, part)
+            parent = getattr(parent, part)
+        if not (dataclasses.is_dataclass(parent) or isinstance(parent, tuple)):
+            raise UserError(f"config.{path}: {part} is {parent!r} and has no fields")
+    if name == "kind" and isinstance(parent, Tagged):
+        return replace(config, parent_path, _change_kind(parent, text))
+    if isinstance(parent, tuple):
+        return replace(config, path, _parse(type(parent[_index(parent, name, path)]), text, path))
+    return replace(config, path, _parse(_field_type(parent, name), text, path))
+
+
+def to_json(config: Any) -> Any:
+    """Plain JSON values; members of a union carry their `kind`."""
+    if dataclasses.is_dataclass(config):
+        tag = {"kind": config.kind} if isinstance(config, Tagged) else {}
+        return tag | {f.name: to_json(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    return [to_json(item) for item in config] if isinstance(config, tuple) else config
+
+
+def from_json(annotation: Any, value: Any, path: str = "config") -> Any:
+    """The config of type `annotation` that `to_json` wrote; raises UserError where it doesn't fit."""
+    options = _options(annotation)
+    if value is None and type(None) in options:
+        return None
+    for option in options:
+        if dataclasses.is_dataclass(option) or (isinstance(option, type) and issubclass(option, Tagged)):
+            value = dict(value) if isinstance(value, Mapping) else value
+            if not isinstance(value, dict):
+                raise UserError(f"{path}: expected fields of {option.__name__}, got {value!r}")
+            if issubclass(option, Tagged):
+                option = member(option, value.pop("kind", getattr(option, "kind", None)))
+            hints = _hints(option)
+            for name in value:
+                if name not in hints:
+                    near = _suggest(name, hints)
+                    raise UserError(f"{path}: no field {name!r} in {option.__name__}; {near}")
+            return option(**{k: from_json(hints[k], v, f"{path}.{k}") for k, v in value.items()})
+        if typing.get_origin(option) is tuple:
+            return tuple(from_json(t, v, path) for t, v in zip(_items(option, value), value, strict=True))
+    return _coerce(annotation, value, path)
+
+
+def check(config: Any, path: str = "config") -> None:
+    """Raises UserError at the first field of the wrong type or the first rule that is broken.
+
+    A config states its rules across fields in `validate()`; they are checked here, once, after all
+    overrides, so that fields that must change together can.
+    """
+    for name, annotation in _hints(type(config)).items():
+        value = getattr(config, name)
+        _coerce(annotation, value, f"{path}.{name}")
+        for index, item in enumerate(value if isinstance(value, tuple) else (value,)):
+            if dataclasses.is_dataclass(item):
+                check(item, f"{path}.{name}.{index}" if isinstance(value, tuple) else f"{path}.{name}")
+    if hasattr(config, "validate"):
+        config.validate()
+
+
+def scientific(config: Any, content: bool = True) -> Any:
+    """What decides a result: the fields that differ from their defaults, as JSON values.
+
+    Fields marked `outside_identity` are left out. A config whose meaning lies in files adds their hashes
+    by a method `fingerprint() -> dict`; `content=False` leaves those out (to compare across machines).
+    """
+    if isinstance(config, tuple):
+        return [scientific(item, content) for item in config]
+    if not dataclasses.is_dataclass(config):
+        return config
+    out: dict[str, Any] = {"kind": config.kind} if isinstance(config, Tagged) else {}
+    hints = _hints(type(config))
+    for field in dataclasses.fields(config):
+        value = _coerce(hints[field.name], getattr(config, field.name), field.name)
+        if field.metadata.get("identity", True) and value != _default(field):
+            out[field.name] = scientific(value, content)
+    return out | (config.fingerprint() if content and hasattr(config, "fingerprint") else {})
+
+
+def identity(config: Any, schema: int, content: bool = True) -> str:
+    """Twelve hexadecimal digits that are equal for two configs exactly if they ask for the same result."""
+    text = json.dumps({"schema": schema, "config": scientific(config, content)}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+# ---- experiment files and the flag ----
+
+
+def load_experiment(place: str) -> tuple[types.ModuleType, str]:
+    """The module at `FILE.py[:scale]` and its scale (the first of its `SCALES` if none is named)."""
+    name, _, scale = place.partition(":")
+    path = pathlib.Path(name)
+    if not path.is_file():
+        near = sorted(str(p) for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
+        raise UserError(f"no experiment file {name!r}; {_suggest(name, near)}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(path.stem, module)  # dataclasses look up their module's names there
+    spec.loader.exec_module(module)
+    for needed in ("SCALES", "get_config"):
+        if not hasattr(module, needed):
+            raise UserError(f"{name}: an experiment file defines {needed}; see experiments/isoflop.py")
+    scale = scale or next(iter(module.SCALES))
+    if scale not in module.SCALES:
+        raise UserError(f"{name}: no scale {scale!r}; {_suggest(scale, module.SCALES)}")
+    return module, scale
+
+
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """What the command line asked for: the experiment's module, its scale, and the overridden config."""
+
+    module: types.ModuleType
+    scale: str
+    config: Any
+    overrides: tuple[tuple[str, str], ...]
+
+
+_FILE = flags.DEFINE_string(
+    "config", None, "experiment FILE.py[:scale]; --config.a.b=value overrides a field"
+)
+_overrides: list[tuple[str, str]] = []
+
+
+def chosen() -> Chosen:
+    """The experiment and config that `--config` and `--config.a.b=value` name."""
+    if _FILE.value is None:
+        raise UserError("--config is missing, for example --config=experiments/isoflop.py:smoke")
+    module, scale = load_experiment(_FILE.value)
+    config = module.get_config(scale)
+    for path, text in _overrides:
+        config = override(config, path, text)
+    check(config)
+    return Chosen(module, scale, config, tuple(_overrides))
+
+
+def parse_flags(argv: Sequence[str]) -> list[str]:
+    """absl's parser, with `--config.a.b=value` (or `--config.a.b value`) taken out first."""
+    rest, items = [], iter(argv)
+    for item in items:
+        if not item.lstrip("-").startswith("config.") or not item.startswith("-"):
+            rest.append(item)
+            continue
+        path, given, text = item.lstrip("-").removeprefix("config.").partition("=")
+        if not given and (text := next(items, None)) is None:
+            raise UserError(f"{item} needs a value: {item}=VALUE")
+        _overrides.append((path, text))
+    try:
+        left = flags.FLAGS(rest)
+    except flags.Error as error:
+        raise UserError(str(error).replace("\n", " ")) from None
+    if len(left) > 1:
+        raise UserError(f"unexpected argument {left[1]!r}; flags are written --name=value")
+    return left
+
+
+def run_main(main: Callable[[], int | None]) -> None:
+    """Runs a command: parses the flags, and turns a UserError into one line and exit code 2."""
+
+    def guarded(function: Callable, *args: Any) -> Any:
+        try:
+            return function(*args)
+        except UserError as error:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            sys.exit(2)
+
+    app.run(lambda _: guarded(main), flags_parser=functools.partial(guarded, parse_flags))
+
+
+# ---- types ----
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def _options(annotation: Any) -> tuple[Any, ...]:
+    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    return typing.get_args(annotation) if union else (annotation,)
+
+
+def _items(annotation: Any, value: Sequence) -> tuple[Any, ...]:
+    """The type of each item of a tuple field."""
+    args = typing.get_args(annotation)
+    return (args[0],) * len(value) if len(args) == 2 and args[1] is Ellipsis else args
+
+
+def _default(field: dataclasses.Field) -> Any:
+    return field.default_factory() if callable(field.default_factory) else field.default
+
+
+def _suggest(name: str, names: Sequence[str] | Mapping[str, Any]) -> str:
+    near = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(names) or 'none'}"
+
+
+def _field_type(config: Any, name: str) -> Any:
+    hints = _hints(type(config))
+    if name not in hints:
+        raise UserError(f"no field {name!r} in {type(config).__name__}; {_suggest(name, hints)}")
+    return hints[name]
+
+
+def _index(items: tuple, text: str, path: str) -> int:
+    if not text.isdigit() or int(text) >= len(items):
+        raise UserError(f"config.{path}: {text!r} is no index into a tuple of {len(items)}")
+    return int(text)
+
+
+def _change_kind(config: Tagged, kind: str) -> Tagged:
+    """The member `kind` of the union that `config` belongs to; fields that both have keep their values."""
+    cls = member(type(config), kind)
+    shared = _hints(cls).keys() & _hints(type(config)).keys()
+    return cls(**{name: getattr(config, name) for name in shared})
+
+
+def _say(annotation: Any) -> str:
+    if typing.get_origin(annotation) is Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(annotation)))
+    if len(_options(annotation)) > 1:
+        return " or ".join(_say(option) for option in _options(annotation))
+    if typing.get_origin(annotation) is tuple:
+        return f"a tuple such as (a, b) of {_say(typing.get_args(annotation)[0])}"
+    words = {int: "an integer", float: "a number", bool: "true or false", str: "a text", type(None): "none"}
+    return words.get(annotation, getattr(annotation, "__name__", str(annotation)))
+
+
+def _coerce(annotation: Any, value: Any, path: str) -> Any:
+    """`value` if it is of the type `annotation` (an integer where a float is asked for becomes one)."""
+    for option in _options(annotation):
+        origin = typing.get_origin(option)
+        if origin is Literal and value in typing.get_args(option):
+            return value
+        if origin is tuple and isinstance(value, tuple):
+            types_ = _items(option, value)
+            if len(types_) == len(value):
+                return tuple(_coerce(t, v, path) for t, v in zip(types_, value, strict=True))
+        if option is float and type(value) is int:
+            return float(value)
+        if type(value) is bool and option is not bool:
+            continue
+        if isinstance(option, type) and isinstance(value, option):
+            return value
+    raise UserError(f"{path}: {value!r} is not {_say(annotation)}")
+
+
+def _parse(annotation: Any, text: str, path: str) -> Any:
+    """`text` from the command line as a value of the type `annotation`."""
+    for option in _options(annotation):
+        if option is type(None) and text.lower() == "none":
+            return None
+        if option is bool and text.lower() in ("true", "false", "1", "0"):
+            return text.lower() in ("true", "1")
+        if option in (int, float):
+            number = _number(text)
+            if number is not None and (option is float or number == int(number)):
+                return option(number)
+        if typing.get_origin(option) is Literal:
+            for choice in typing.get_args(option):
+                if str(choice) == text:
+                    return choice
+        if typing.get_origin(option) is tuple:
+            parts = [part.strip() for part in text.strip("()[] ").split(",") if part.strip()]
+            kinds = _items(option, parts)
+            if len(kinds) == len(parts):
+                return tuple(_parse(t, part.strip("'\""), path) for t, part in zip(kinds, parts, strict=True))
+        if isinstance(option, type) and issubclass(option, Tagged):
+            return option.parse(text)
+        if option is str:
+            return text
+    raise UserError(f"config.{path}: {text!r} is not {_say(annotation)}")
+
+
+def _number(text: str) -> float | int | None:
+    """A Python number such as 12, 3e-3 or 1_000; infinities are written inf."""
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = float(text) if text.lower().lstrip("+-") in ("inf", "infinity") else None
+    return value if type(value) in (int, float) else None
