@@ -209,7 +209,7 @@ class Chosen:
 
 
 _FILE = flags.DEFINE_string(
-    "config", None, "experiment FILE.py[:scale]; --config.a.b=value overrides a field"
+    "config", None, "experiment FILE.py[:scale]; --config.a.b=value overrides it"
 )
 _overrides: list[tuple[str, str]] = []
 
