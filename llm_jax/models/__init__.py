@@ -1,0 +1,108 @@
+"""Models: what every other room sees of one.
+
+The shape key, used in every name of model code (`x_BTD`, `q_BTHK`):
+
+    B batch   T time (queries)   S time (keys)   D model width   H heads   G key/value heads   K head size
+    F feed-forward   V vocabulary   L layers   E experts   M members of a packed sweep
+
+A model is four or more pure functions on plain trees of arrays (`Model`), made by its config (`ModelConfig`) for
+one way of executing it (`Layout`). The trainer sees nothing else, so a foreign model is one small file.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+
+from llm_jax.config import Tagged
+
+Params = Any  # nested dict of float32 arrays; a leaf's name is its role's name
+Batch = dict[str, jax.Array]
+
+
+class Term(NamedTuple):
+    """One named part of a loss, `weight * sum / count`; the mean is taken once, after all reductions."""
+
+    sum: jax.Array
+    count: jax.Array
+    weight: jax.Array | float = 1.0
+
+
+class Output(NamedTuple):
+    """What `Model.apply` returns: hidden [B, T, D] (or [B, D]) and the loss terms the model itself brings."""
+
+    hidden: jax.Array
+    aux: dict[str, Term]
+
+
+@dataclasses.dataclass(frozen=True)
+class Role:
+    """What one parameter is, from which its sharding, its decay and its optimizer follow.
+
+    axes: a logical axis (or None) for each dimension. decay: weight decay applies. matrix: (input dimensions,
+    output dimensions) as Muon sees it, or None where Muon leaves it to AdamW (embeddings, head, norms, biases);
+    a dimension in neither, such as "layers", is a stack.
+    """
+
+    name: str
+    axes: tuple[str | None, ...]
+    decay: bool
+    matrix: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+
+
+def plain_roles(params: Params) -> Any:
+    """A tree of roles for a model that names none: every leaf replicated, decay on matrices only."""
+
+    def role(path: tuple, leaf: jax.Array) -> Role:
+        return Role(str(getattr(path[-1], "key", path[-1])), (None,) * leaf.ndim, leaf.ndim >= 2)
+
+    return jax.tree_util.tree_map_with_path(role, params)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A built model: pure functions of plain trees.
+
+    init(key) -> params. apply(params, batch, key) -> Output; key drives dropout, None means evaluation.
+    unembed(params, hidden [..., D]) -> float32 logits [..., V]; it also takes the subtree that
+    unembed_params(params) returns, so that a chunked loss differentiates through nothing else.
+    roles(params) -> tree of Role. A model that generates brings init_state(batch_size, length) -> state,
+    decode(params, state, tokens, positions, lengths) -> (hidden, state) and state_axes(state), the tree of
+    logical axes of its state.
+    """
+
+    init: Callable[[jax.Array], Params]
+    apply: Callable[[Params, Batch, jax.Array | None], Output]
+    unembed: Callable[[Params, jax.Array], jax.Array] | None = None
+    roles: Callable[[Params], Any] = plain_roles
+    unembed_params: Callable[[Params], Params] = lambda params: params
+    init_state: Callable[[int, int], Any] | None = None
+    decode: Callable[..., tuple[jax.Array, Any]] | None = None
+    state_axes: Callable[[Any], Any] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How a model is executed; the same mathematics, so no part of a run's identity.
+
+    unroll: layers as straight code (True) or one scan (False); None unrolls on the CPU, where a scan is slower.
+    remat: what the backward pass computes again instead of keeping: nothing, every block, or all but its
+    matrix products. attention: which implementation attends; auto picks by device.
+    """
+
+    unroll: bool | None = None
+    remat: Literal["none", "full", "dots"] = "none"
+    attention: Literal["auto", "reference", "chunked", "cudnn", "splash"] = "auto"
+
+
+class ModelConfig(Tagged):
+    """Root of the union of models: `--config.model.kind=…`."""
+
+    def resolve(self, data: Any) -> "ModelConfig":
+        """The same model with what only the data knows filled in (`data.vocabulary`: number of token ids)."""
+        return self
+
+    def build(self, layout: Layout = Layout()) -> Model:  # noqa: B008 (frozen)
+        """The functions of this model, executed as `layout` says."""
+        raise NotImplementedError
