@@ -1,0 +1,154 @@
+"""The mesh, the one table from logical axes to mesh axes, and loading a batch onto it.
+
+Code elsewhere names what a dimension means ("batch", "heads"); only this file knows which mesh axis that
+is spread over. The same program then runs on one device and on many.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from llm_jax.config import UserError
+
+# A dimension takes the mesh axes of its row that earlier dimensions left over: activations, which spread
+# their batch over `data` and `fsdp`, keep their width whole, while parameters spread it over `fsdp`.
+TABLE: dict[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "time": (),
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head_dim": (),
+    "mlp": ("tensor",),
+    "vocabulary": ("tensor",),
+    "layers": (),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How many devices each kind of parallelism gets; -1 takes all that the others leave."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+    """The mesh over `data`, `fsdp` and `tensor`; raises UserError if the devices don't make it up."""
+    devices = jax.devices() if devices is None else devices
+    shape = dataclasses.asdict(config)
+    if any(size == 0 or size < -1 for size in shape.values()) or list(shape.values()).count(-1) > 1:
+        raise UserError(f"mesh {_say(shape)}: sizes are positive, and at most one is -1 (what is left)")
+    known = math.prod(size for size in shape.values() if size > 0)
+    if known > len(devices):
+        raise UserError(f"mesh {_say(shape)} needs {known} devices, and there are {len(devices)}")
+    if -1 in shape.values() and len(devices) % known:
+        raise UserError(f"mesh {_say(shape)}: {known} does not divide the {len(devices)} devices")
+    shape = {name: len(devices) // known if size == -1 else size for name, size in shape.items()}
+    used = devices[: math.prod(shape.values())]
+    return Mesh(
+        np.array(used).reshape(*shape.values()), tuple(shape), axis_types=(AxisType.Auto,) * len(shape)
+    )
+
+
+def spec(shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Any) -> PartitionSpec:
+    """Where an array of `shape` with logical `axes` lies on the mesh.
+
+    A dimension that its mesh axes don't divide stays whole on each device (257 tokens over 2, say);
+    `describe` lists those.
+    """
+    free = dict(mesh.shape)
+    out: list[Any] = []
+    for size, axis in zip(shape, axes, strict=True):
+        names = tuple(n for n in (TABLE[axis] if axis else ()) if free.get(n, 1) > 1)
+        if names and size % math.prod(free[n] for n in names) == 0:
+            for name in names:
+                del free[name]
+            out.append(names if len(names) > 1 else names[0])
+        else:
+            out.append(None)
+    return PartitionSpec(*out)
+
+
+def shardings(shapes: Any, axes: Any, mesh: Mesh) -> Any:
+    """NamedShardings for a tree of shaped leaves and the tree of their logical axes."""
+    return jax.tree.map(lambda leaf, a: NamedSharding(mesh, spec(leaf.shape, a, mesh)), shapes, axes)
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Tells the partitioner what the dimensions of `x` mean; without a mesh of many devices, nothing."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(x.shape, axes, mesh))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows spread over all axes that divide the data."""
+    names = tuple(n for n in TABLE["batch"] if mesh.shape[n] > 1)
+    return NamedSharding(mesh, PartitionSpec(names or None))
+
+
+def check_batch(rows: int, micro_batches: int, mesh: Mesh) -> None:
+    """Raises UserError unless `rows` divide into equal micro-batches and those over the mesh."""
+    ways = math.prod(mesh.shape[n] for n in TABLE["batch"])
+    if rows % (micro_batches * ways):
+        raise UserError(
+            f"a batch of {rows} rows doesn't divide over {ways} devices (data x fsdp) and {micro_batches} "
+            f"micro-batches; a multiple of {ways * micro_batches} does"
+        )
+
+
+def load_rows(
+    rows: Mapping[str, np.ndarray] | Any, spec_: Mapping[str, Any], mesh: Mesh
+) -> dict[str, jax.Array]:
+    """A global batch of which this process loads only the rows that its devices hold.
+
+    rows: a function from row numbers [n] within the batch to arrays with leading axis n.
+    spec_: name -> ShapeDtypeStruct of the global batch.
+    """
+    sharding = batch_sharding(mesh)
+    if mesh.size == 1:
+        count = next(iter(spec_.values())).shape[0]
+        return jax.device_put(dict(rows(np.arange(count))), sharding)
+    loaded: dict[tuple[int, int], Mapping[str, np.ndarray]] = {}
+
+    def shard(name: str, index: tuple[slice, ...]) -> np.ndarray:
+        start, stop, _ = index[0].indices(spec_[name].shape[0])
+        if (start, stop) not in loaded:
+            loaded[start, stop] = rows(np.arange(start, stop))
+        return loaded[start, stop][name]
+
+    return {
+        name: jax.make_array_from_callback(s.shape, sharding, lambda index, n=name: shard(n, index))
+        for name, s in spec_.items()
+    }
+
+
+def describe(shapes: Any, axes: Any, mesh: Mesh) -> list[str]:
+    """A line for each leaf that stays whole although a mesh axis is meant for it."""
+    lines = []
+    flat, _ = jax.tree_util.tree_flatten_with_path(shapes)
+    for (path, leaf), leaf_axes in zip(flat, jax.tree.leaves(axes, is_leaf=_is_axes), strict=True):
+        placed = spec(leaf.shape, leaf_axes, mesh)
+        for size, axis, place in zip(leaf.shape, leaf_axes, placed, strict=True):
+            meant = [n for n in (TABLE[axis] if axis else ()) if mesh.shape[n] > 1]
+            if meant and place is None:
+                lines.append(
+                    f"{jax.tree_util.keystr(path)}: {axis} ({size}) stays whole on {'/'.join(meant)}"
+                )
+    return lines
+
+
+def _is_axes(leaf: Any) -> bool:
+    return isinstance(leaf, tuple) and all(a is None or isinstance(a, str) for a in leaf)
+
+
+def _say(shape: Mapping[str, int]) -> str:
+    return " x ".join(f"{name}={size}" for name, size in shape.items())
