@@ -1,0 +1,303 @@
+"""Checkpoints: the state of a run on disk; saved asynchronously, restored onto any mesh, checked bit by bit.
+
+    checkpoints/00000100/        what orbax wrote: every array of the state under its name in the tree
+    checkpoints/00000100.json    the manifest: shapes of the arrays, size and SHA-256 of every file
+
+The rule. A checkpoint counts exactly if its manifest stands and every file is as the manifest says. The manifest
+is renamed into place after orbax has committed the folder and removed before the folder is, and an older
+checkpoint goes only when the newer manifest stands. So a process killed at any moment leaves whole checkpoints
+and leftovers that are ignored (and swept away by the next session's first save), never a doubtful one.
+"""
+
+import concurrent.futures
+import hashlib
+import json
+import logging
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import absl.logging
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from llm_jax.config import UserError
+from llm_jax.records import write_atomically
+
+# Orbax writes about 60 INFO lines a save to absl's one logger; its warnings are let through.
+absl.logging.get_absl_logger().addFilter(
+    lambda record: record.levelno >= logging.WARNING or "/orbax/checkpoint/" not in record.pathname
+)
+
+
+def _warn(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+class Checkpoints:
+    """The checkpoints of one run: keeps the newest `keep_last`, and the steps in `keep_steps` for good.
+
+    Reading never changes the folder. In a run of many processes all of them call `save`, `restore` and `close`
+    (the folder is on a file system that they share); process 0 writes manifests, checks them and removes.
+    `say` is told in one line when a damaged checkpoint is passed over.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        keep_last: int = 2,
+        keep_steps: Sequence[int] = (),
+        say: Callable[[str], None] = _warn,
+    ) -> None:
+        assert keep_last >= 1, "the newest checkpoint is always kept"
+        self.folder = Path(folder).absolute()
+        self._keep_last, self._keep_steps, self._say = keep_last, frozenset(keep_steps), say
+        self._leader = jax.process_index() == 0
+        self._current: int | None = None  # the step last saved or restored here
+        self._swept = False
+        self._finisher = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self._saving: concurrent.futures.Future | None = None
+
+    def save(self, step: int, state: Any, wait: bool = False) -> None:
+        """Saves `state` (a pytree of arrays) as that of `step`; returns when it is safe to change or donate it.
+
+        The rest happens in a thread; an error there is raised by the next call. Waits for a save that is still
+        going on. Later steps that an earlier session left behind are superseded: they are removed.
+        """
+        if step != self._current:
+            self.wait()
+            if self._leader and not self._swept:
+                self._sweep(step)
+            self._swept, self._current = True, step
+            arrays = _by_name(state)
+            saved = ocp.save_async(self._place(step), arrays)
+            self._saving = self._finisher.submit(self._finish, step, saved, _shapes(arrays))
+        if wait:
+            self.wait()
+
+    def latest(self) -> int | None:
+        """The newest step that has a manifest (its files are not checked), or None."""
+        return max(self.steps(), default=None)
+
+    def steps(self) -> list[int]:
+        """The steps that have a manifest, ascending."""
+        return sorted(int(p.stem) for p in self.folder.glob("*.json") if p.stem.isdigit())
+
+    def restore(self, abstract_state: Any, step: int | None = None) -> tuple[int, Any] | None:
+        """The newest sound checkpoint as (step, state), or None if no save was ever finished.
+
+        abstract_state: the tree with a ShapeDtypeStruct (or an array) for each leaf; its shardings say where the
+        state goes, whatever mesh it was saved from. `step` asks for one step and no other. Raises UserError if
+        none is sound, and for a checkpoint of another architecture, naming the first array that differs.
+        """
+        found = self._sound(step)
+        if found is None:
+            return None
+        state = self._load(found, abstract_state, "", same_type=True)
+        self._current = found
+        return found, state
+
+    def restore_params(self, abstract_params: Any, part: str = "trained", step: int | None = None) -> Any:
+        """The subtree `part` of the newest sound state (or that of `step`); nothing else is read.
+
+        Leaves are converted to the types of `abstract_params`. Raises UserError as `restore` does, and where
+        there is no checkpoint.
+        """
+        found = self._sound(step)
+        if found is None:
+            raise UserError(
+                f"{self.folder}: no checkpoint here; train first, or name the run's checkpoints folder"
+            )
+        return self._load(found, abstract_params, f"{part}/", same_type=False)
+
+    def wait(self) -> None:
+        """Returns when the save under way, if any, stands complete with its manifest; raises its error."""
+        if self._saving is not None:
+            saving, self._saving = self._saving, None
+            saving.result()
+
+    def close(self) -> None:
+        """Waits for the save under way and ends the thread."""
+        try:
+            self.wait()
+        finally:
+            self._finisher.shutdown()
+
+    # ---- writing (only process 0 writes, and only here) ----
+
+    def _finish(self, step: int, saved: Any, shapes: dict[str, list]) -> None:
+        """In the thread: after orbax's commit (in all processes) the manifest, after the manifest the retention."""
+        saved.result()
+        if not self._leader:
+            return
+        folder = self._place(step)
+        paths = sorted(path for path in folder.rglob("*") if path.is_file())
+        files = dict(zip((str(p.relative_to(folder)) for p in paths), _map(_digest, paths), strict=True))
+        content = {"step": step, "arrays": shapes, "files": files}
+        write_atomically(self._manifest(step), json.dumps(_sealed(content)))
+        for old in self.steps()[: -self._keep_last]:
+            if old not in self._keep_steps:
+                self._remove(old)
+
+    def _sweep(self, step: int) -> None:
+        """Removes what the session before left behind: later steps and saves that were never finished."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        last = step - 1 if self._current is None else min(step - 1, self._current)
+        for old in self.steps():
+            if old > last:
+                self._remove(old)
+        for path in list(self.folder.iterdir()):
+            name, _, ending = path.name.partition(".")
+            if name.isdigit() and (ending not in ("", "json") or not self._manifest(int(name)).exists()):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def _remove(self, step: int) -> None:
+        self._manifest(step).unlink()
+        shutil.rmtree(self._place(step), ignore_errors=True)
+
+    def _place(self, step: int) -> Path:
+        return self.folder / f"{step:08d}"
+
+    def _manifest(self, step: int) -> Path:
+        return self.folder / f"{step:08d}.json"
+
+    # ---- reading ----
+
+    def _sound(self, step: int | None) -> int | None:
+        """The step to restore, the same in every process; process 0 alone reads and checks the files."""
+        found, error = None, None
+        if self._leader:
+            try:
+                found = self._newest_sound() if step is None else self._checked(step)
+            except UserError as problem:
+                error = problem
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            code = -2 if error else -1 if found is None else found
+            code = int(multihost_utils.broadcast_one_to_all(np.int32(code)))
+            found = code if code >= 0 else None
+            if code == -2 and error is None:
+                error = UserError(f"{self.folder}: no checkpoint to continue from; process 0 says why")
+        if error is not None:
+            raise error
+        return found
+
+    def _newest_sound(self) -> int | None:
+        steps = self.steps()
+        passed = [
+            f"{path.name} (its save was not finished)"
+            for path in sorted(self.folder.glob("*"), reverse=True)
+            if path.name.isdigit() and int(path.name) > (steps[-1] if steps else -1)
+        ]
+        for step in reversed(steps):
+            problem = self._problem(step)
+            if problem is None:
+                if passed:
+                    self._say(
+                        f"checkpoint {', '.join(passed)} passed over; continuing from step {step} in {self.folder}"
+                    )
+                return step
+            passed.append(f"{self._place(step).name} ({problem})")
+        if steps:
+            raise UserError(
+                f"{self.folder}: no checkpoint is whole: {', '.join(passed)}; remove it to start again"
+            )
+        return None
+
+    def _checked(self, step: int) -> int:
+        if not self._manifest(step).exists():
+            raise UserError(
+                f"{self.folder}: no checkpoint of step {step}; there are: {self.steps() or 'none'}"
+            )
+        if problem := self._problem(step):
+            raise UserError(f"{self._place(step)}: the checkpoint is damaged ({problem})")
+        return step
+
+    def _problem(self, step: int) -> str | None:
+        """What is wrong with a checkpoint's files, or None."""
+        try:
+            content = json.loads(self._manifest(step).read_bytes())
+            files = content["files"] if content == _sealed(content) else None
+        except (ValueError, KeyError, TypeError):
+            files = None
+        if files is None:
+            return "its manifest is damaged"
+        for name, digest in zip(
+            files, _map(_digest, [self._place(step) / name for name in files]), strict=True
+        ):
+            if digest != files[name]:
+                size = f"{digest[0]} of {files[name][0]} bytes" if digest else "missing"
+                return f"{name}: {size if not digest or digest[0] != files[name][0] else 'changed bytes'}"
+        return None
+
+    def _load(self, step: int, abstract: Any, prefix: str, same_type: bool) -> Any:
+        stored = json.loads(self._manifest(step).read_bytes())["arrays"]
+        stored = {name: shape for name, shape in stored.items() if name.startswith(prefix)}
+        wanted = _by_name(abstract, prefix)
+        _compare(self._place(step), stored, _shapes(wanted), same_type)
+        targets = {
+            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or _here())
+            for name, x in wanted.items()
+        }
+        context = ocp.Context()
+        context.pytree_options.loading.partial_load = bool(prefix)
+        with context:
+            arrays = ocp.load(self._place(step), targets)
+        return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[name] for name in targets])
+
+
+def _by_name(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """The leaves by their place in the tree, such as trained/blocks/query; in the tree's order."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    named = {prefix + jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    assert len(named) == len(leaves), "two leaves have one name"
+    return named
+
+
+def _shapes(arrays: dict[str, Any]) -> dict[str, list]:
+    return {name: [str(x.dtype), list(x.shape)] for name, x in arrays.items()}
+
+
+def _here() -> jax.sharding.Sharding:
+    return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+
+def _compare(place: Path, stored: dict, wanted: dict, same_type: bool) -> None:
+    """Raises UserError at the first array that differs between a checkpoint and what is asked for."""
+
+    def say(entry: list | None) -> str:
+        return f"{entry[0]}{entry[1]}" if entry else "absent"
+
+    for name in [*wanted, *(stored.keys() - wanted.keys())]:
+        there, here = stored.get(name), wanted.get(name)
+        if there is None or here is None or there[1] != here[1] or (same_type and there != here):
+            raise UserError(
+                f"{place}: the checkpoint is of another architecture: {name} is {say(there)} there "
+                f"and {say(here)} here; use the config it was trained with, or another folder"
+            )
+
+
+def _sealed(content: dict[str, Any]) -> dict[str, Any]:
+    """`content` with the checksum of its own text."""
+    content = {key: value for key, value in content.items() if key != "checksum"}
+    text = json.dumps(content, sort_keys=True)
+    return content | {"checksum": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def _digest(path: Path) -> list | None:
+    """[bytes, SHA-256] of a file; None if it isn't there."""
+    try:
+        with path.open("rb") as file:
+            return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+    except OSError:
+        return None
+
+
+def _map(function: Callable, items: Sequence) -> list:
+    """In threads: hashing releases the interpreter's lock, and a large checkpoint is many files."""
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        return list(pool.map(function, items))

@@ -1,0 +1,335 @@
+"""Records: what a run leaves on disk for analysis, and how it is read. Nothing else is.
+
+    config.json                 identity, config and where the run stands; written once, by the first start
+    metrics/00000.jsonl ...     numbered parts, one JSON row a step; a new part at each start
+    result.json                 written last and atomically: a run is complete exactly if it stands
+    tensorboard/                the metrics once more, as TensorBoard events
+    checkpoints/                see checkpoints.py
+    lock                        held by the process that writes here; its content means nothing
+
+A row of step s is what is known when s steps are done: log it before the checkpoint of step s is saved, and a
+killed run loses no row. JSON has no numbers for nan and the infinities: they are the strings "NaN", "Infinity"
+and "-Infinity" here, which every function of this file reads back as floats.
+"""
+
+import fcntl
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llm_jax.config import UserError
+
+if TYPE_CHECKING:
+    import pandas
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "llm-jax")
+NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+class Record:
+    """The writing side of one run's folder; one process writes at a time (of many, process 0).
+
+    Made with `writes=False` (the other processes of a run) it does nothing.
+    """
+
+    def __init__(
+        self, folder: str | Path, writes: bool = True, rows_per_part: int = 10_000, tensorboard: bool = True
+    ):
+        self.folder = Path(folder)
+        self._writes, self._rows_per_part, self._tensorboard = writes, rows_per_part, tensorboard
+        self._facts: dict[str, Any] = {}
+        self._lock = self._part = self._events = None
+        self._rows = self._resumed = 0
+
+    def start(self, config_json: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+        """Takes the folder: writes config.json, or checks that it belongs to the same identity.
+
+        config_json has at least `identity`, and `scientific` or `config` to say what differs. facts: what holds
+        for this start only (versions, git, device, layout); also kept at the head of each part of the metrics.
+        Raises UserError if the folder belongs to another config or another process is writing in it.
+        """
+        if not self._writes:
+            return
+        place = self.folder / "config.json"
+        if place.exists():
+            _check_identity(self.folder, _read(place), config_json)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = _take(self.folder)
+        if self._lock is None:
+            raise UserError(f"{self.folder}: another process is running this run; wait for it or end it")
+        self._facts = dict(facts)
+        if not place.exists():
+            write_atomically(place, dumps({**config_json, **facts}, indent=1) + "\n")
+
+    def resume_at(self, step: int) -> None:
+        """Says that the run goes on from `step` (0: from the start): rows past it no longer count."""
+        assert self._part is None, "resume_at comes before the first row"
+        self._resumed = step
+        if self._writes:
+            self._open_part()
+
+    def log(self, step: int, row: Mapping[str, float]) -> None:
+        """Adds numbers to the row of `step`; on disk (in the system's hands) when it returns."""
+        if not self._writes:
+            return
+        if self._part is None or self._rows >= self._rows_per_part:
+            self._open_part()
+        row = plain(row)
+        self._part.write(dumps({"step": int(step), **row}) + "\n")
+        self._rows += 1
+        if self._events is not None:
+            for name, value in row.items():
+                if isinstance(value, (int, float)):
+                    self._events.add_scalar(name, value, step)
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """Writes result.json, whole or not at all, and gives the folder free."""
+        if self._writes:
+            write_atomically(self.folder / "result.json", dumps(result, indent=1) + "\n")
+        self.close()
+
+    def close(self) -> None:
+        """Gives the folder free; without `finish` before it, the run counts as missing."""
+        for thing in (self._events, self._part, self._lock):
+            if thing is not None:
+                thing.close()
+        self._events = self._part = self._lock = None
+
+    def _open_part(self) -> None:
+        folder = self.folder / "metrics"
+        folder.mkdir(parents=True, exist_ok=True)
+        number = 1 + max((int(p.stem) for p in folder.glob("*.jsonl")), default=-1)
+        head = {"part": number}
+        if self._part is None:
+            head |= {"resume_at": self._resumed, "time": time.time(), "facts": self._facts}
+            if self._tensorboard:
+                from tensorboardX import SummaryWriter
+
+                # Viewers drop the events of earlier files from purge_step on.
+                purge = {"purge_step": self._resumed + 1} if self._resumed or number else {}
+                self._events = SummaryWriter(str(self.folder / "tensorboard"), flush_secs=10, **purge)
+        else:
+            self._part.close()
+        self._part = (folder / f"{number:05d}.jsonl").open("x", buffering=1)
+        self._part.write(dumps(head) + "\n")
+        self._rows = 0
+
+
+# ---- reading ----
+
+
+def load_run(folder: str | Path) -> dict[str, Any]:
+    """All about one run but its metrics: the content of config.json, and beside it
+
+    `folder`; `result`: what result.json holds, or None; `status`: the result's ("done", "diverged"), or "running"
+    while a process has the folder, or "missing" (never finished: run it again and it continues).
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").exists():
+        raise UserError(f"{folder}: no run here (it has no config.json)")
+    result = _read(folder / "result.json") if (folder / "result.json").exists() else None
+    status = result.get("status", "done") if result else "running" if _taken(folder) else "missing"
+    return {**_read(folder / "config.json"), "folder": str(folder), "result": result, "status": status}
+
+
+def metrics(folder: str | Path) -> "pandas.DataFrame":
+    """The metrics of a run, one row a step, ascending, with a column `step`; what a step didn't log is nan."""
+    import pandas
+
+    rows: dict[int, dict[str, Any]] = {}
+    for line in _lines(Path(folder)):
+        if "part" in line:
+            if "resume_at" in line:
+                rows = {step: row for step, row in rows.items() if step <= line["resume_at"]}
+        else:
+            rows.setdefault(line["step"], {}).update(line)
+    return pandas.DataFrame([rows[step] for step in sorted(rows)] or {"step": []})
+
+
+def starts(folder: str | Path) -> list[dict[str, Any]]:
+    """Every start of a run: {"resume_at": step, "time": seconds since 1970, "facts": {...}}."""
+    return [line for line in _lines(Path(folder)) if "resume_at" in line]
+
+
+def load_sweep(folder: str | Path) -> "pandas.DataFrame":
+    """One row for each run in `folder` or in folders under it, sorted by name.
+
+    Columns: the config flattened with dots (`model.width`), the cell's fields, the result's fields (which win),
+    `run` (the path under `folder`), `identity` and `status`; runs without a result are listed with the status
+    "running" or "missing". Raises UserError if there is no run at all.
+    """
+    import pandas
+
+    root = Path(folder)
+    rows = []
+    for place in _run_folders(root):
+        run = load_run(place)
+        row = _flat(run.get("config", {})) | _flat(run.get("cell", {})) | (run["result"] or {})
+        row |= {"run": os.path.relpath(place, root), "identity": run.get("identity"), "status": run["status"]}
+        rows.append(row)
+    if not rows:
+        raise UserError(f"{root}: no runs here (no config.json in it or below it)")
+    return pandas.DataFrame(sorted(rows, key=lambda row: row["run"]))
+
+
+# ---- facts ----
+
+
+def environment() -> dict[str, Any]:
+    """What a start ran on: versions, platform, device and git revision (with `dirty`); a few milliseconds."""
+    import jax
+
+    device = jax.devices()[0]
+    return {
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "device": {"kind": device.device_kind, "platform": device.platform, "count": jax.device_count()},
+        "processes": jax.process_count(),
+        "platform": platform.platform(),
+        "git": git(),
+    }
+
+
+def git() -> dict[str, Any] | None:
+    """{"revision", "dirty"} of the code that runs; None where there is no repository or no git."""
+
+    def ask(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        return {"revision": ask("rev-parse", "HEAD"), "dirty": bool(ask("status", "--porcelain", "-uno"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+# ---- files ----
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """A reader, and whoever comes after a crash, finds the old content or the new one, never a part of it."""
+    half = path.with_name(f"{path.name}.tmp")
+    with half.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    half.replace(path)
+
+
+def dumps(value: Any, indent: int | None = None) -> str:
+    """Valid JSON of plain values, arrays of one number, and numbers that aren't finite (as strings)."""
+    return json.dumps(plain(value), indent=indent, allow_nan=False)
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON knows it."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if value != value else "Infinity" if value > 0 else "-Infinity"
+    return value if value is None or isinstance(value, (str, int, float, bool)) else str(value)
+
+
+def _parsed(value: Any) -> Any:
+    """The inverse of `plain`."""
+    if isinstance(value, dict):
+        return {key: _parsed(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_parsed(item) for item in value]
+    return NOT_FINITE.get(value, value) if isinstance(value, str) else value
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return _parsed(json.loads(path.read_bytes()))
+    except ValueError:
+        raise UserError(f"{path}: not valid JSON; move the run's folder away and run it again") from None
+
+
+def _lines(folder: Path) -> Iterator[dict[str, Any]]:
+    """The lines of all parts in order; a last line that a kill cut in half is left out."""
+    for path in sorted((folder / "metrics").glob("*.jsonl")):
+        for line in path.read_bytes().split(b"\n")[:-1]:
+            yield _parsed(json.loads(line))
+
+
+def _run_folders(root: Path) -> Iterator[Path]:
+    """Folders with a config.json; what is inside one isn't searched."""
+    if (root / "config.json").exists():
+        yield root
+    elif root.is_dir():
+        for entry in os.scandir(root):
+            if entry.is_dir():
+                yield from _run_folders(Path(entry.path))
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dicts and lists of dicts as one dict with dotted names; other lists become tuples."""
+    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        value = {str(index): item for index, item in enumerate(value)}
+    if not isinstance(value, dict):
+        return {prefix: tuple(value) if isinstance(value, list) else value}
+    out: dict[str, Any] = {}
+    for name, item in value.items():
+        out |= _flat(item, f"{prefix}.{name}" if prefix else name)
+    return out
+
+
+def _check_identity(folder: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Raises UserError, naming the first field that differs, if the folder's run isn't the one asked for."""
+    if there.get("identity") == here.get("identity"):
+        return
+    raise UserError(
+        f"{folder}: this folder belongs to run {there.get('identity')}, not {here.get('identity')}: "
+        f"{_first_difference(there, here)}; choose another folder or remove this one"
+    )
+
+
+def _first_difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    old, new = _flat(there.get("scientific", {})), _flat(plain(here.get("scientific", {})))
+    # A field at its default is not in the scientific part; the full config still tells its value.
+    old_all, new_all = _flat(there.get("config", {})), _flat(plain(here.get("config", {})))
+    for name in [*new, *(old.keys() - new.keys())]:
+        if old.get(name) != new.get(name):
+            before = old.get(name, old_all.get(name))
+            return f"{name} is {before!r} there and {new.get(name, new_all.get(name))!r} here"
+    return f"schema is {there.get('schema')!r} there and {here.get('schema')!r} here"
+
+
+def _take(folder: Path) -> Any:
+    """The folder's lock, open and held until it is closed or the process ends; None if another has it."""
+    file = (folder / "lock").open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    except OSError:  # a file system without locks
+        pass
+    return file
+
+
+def _taken(folder: Path) -> bool:
+    if not (folder / "lock").exists():
+        return False
+    file = _take(folder)
+    if file is not None:
+        file.close()
+    return file is None
