@@ -5,8 +5,8 @@ The shape key, used in every name of model code (`x_BTD`, `q_BTHK`):
     B batch   T time (queries)   S time (keys)   D model width   H heads   G key/value heads   K head size
     F feed-forward   V vocabulary   L layers   E experts   M members of a packed sweep
 
-A model is four or more pure functions on plain trees of arrays (`Model`), made by its config (`ModelConfig`) for
-one way of executing it (`Layout`). The trainer sees nothing else, so a foreign model is one small file.
+A model is a few pure functions on plain trees of arrays (`Model`), made by its config (`ModelConfig`) for one
+way of executing it (`Layout`). The trainer sees nothing else, so a foreign model is one small file.
 """
 
 import dataclasses
@@ -41,8 +41,8 @@ class Role:
     """What one parameter is, from which its sharding, its decay and its optimizer follow.
 
     axes: a logical axis (or None) for each dimension. decay: weight decay applies. matrix: (input dimensions,
-    output dimensions) as Muon sees it, or None where Muon leaves it to AdamW (embeddings, head, norms, biases);
-    a dimension in neither, such as "layers", is a stack.
+    output dimensions) as Muon sees it, or None where Muon leaves it to AdamW (embeddings, head, norms,
+    biases); a dimension in neither, such as "layers", is a stack.
     """
 
     name: str
@@ -86,14 +86,17 @@ class Model:
 class Layout:
     """How a model is executed; the same mathematics, so no part of a run's identity.
 
-    unroll: layers as straight code (True) or one scan (False); None unrolls on the CPU, where a scan is slower.
-    remat: what the backward pass computes again instead of keeping: nothing, every block, or all but its
+    unroll: layers as straight code (True) or one scan (False); None unrolls on the CPU, where a scan is
+    slower. remat: what the backward pass computes again instead of keeping: nothing, every block, or all but its
     matrix products. attention: which implementation attends; auto picks by device.
     """
 
     unroll: bool | None = None
     remat: Literal["none", "full", "dots"] = "none"
     attention: Literal["auto", "reference", "chunked", "cudnn", "splash"] = "auto"
+
+
+DEFAULT_LAYOUT = Layout()
 
 
 class ModelConfig(Tagged):
@@ -103,6 +106,6 @@ class ModelConfig(Tagged):
         """The same model with what only the data knows filled in (`data.vocabulary`: number of token ids)."""
         return self
 
-    def build(self, layout: Layout = Layout()) -> Model:  # noqa: B008 (frozen)
+    def build(self, layout: Layout = DEFAULT_LAYOUT) -> Model:
         """The functions of this model, executed as `layout` says."""
         raise NotImplementedError

@@ -1,0 +1,204 @@
+"""One block of a decoder: a mixer, which looks along time, and an MLP, each with its norm and residual."""
+
+import dataclasses
+import functools
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from llm_jax.kernels.attention import attend
+from llm_jax.models import cache
+from llm_jax.models.positions import rotate
+from llm_jax.models.roles import parameter
+from llm_jax.sharding import constrain
+
+ACTIVATIONS = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=True),
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+    "swiglu": jax.nn.silu,
+    "geglu": functools.partial(jax.nn.gelu, approximate=True),
+}
+GATED = ("swiglu", "geglu")  # GLU variants (arXiv:2002.05202): activation(x gate) * (x up)
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What all blocks see of a batch.
+
+    turn: cosines and sines of rotary positions. segments: [B, T], tokens see their own. start: [B], while
+    decoding, how many tokens of each row the state already holds.
+    """
+
+    turn: tuple[jax.Array, jax.Array] | None
+    segments: jax.Array | None = None
+    start: jax.Array | None = None
+    attention: str = "auto"
+
+
+def normalise(
+    x: jax.Array, scale: jax.Array, shift: jax.Array | None, epsilon: float, centre: bool
+) -> jax.Array:
+    """LayerNorm (centre) or RMSNorm (arXiv:1910.07467) over the last axis, computed in float32."""
+    wide = x.astype(jnp.float32)
+    if centre:
+        wide = wide - wide.mean(-1, keepdims=True)
+    wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + epsilon) * scale
+    return (wide if shift is None else wide + shift).astype(x.dtype)
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Entries zeroed with probability `rate` and the rest scaled up; without a key, nothing."""
+    if key is None or rate == 0:
+        return x
+    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
+
+
+class Norm(nn.Module):
+    """LayerNorm or RMSNorm with its scale and, with `bias`, its shift."""
+
+    width: int
+    epsilon: float
+    centre: bool
+    bias: bool
+
+    def setup(self) -> None:
+        self.scale = parameter(self, "scale", (self.width,))
+        self.shift = parameter(self, "shift", (self.width,)) if self.bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return normalise(x, self.scale, self.shift, self.epsilon, self.centre)
+
+
+class Attention(nn.Module):
+    """Causal attention of `heads` queries that share `kv_heads` keys and values (MHA, GQA, MQA).
+
+    window: a token sees itself and the window-1 tokens before it. qk_norm: an RMSNorm over each head's query
+    and key, before they are turned. gain: of the output's initialisation.
+    """
+
+    width: int
+    heads: int
+    kv_heads: int
+    head_width: int
+    window: int | None = None
+    qk_norm: bool = False
+    bias: bool = False
+    epsilon: float = 1e-5
+    gain: float = 1.0
+
+    def setup(self) -> None:
+        D, H, G, K = self.width, self.heads, self.kv_heads, self.head_width
+        self.query = parameter(self, "query", (D, H, K))
+        self.key = parameter(self, "key", (D, G, K))
+        self.value = parameter(self, "value", (D, G, K))
+        self.out = parameter(self, "out", (H, K, D), self.gain)
+        if self.bias:
+            self.query_bias = parameter(self, "query_bias", (H, K))
+            self.key_bias = parameter(self, "key_bias", (G, K))
+            self.value_bias = parameter(self, "value_bias", (G, K))
+            self.out_bias = parameter(self, "out_bias", (D,))
+        if self.qk_norm:
+            self.query_scale = parameter(self, "query_scale", (K,))
+            self.key_scale = parameter(self, "key_scale", (K,))
+
+    def project(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries [B, T, H, K], keys and values [B, T, G, K], normed and turned."""
+        dtype = x_BTD.dtype
+        q_BTHK = jnp.einsum("BTD,DHK->BTHK", x_BTD, self.query.astype(dtype))
+        k_BTGK = jnp.einsum("BTD,DGK->BTGK", x_BTD, self.key.astype(dtype))
+        v_BTGK = jnp.einsum("BTD,DGK->BTGK", x_BTD, self.value.astype(dtype))
+        if self.bias:
+            q_BTHK += self.query_bias.astype(dtype)
+            k_BTGK += self.key_bias.astype(dtype)
+            v_BTGK += self.value_bias.astype(dtype)
+        if self.qk_norm:
+            q_BTHK = normalise(q_BTHK, self.query_scale, None, self.epsilon, centre=False)
+            k_BTGK = normalise(k_BTGK, self.key_scale, None, self.epsilon, centre=False)
+        if context.turn is not None:
+            q_BTHK, k_BTGK = rotate(q_BTHK, context.turn), rotate(k_BTGK, context.turn)
+        q_BTHK = constrain(q_BTHK, "batch", "time", "heads", "head_dim")
+        k_BTGK = constrain(k_BTGK, "batch", "time", "kv_heads", "head_dim")
+        v_BTGK = constrain(v_BTGK, "batch", "time", "kv_heads", "head_dim")
+        return q_BTHK, k_BTGK, v_BTGK
+
+    def __call__(self, x_BTD: jax.Array, context: Context, state: Any) -> tuple[jax.Array, Any]:
+        q_BTHK, k_BTGK, v_BTGK = self.project(x_BTD, context)
+        if state is None:
+            new = None
+            o_BTHK = attend(
+                q_BTHK,
+                k_BTGK,
+                v_BTGK,
+                segments=context.segments,
+                window=self.window,
+                kind=context.attention,
+            )
+        else:
+            new = {"key": k_BTGK, "value": v_BTGK}
+            o_BTHK = cache.attend(q_BTHK, new, state, context.start, self.window)
+        y_BTD = jnp.einsum("BTHK,HKD->BTD", o_BTHK, self.out.astype(x_BTD.dtype))
+        return y_BTD + self.out_bias.astype(x_BTD.dtype) if self.bias else y_BTD, new
+
+    def init_state(self, batch: int, length: int, dtype: jnp.dtype) -> dict[str, jax.Array]:
+        """Room for `length` tokens, or for as many as the window sees."""
+        return cache.init(batch, min(length, self.window or length), self.kv_heads, self.head_width, dtype)
+
+
+class MLP(nn.Module):
+    """The feed-forward layer; gated activations multiply by a second projection."""
+
+    width: int
+    hidden: int
+    activation: Literal["gelu", "relu2", "swiglu", "geglu"]
+    bias: bool = False
+    gain: float = 1.0
+
+    def setup(self) -> None:
+        self.gated = self.activation in GATED
+        self.up = parameter(self, "up", (self.width, self.hidden))
+        self.down = parameter(self, "down", (self.hidden, self.width), self.gain)
+        self.gate = parameter(self, "gate", (self.width, self.hidden)) if self.gated else None
+        if self.bias:
+            self.up_bias = parameter(self, "up_bias", (self.hidden,))
+            self.down_bias = parameter(self, "down_bias", (self.width,))
+            self.gate_bias = parameter(self, "gate_bias", (self.hidden,)) if self.gated else None
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        def project(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
+            y = x @ weight.astype(x.dtype)
+            return y if bias is None else y + bias.astype(x.dtype)
+
+        activate = ACTIVATIONS[self.activation]
+        h_BTF = project(x_BTD, self.up, self.up_bias if self.bias else None)
+        if self.gated:
+            h_BTF *= activate(project(x_BTD, self.gate, self.gate_bias if self.bias else None))
+        else:
+            h_BTF = activate(h_BTF)
+        h_BTF = constrain(h_BTF, "batch", "time", "mlp")
+        return project(h_BTF, self.down, self.down_bias if self.bias else None)
+
+
+class Block(nn.Module):
+    """x + f(norm(x)) (pre) or norm(x + f(x)) (post, the original transformer's) for the mixer and the MLP."""
+
+    mixer: nn.Module
+    mlp: nn.Module
+    mixer_norm: nn.Module
+    mlp_norm: nn.Module
+    norm_position: Literal["pre", "post"] = "pre"
+    dropout: float = 0.0
+
+    def __call__(
+        self, x_BTD: jax.Array, context: Context, state: Any = None, key: jax.Array | None = None
+    ) -> tuple[jax.Array, Any]:
+        """Hidden in, hidden and what the state learns out; key drives dropout."""
+        pre = self.norm_position == "pre"
+        keys = (None, None) if key is None else jax.random.split(key)
+        y_BTD, new = self.mixer(self.mixer_norm(x_BTD) if pre else x_BTD, context, state)
+        x_BTD = constrain(x_BTD + dropout(y_BTD, self.dropout, keys[0]), "batch", "time", "embed")
+        x_BTD = x_BTD if pre else self.mixer_norm(x_BTD)
+        y_BTD = self.mlp(self.mlp_norm(x_BTD) if pre else x_BTD)
+        x_BTD = constrain(x_BTD + dropout(y_BTD, self.dropout, keys[1]), "batch", "time", "embed")
+        return x_BTD if pre else self.mlp_norm(x_BTD), new

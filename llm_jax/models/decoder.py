@@ -1,0 +1,252 @@
+"""A decoder: embed, a pattern of blocks, its repeats, a tail, a head.
+
+The blocks of one place in the pattern are stored stacked, with a leading "layers" axis. Whether they run as
+one scan or as straight code is an execution setting (`Layout.unroll`), and so is rematerialisation.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from llm_jax.models import Batch, Layout, Model, Output, Params, cache
+from llm_jax.models.blocks import Block, Context, Norm, dropout
+from llm_jax.models.positions import Learned, Positions, Rotary, Sinusoidal, rotation, sinusoids
+from llm_jax.models.roles import parameter, roles
+from llm_jax.sharding import constrain
+
+
+class Embed(nn.Module):
+    """Token embeddings and learned positions."""
+
+    vocabulary: int
+    width: int
+    positions: Positions
+
+    def setup(self) -> None:
+        self.embedding = parameter(self, "embedding", (self.vocabulary, self.width))
+        if isinstance(self.positions, Learned):
+            self.position = parameter(self, "position", (self.positions.length, self.width))
+
+    def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        # A gather from a table whose width is spread over devices would first be replicated.
+        x_BTD = constrain(self.embedding, "vocabulary", None)[tokens_BT]
+        if isinstance(self.positions, Learned):
+            x_BTD += constrain(self.position, None, None)[positions_BT]
+        elif isinstance(self.positions, Sinusoidal):
+            x_BTD += sinusoids(positions_BT, self.width, self.positions.theta)
+        return constrain(x_BTD.astype(dtype), "batch", "time", "embed")
+
+
+class Head(nn.Module):
+    """The untied projection from hidden to logits."""
+
+    vocabulary: int
+    width: int
+
+    def setup(self) -> None:
+        self.head = parameter(self, "head", (self.width, self.vocabulary))
+
+    def __call__(self) -> jax.Array:
+        return self.head
+
+
+@jax.custom_vjp
+def unstack(stacked: Params) -> list[Params]:
+    """The layers of a stacked tree; its gradient is one stack, not a sum of padded slices."""
+    length = jax.tree.leaves(stacked)[0].shape[0]
+    return [jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(length)]
+
+
+unstack.defvjp(
+    lambda stacked: (unstack(stacked), None),
+    lambda _, layers: (jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers),),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """The functions of a `Model` over a pattern of blocks.
+
+    The pattern runs `repeats` times, then its first `tail` blocks once more. A norm of None leaves the last
+    block's output as it is; a head of None is the transposed embedding.
+    """
+
+    embed: Embed
+    pattern: tuple[Block, ...]
+    repeats: int
+    tail: int
+    norm: Norm | None
+    head: Head | None
+    softcap: float | None
+    dropout: float
+    head_width: int
+    dtype: jnp.dtype
+    layout: Layout
+
+    def model(self) -> Model:
+        """The decoder as the trainer sees it."""
+        return Model(
+            init=self.init,
+            apply=self.apply,
+            unembed=self.unembed,
+            roles=roles,
+            unembed_params=self.unembed_params,
+            init_state=self.init_state,
+            decode=self.decode,
+            state_axes=self.state_axes,
+        )
+
+    def groups(self) -> list[tuple[str, tuple[Block, ...], int]]:
+        """(name, blocks, repeats) of the body and the tail, where there are any."""
+        groups = [("body", self.pattern, self.repeats), ("tail", self.pattern[: self.tail], 1)]
+        return [group for group in groups if group[1] and group[2]]
+
+    def init(self, key: jax.Array) -> Params:
+        """Fresh parameters: {"embed", "body": {"0": stacked block, …}, "tail", "norm", "head"}."""
+        keys = iter(jax.random.split(key, 3 + len(self.pattern) + self.tail))
+        one = jnp.zeros((1, 1), jnp.int32)
+        x_BTD = jnp.zeros((1, 1, self.embed.width), self.dtype)
+        context = self.context(one, attention="reference")
+
+        def stack(block: Block, key: jax.Array, repeats: int) -> Params:
+            layer = lambda k: block.init(k, x_BTD, context)["params"]  # noqa: E731
+            return jax.vmap(layer)(jax.random.split(key, repeats))
+
+        params = {"embed": self.embed.init(next(keys), one, one, self.dtype)["params"]}
+        for name, blocks, repeats in self.groups():
+            params[name] = {str(i): stack(block, next(keys), repeats) for i, block in enumerate(blocks)}
+        if self.norm is not None:
+            params["norm"] = self.norm.init(next(keys), x_BTD)["params"]
+        if self.head is not None:
+            params["head"] = self.head.init(next(keys))["params"]
+        return params
+
+    def context(self, positions_BT: jax.Array, **kwargs: Any) -> Context:
+        """What the blocks need to know of the positions, computed once."""
+        rotary = self.embed.positions
+        turn = rotation(positions_BT, self.head_width, rotary.theta) if isinstance(rotary, Rotary) else None
+        return Context(turn, **kwargs)
+
+    def apply(self, params: Params, batch: Batch, key: jax.Array | None = None) -> Output:
+        """Hidden states [B, T, D] of `batch["tokens"]` [B, T]; "segments" and "positions" are optional."""
+        tokens_BT = batch["tokens"]
+        positions_BT = batch.get("positions", jnp.arange(tokens_BT.shape[1])[None])
+        context = self.context(positions_BT, segments=batch.get("segments"), attention=self.layout.attention)
+        hidden_BTD, _ = self.run(params, tokens_BT, positions_BT, context, None, key)
+        return Output(hidden_BTD, {})
+
+    def run(
+        self,
+        params: Params,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+        context: Context,
+        state: Any,
+        key: jax.Array | None,
+    ) -> tuple[jax.Array, Any]:
+        """Embed, all blocks and the last norm; with a state, what each block adds to it."""
+        keys = [None] * 3 if key is None or self.dropout == 0 else list(jax.random.split(key, 3))
+        x_BTD = self.embed.apply({"params": params["embed"]}, tokens_BT, positions_BT, self.dtype)
+        x_BTD = dropout(x_BTD, self.dropout, keys.pop())
+        new = {}
+        for name, blocks, repeats in self.groups():
+            group_key = keys.pop()
+            layer_keys = None if group_key is None else jax.random.split(group_key, (repeats, len(blocks)))
+            layers = (params[name], None if state is None else state[name], layer_keys)
+            x_BTD, new[name] = self.repeat(self.step(blocks, context), x_BTD, layers, repeats)
+        if self.norm is not None:
+            x_BTD = self.norm.apply({"params": params["norm"]}, x_BTD)
+        return x_BTD, new
+
+    def step(self, blocks: tuple[Block, ...], context: Context) -> Callable:
+        """One repeat of the pattern, (x, (params, state, keys)) -> (x, new), rematerialised if the layout says so."""
+
+        def step(x_BTD: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
+            params, state, keys = layer
+            new = {}
+            for i, block in enumerate(blocks):
+                x_BTD, new[str(i)] = block.apply(
+                    {"params": params[str(i)]},
+                    x_BTD,
+                    context,
+                    None if state is None else state[str(i)],
+                    None if keys is None else keys[i],
+                )
+            return x_BTD, new
+
+        if self.layout.remat == "none":
+            return step
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        return jax.checkpoint(
+            step, prevent_cse=self.unrolled, policy=policy if self.layout.remat == "dots" else None
+        )
+
+    @property
+    def unrolled(self) -> bool:
+        """Whether layers run as straight code."""
+        return jax.default_backend() == "cpu" if self.layout.unroll is None else self.layout.unroll
+
+    def repeat(self, step: Callable, x_BTD: jax.Array, layers: Any, repeats: int) -> tuple[jax.Array, Any]:
+        """`step` over the leading axis of `layers`, as one scan or as straight code."""
+        if not self.unrolled:
+            return jax.lax.scan(step, x_BTD, layers)
+        params, state, keys = layers
+        news = []
+        for i, layer_params in enumerate(unstack(params)):
+            here = jax.tree.map(lambda leaf, i=i: leaf[i], (state, keys))
+            x_BTD, new = step(x_BTD, (layer_params, *here))
+            news.append(new)
+        return x_BTD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *news)
+
+    def unembed_params(self, params: Params) -> Params:
+        """The subtree that `unembed` reads."""
+        name = "embed" if self.head is None else "head"
+        return {name: params[name]}
+
+    def unembed(self, params: Params, hidden: jax.Array) -> jax.Array:
+        """Float32 logits [..., V] of hidden states [..., D], soft-capped: softcap * tanh(logits / softcap)."""
+        table_DV = params["embed"]["embedding"].T if self.head is None else params["head"]["head"]
+        logits = jnp.matmul(hidden, table_DV.astype(self.dtype), preferred_element_type=jnp.float32)
+        return logits if self.softcap is None else self.softcap * jnp.tanh(logits / self.softcap)
+
+    def init_state(self, batch: int, length: int) -> Any:
+        """Empty state for `batch` rows of up to `length` tokens, stacked as the parameters are."""
+
+        def stack(block: Block, repeats: int) -> Any:
+            state = block.mixer.init_state(batch, length, self.dtype)
+            return jax.tree.map(lambda leaf: jnp.zeros((repeats, *leaf.shape), leaf.dtype), state)
+
+        return {
+            name: {str(i): stack(block, repeats) for i, block in enumerate(blocks)}
+            for name, blocks, repeats in self.groups()
+        }
+
+    def state_axes(self, state: Any) -> Any:
+        """The logical axes of each leaf of a state."""
+        return jax.tree.map(lambda _: ("layers", *cache.AXES), state)
+
+    def decode(
+        self,
+        params: Params,
+        state: Any,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+        lengths_B: jax.Array,
+    ) -> tuple[jax.Array, Any]:
+        """Hidden states [B, T, D] of T more tokens per row, and the state that has seen them.
+
+        Positions of a row are consecutive, from as many as the state has seen of it (0 starts the row anew).
+        Only the first lengths_B tokens of a row count; the rest are padding, their hidden states meaningless.
+        """
+        start_B = positions_BT[:, 0]
+        context = self.context(positions_BT, start=start_B)
+        hidden_BTD, new = self.run(params, tokens_BT, positions_BT, context, state, None)
+        written = {
+            name: {i: cache.write(state[name][i], new[name][i], start_B, lengths_B) for i in state[name]}
+            for name in state
+        }
+        return hidden_BTD, written

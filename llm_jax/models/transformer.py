@@ -1,0 +1,156 @@
+"""The decoder-only transformer's config: what a user chooses, what follows from it, and the rules between."""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax.numpy as jnp
+
+from llm_jax.config import Tagged, UserError
+from llm_jax.models import DEFAULT_LAYOUT, Layout, Model, ModelConfig
+from llm_jax.models.blocks import GATED, MLP, Attention, Block, Norm
+from llm_jax.models.decoder import Decoder, Embed, Head
+from llm_jax.models.positions import Learned, Positions, Rotary
+
+
+class Normalisation(Tagged):
+    """Root of the union: `--config.model.norm=layer`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RMSNorm(Normalisation, kind="rms"):
+    epsilon: float = 1e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerNorm(Normalisation, kind="layer"):
+    epsilon: float = 1e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class Transformer(ModelConfig, kind="transformer"):
+    """A stack of `layers` blocks of attention and MLP.
+
+    windows: the attention window of each block of the repeating pattern; (None,) sees everything everywhere,
+    (128, None) alternates. softcap: logits are softcap * tanh(logits / softcap).
+    """
+
+    layers: int = 4
+    width: int = 128
+    heads: int = 4
+    kv_heads: int | None = None
+    head_width: int | None = None
+    mlp_width: int | None = None
+    vocabulary: int | None = None
+    positions: Positions = dataclasses.field(default_factory=Rotary)
+    norm: Normalisation = dataclasses.field(default_factory=RMSNorm)
+    norm_position: Literal["pre", "post"] = "pre"
+    activation: Literal["gelu", "relu2", "swiglu", "geglu"] = "swiglu"
+    qk_norm: bool = False
+    bias: bool = False
+    tied: bool = True
+    windows: tuple[int | None, ...] = (None,)
+    softcap: float | None = None
+    dropout: float = 0.0
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    @property
+    def key_value_heads(self) -> int:
+        return self.heads if self.kv_heads is None else self.kv_heads
+
+    @property
+    def size_of_head(self) -> int:
+        return self.width // self.heads if self.head_width is None else self.head_width
+
+    @property
+    def size_of_mlp(self) -> int:
+        """4 x width, or, gated, 8/3 x width (as many parameters), rounded up to a multiple of 32."""
+        if self.mlp_width is not None:
+            return self.mlp_width
+        return -(-8 * self.width // 96) * 32 if self.activation in GATED else 4 * self.width
+
+    def validate(self) -> None:
+        for name in ("layers", "width", "heads", "kv_heads", "head_width", "mlp_width", "vocabulary"):
+            if (size := getattr(self, name)) is not None and size < 1:
+                raise UserError(f"model.{name}={size} must be at least 1")
+        if self.head_width is None and self.width % self.heads:
+            raise UserError(
+                f"model.heads={self.heads} does not divide model.width={self.width}; "
+                f"{self._nearest_heads()} does, or set model.head_width"
+            )
+        if self.heads % self.key_value_heads:
+            raise UserError(
+                f"model.kv_heads={self.kv_heads} does not divide model.heads={self.heads}: "
+                "each key/value head serves the same number of queries"
+            )
+        if isinstance(self.positions, Rotary) and self.size_of_head % 2:
+            raise UserError(f"a head of {self.size_of_head} can't be rotary: the head width must be even")
+        if not self.windows or any(w is not None and w < 1 for w in self.windows):
+            raise UserError(f"model.windows={self.windows}: one window of at least 1 (or none) per block")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"model.dropout={self.dropout} must be at least 0 and below 1")
+        if self.softcap is not None and self.softcap <= 0:
+            raise UserError(f"model.softcap={self.softcap} must be positive, or none")
+
+    def _nearest_heads(self) -> int:
+        divisors = [h for h in range(1, self.width + 1) if self.width % h == 0]
+        return min(divisors, key=lambda heads: abs(heads - self.heads))
+
+    def resolve(self, data: Any) -> "Transformer":
+        """With the data's vocabulary; raises UserError if this model has fewer token ids than the data."""
+        if self.vocabulary is None:
+            return dataclasses.replace(self, vocabulary=data.vocabulary)
+        if self.vocabulary < data.vocabulary:
+            raise UserError(
+                f"model.vocabulary={self.vocabulary} is smaller than the data's {data.vocabulary} token ids"
+            )
+        length = getattr(data, "sequence_length", 0)
+        if isinstance(self.positions, Learned) and self.positions.length < length:
+            raise UserError(
+                f"model.positions.length={self.positions.length} is shorter than sequences of {length}"
+            )
+        return self
+
+    def build(self, layout: Layout = DEFAULT_LAYOUT) -> Model:
+        """The functions of this model; `vocabulary` must be known (`resolve`)."""
+        if self.vocabulary is None:
+            raise UserError("model.vocabulary is not set, and there is no data to take it from")
+        gain = (2 * self.layers) ** -0.5  # 2 x layers branches add up in the residual stream (GPT-2)
+        centre = self.norm.kind == "layer"
+
+        def norm() -> Norm:
+            return Norm(self.width, self.norm.epsilon, centre, bias=centre and self.bias)
+
+        def block(window: int | None) -> Block:
+            return Block(
+                mixer=Attention(
+                    width=self.width,
+                    heads=self.heads,
+                    kv_heads=self.key_value_heads,
+                    head_width=self.size_of_head,
+                    window=window,
+                    qk_norm=self.qk_norm,
+                    bias=self.bias,
+                    epsilon=self.norm.epsilon,
+                    gain=gain,
+                ),
+                mlp=MLP(self.width, self.size_of_mlp, self.activation, self.bias, gain),
+                mixer_norm=norm(),
+                mlp_norm=norm(),
+                norm_position=self.norm_position,
+                dropout=self.dropout,
+            )
+
+        repeats, tail = divmod(self.layers, len(self.windows))
+        return Decoder(
+            embed=Embed(self.vocabulary, self.width, self.positions),
+            pattern=tuple(block(window) for window in self.windows),
+            repeats=repeats,
+            tail=tail,
+            norm=norm() if self.norm_position == "pre" else None,
+            head=None if self.tied else Head(self.vocabulary, self.width),
+            softcap=self.softcap,
+            dropout=self.dropout,
+            head_width=self.size_of_head,
+            dtype=jnp.dtype(self.dtype),
+            layout=layout,
+        ).model()
