@@ -87,8 +87,8 @@ class Layout:
     """How a model is executed; the same mathematics, so no part of a run's identity.
 
     unroll: layers as straight code (True) or one scan (False); None unrolls on the CPU, where a scan is
-    slower. remat: what the backward pass computes again instead of keeping: nothing, every block, or all but its
-    matrix products. attention: which implementation attends; auto picks by device.
+    slower. remat: what the backward pass computes again instead of keeping: nothing, every block, or all but
+    its matrix products. attention: which implementation attends; auto picks by device.
     """
 
     unroll: bool | None = None

@@ -163,7 +163,7 @@ class Decoder:
         return x_BTD, new
 
     def step(self, blocks: tuple[Block, ...], context: Context) -> Callable:
-        """One repeat of the pattern, (x, (params, state, keys)) -> (x, new), rematerialised if the layout says so."""
+        """One repeat of the pattern, (x, (params, state, keys)) -> (x, new), rematerialised or not."""
 
         def step(x_BTD: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
             params, state, keys = layer
@@ -208,7 +208,7 @@ class Decoder:
         return {name: params[name]}
 
     def unembed(self, params: Params, hidden: jax.Array) -> jax.Array:
-        """Float32 logits [..., V] of hidden states [..., D], soft-capped: softcap * tanh(logits / softcap)."""
+        """Float32 logits [..., V] of hidden states [..., D], capped as softcap * tanh(logits / softcap)."""
         table_DV = params["embed"]["embedding"].T if self.head is None else params["head"]["head"]
         logits = jnp.matmul(hidden, table_DV.astype(self.dtype), preferred_element_type=jnp.float32)
         return logits if self.softcap is None else self.softcap * jnp.tanh(logits / self.softcap)

@@ -18,7 +18,7 @@ from llm_jax.models import Params, Role
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """One row: logical axes, initialisation, and how many leading dimensions a matrix sums over (0: no matrix).
+    """One row: logical axes, initialisation, and the number of leading dimensions that a matrix sums over.
 
     init: a constant, "fan_in" (normal with variance 1 / summed dimensions, so that outputs have the scale of
     the inputs at every width) or "table" (normal with deviation 0.02, GPT-2's).
