@@ -47,7 +47,7 @@ def attend(q_BTHK: jax.Array, new: Cache, old: Cache, start_B: jax.Array, window
 
 
 def write(old: Cache, new: Cache, start_B: jax.Array, lengths_B: jax.Array) -> Cache:
-    """Caches [L, B, S, G, K] of a stack of layers with the first lengths_B of T new tokens [L, B, T, G, K]."""
+    """Caches [L, B, S, G, K] of stacked layers with the first lengths_B of T new tokens [L, B, T, G, K]."""
     S, T = old["key"].shape[2], new["key"].shape[2]
     t = jnp.arange(T)
     kept_BT = (t < lengths_B[:, None]) & (t >= lengths_B[:, None] - S)  # no slot is written twice
