@@ -1,0 +1,47 @@
+"""Scoring the held-out documents: nats per token and bits per byte, with a standard error over documents."""
+
+import math
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from llm_jax import sharding
+from llm_jax.data import HeldOut
+from llm_jax.losses import token_losses
+from llm_jax.models import Batch, Model, Params
+
+
+def make_scorer(model: Model) -> Callable[[Params, Batch], jax.Array]:
+    """The compiled function from parameters and a batch to each target's nats [B, T]."""
+    return jax.jit(lambda params, batch: token_losses(model, params, batch))
+
+
+def score(
+    scorer: Callable[[Params, Batch], jax.Array], params: Params, held_out: HeldOut, mesh: jax.sharding.Mesh
+) -> dict[str, float]:
+    """Scores every held-out document in full.
+
+    The standard error is that of the ratio (sum of nats) / (sum of tokens), documents being independent
+    (linearisation; Cochran, Sampling Techniques, 3rd edition, equation 2.45).
+    """
+    nats = np.zeros(held_out.documents)
+    tokens = np.zeros(held_out.documents)
+    for batch in held_out.batches():
+        document, mask = batch.pop("document"), batch["mask"]
+        spec = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch.items()}
+        on_mesh = sharding.load_rows(lambda rows, b=batch: {k: v[rows] for k, v in b.items()}, spec, mesh)
+        losses = np.asarray(scorer(params, on_mesh), np.float64) * mask
+        nats += np.bincount(document.ravel(), losses.ravel(), minlength=len(nats))
+        tokens += np.bincount(document.ravel(), mask.ravel(), minlength=len(tokens))
+    loss = nats.sum() / tokens.sum()
+    count = int((tokens > 0).sum())
+    variance = np.square(nats - loss * tokens).sum() / max(count - 1, 1) * count / tokens.sum() ** 2
+    return {
+        "loss": float(loss),
+        "loss_standard_error": float(math.sqrt(variance)),
+        "bits_per_byte": float(nats.sum() / math.log(2) / held_out.bytes),
+        "held_out_tokens": int(tokens.sum()),
+        "held_out_bytes": int(held_out.bytes),
+        "held_out_documents": int(held_out.documents),
+    }

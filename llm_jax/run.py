@@ -1,0 +1,99 @@
+"""A run: the join of the rooms' configs, and its identity.
+
+The scientific part (model, data, optimizer, objective, tokens, seed) decides the result and makes up the
+identity. The rest says where the run stands in its sweep and how it is executed; it is recorded only.
+"""
+
+import dataclasses
+import math
+
+from llm_jax import config
+from llm_jax.config import Tagged, UserError, outside_identity
+from llm_jax.data import DataConfig, Text
+from llm_jax.losses import NextToken, Objective
+from llm_jax.models import Layout, ModelConfig
+from llm_jax.models.transformer import Transformer
+from llm_jax.optimizers import AdamW, Optimizer
+from llm_jax.sharding import MeshConfig
+
+# Raised when the meaning of an unchanged config changes, so that old results are not taken for new ones.
+SCHEMA = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """Where a run stands in its sweep: what it is for, and the budget it belongs to."""
+
+    role: str = "run"
+    budget_flops: float | None = None
+
+
+class Sweep(Tagged):
+    """Root of the experiments' own settings (budgets, ladders, seeds): one member in each experiment file."""
+
+
+@dataclasses.dataclass(frozen=True)
+class NoSweep(Sweep, kind="none"):
+    """A single run."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpointing:
+    """When the state is saved: every so many seconds or steps (0: not by that clock), and at the end."""
+
+    every_seconds: float = 60.0
+    every_steps: int = 0
+    keep_last: int = 2
+    keep_steps: tuple[int, ...] = ()
+    at_end: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """How a run is executed: nothing here changes what it computes beyond rounding."""
+
+    mesh: MeshConfig = MeshConfig()
+    layout: Layout = Layout()
+    micro_batches: int = 1
+    checkpoint: Checkpointing = Checkpointing()
+    evaluate_every_steps: int = 0
+    evaluation_rows: int = 0
+    log_every_steps: int = 1
+    deterministic: bool = False
+
+    def validate(self) -> None:
+        if self.micro_batches < 1 or self.log_every_steps < 1:
+            raise UserError("execution: micro_batches and log_every_steps are at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training run. `tokens` is D, what it trains on; its last step ends the schedule."""
+
+    model: ModelConfig = Transformer()
+    data: DataConfig = Text()
+    optimizer: Optimizer = AdamW()
+    objective: Objective = NextToken()
+    tokens: int = 2**20
+    seed: int = 0
+    name: str = outside_identity("")
+    cell: Cell = outside_identity(Cell())
+    sweep: Sweep = outside_identity(NoSweep())
+    execution: Execution = outside_identity(Execution())
+
+    @property
+    def steps(self) -> int:
+        return math.ceil(self.tokens / self.data.tokens_per_step)
+
+    @property
+    def resolved_model(self) -> ModelConfig:
+        """The model's config with what it takes from the data (the vocabulary) filled in."""
+        return self.model.resolve(self.data)
+
+    def validate(self) -> None:
+        if self.tokens < 1:
+            raise UserError(f"tokens: {self.tokens} is less than 1")
+        self.resolved_model.validate()
+
+    def identity(self, content: bool = True) -> str:
+        return config.identity(self, SCHEMA, content)

@@ -1,0 +1,144 @@
+"""The train step, `step(state, batch, hyper) -> (state, metrics)`: a pure function, and the only one there is.
+
+Packed sweeps, trunks and branches, fine-tuning and foreign models all go through it. What varies between them
+is data: arrays in `hyper`, functions in the `Model`, terms from the `Objective`.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from llm_jax import optimizers, sharding
+from llm_jax.losses import Objective, total
+from llm_jax.models import Batch, Model, Params, Term
+
+Hyper = dict[str, jax.Array]
+
+
+class State(NamedTuple):
+    """All that a run is at a step. `frozen` holds parameters that are used but not trained."""
+
+    trained: Params
+    frozen: Params
+    optimizer: Any
+    step: jax.Array
+    key: jax.Array
+
+
+def make_step(
+    model: Model, objective: Objective, optimizer: optimizers.Optimizer, roles: Any, micro_batches: int = 1
+) -> Callable[[State, Batch, Hyper], tuple[State, dict[str, jax.Array]]]:
+    """One update of the parameters on one global batch.
+
+    hyper: one row of `optimizers.tables`, scalars. metrics: scalars; `loss` and every term's mean, norms of
+    gradient and update as a whole and by role.
+    """
+
+    def step(state: State, batch: Batch, hyper: Hyper) -> tuple[State, dict[str, jax.Array]]:
+        key = jax.random.fold_in(state.key, state.step)
+        weights = optimizers.term_weights(hyper)
+
+        def terms_of(trained: Params, micro_batch: Batch, micro_key: jax.Array) -> dict[str, Term]:
+            params = state.frozen | trained
+            return objective.terms(model, params, micro_batch, micro_key, weights)
+
+        gradient, terms = accumulate(terms_of, state.trained, batch, key, micro_batches)
+        updates, optimizer_state = optimizers.update(
+            optimizer, roles, gradient, state.optimizer, state.trained, hyper
+        )
+        trained = optax.apply_updates(state.trained, updates)
+        metrics = {"loss": total(terms), "learning_rate": hyper["learning_rate"]}
+        metrics |= {f"loss/{name}": term.sum / term.count for name, term in terms.items()}
+        metrics |= norms("gradient_norm", roles, gradient) | norms("update_norm", roles, updates)
+        return State(trained, state.frozen, optimizer_state, state.step + 1, state.key), metrics
+
+    return step
+
+
+def accumulate(
+    terms_of: Callable[[Params, Batch, jax.Array], dict[str, Term]],
+    trained: Params,
+    batch: Batch,
+    key: jax.Array,
+    micro_batches: int,
+) -> tuple[Params, dict[str, Term]]:
+    """The gradient of `total(terms)` over the whole batch, a micro-batch at a time.
+
+    Counts are those of the whole batch, so uneven masks don't weigh micro-batches unevenly. They are summed
+    in a pass of their own, in which the compiler drops all else.
+    """
+
+    def loss(trained: Params, micro_batch: Batch, micro_key: jax.Array, counts: Any) -> tuple[jax.Array, Any]:
+        terms = terms_of(trained, micro_batch, micro_key)
+        return total(terms, counts), terms
+
+    if micro_batches == 1:
+        gradient, terms = jax.grad(loss, has_aux=True)(trained, batch, key, None)
+        return gradient, terms
+
+    # Row r goes to micro-batch r mod n, so that every device has rows of each.
+    split = jax.tree.map(lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1), batch)
+    keys = jax.random.split(key, micro_batches)
+
+    def sum_over_micro_batches(f: Callable[[Batch, jax.Array], Any]) -> Any:
+        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(f, jax.tree.map(lambda x: x[0], split), keys[0]))
+        add = lambda sums, item: (jax.tree.map(jnp.add, sums, f(*item)), None)  # noqa: E731
+        return jax.lax.scan(add, zeros, (split, keys))[0]
+
+    counts = sum_over_micro_batches(
+        lambda micro, k: {name: term.count for name, term in terms_of(trained, micro, k).items()}
+    )
+
+    def gradient_and_sums(micro_batch: Batch, micro_key: jax.Array) -> Any:
+        gradient, terms = jax.grad(loss, has_aux=True)(trained, micro_batch, micro_key, counts)
+        return gradient, {name: (term.sum, term.weight / micro_batches) for name, term in terms.items()}
+
+    gradient, sums = sum_over_micro_batches(gradient_and_sums)
+    return gradient, {name: Term(s, counts[name], weight) for name, (s, weight) in sums.items()}
+
+
+def norms(label: str, roles: Any, tree: Params) -> dict[str, jax.Array]:
+    """The norm of `tree` as a whole, `label`, and of the leaves of each role, `label/role`."""
+    by_role = optimizers.norms_by_role(roles, tree)
+    whole = jnp.sqrt(sum(jnp.square(norm) for norm in by_role.values()))
+    return {label: whole} | {f"{label}/{name}": norm for name, norm in by_role.items()}
+
+
+# ---- where the state lies ----
+
+
+def make_init(model: Model, optimizer: optimizers.Optimizer, roles: Any) -> Callable[[jax.Array], State]:
+    """The state at step 0 as a function of the key: its first half makes the parameters, the rest is kept."""
+
+    def init(key: jax.Array) -> State:
+        init_key, run_key = jax.random.split(key)
+        params = model.init(init_key)
+        return State(params, {}, optimizers.init(optimizer, roles, params), jnp.int32(0), run_key)
+
+    return init
+
+
+def state_shardings(state: State, roles: Any, mesh: jax.sharding.Mesh) -> State:
+    """Parameters by their roles; an optimizer's leaf as the parameter whose path its own path ends with."""
+    axes = jax.tree.map(lambda role: role.axes, roles)
+    placed = sharding.shardings(state.trained, axes, mesh)
+    by_path = {
+        path: (leaf.shape, place)
+        for (path, leaf), place in zip(
+            jax.tree_util.tree_flatten_with_path(state.trained)[0], jax.tree.leaves(placed), strict=True
+        )
+    }
+    whole = jax.sharding.NamedSharding(mesh, jax.P())
+
+    def like_parameter(path: tuple, leaf: Any) -> jax.sharding.NamedSharding:
+        for start in range(len(path)):
+            shape, place = by_path.get(path[start:], (None, None))
+            if shape == leaf.shape:
+                return place
+        return whole
+
+    rest = jax.tree_util.tree_map_with_path(like_parameter, state)
+    return rest._replace(trained=placed)

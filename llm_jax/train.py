@@ -1,0 +1,304 @@
+"""Training: the loop around the step.
+
+python -m llm_jax.train --config=experiments/isoflop.py --config.model.layers=4
+"""
+
+import contextlib
+import dataclasses
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+
+from llm_jax import config, optimizers, sharding
+from llm_jax.checkpoints import Checkpoints
+from llm_jax.config import UserError
+from llm_jax.data import Source, cache_folder
+from llm_jax.held_out import make_scorer, score
+from llm_jax.kernels import devices
+from llm_jax.models import Batch, Params, counting
+from llm_jax.progress import Progress
+from llm_jax.records import Record, environment, load_run, metrics
+from llm_jax.run import SCHEMA, Run
+from llm_jax.step import make_init, make_step, state_shardings
+
+# Called with (steps done, parameters to evaluate) at every evaluation; what it returns is logged.
+Hook = Callable[[int, Params], dict[str, float]]
+
+
+def train(run: Run, folder: str | Path, hooks: Sequence[Hook] = (), progress: Any = None) -> dict[str, Any]:
+    """Trains `run` in `folder`, from its last checkpoint if there is one; returns what result.json holds.
+
+    progress: an object with update(steps done, loss, tokens per second).
+    Raises UserError before anything is written if the run can't be done. On SIGTERM the state is saved and
+    SystemExit(143) raised. A loss that isn't finite ends the run with the status 'diverged'.
+    """
+    started = time.perf_counter()
+    config.check(run)
+    execution, steps = run.execution, run.steps
+    prepare_xla(execution.deterministic)
+
+    # ---- the parts, and what can't be done ----
+    mesh = sharding.make_mesh(execution.mesh)
+    sharding.check_batch(run.data.batch_size, execution.micro_batches, mesh)
+    source = run.data.open()
+    refuse_repeats(run, source)
+    model = run.resolved_model.build(execution.layout)
+    key = jax.random.PRNGKey(run.seed)
+    roles = model.roles(jax.eval_shape(model.init, key))
+    tables = optimizers.tables(run.optimizer, run.objective, steps)
+    held_out = source.held_out()
+
+    # ---- records ----
+    folder = Path(folder)
+    record = Record(folder, writes=jax.process_index() == 0)
+    record.start(described(run, source), execution_facts(run, mesh, roles))
+    if (finished := load_run(folder)["result"]) is not None:
+        record.close()
+        return finished
+    checkpoints = Checkpoints(
+        folder / "checkpoints", execution.checkpoint.keep_last, execution.checkpoint.keep_steps
+    )
+
+    with jax.set_mesh(mesh), catching_sigterm() as terminated:
+        # ---- the state, new or restored ----
+        init = make_init(model, run.optimizer, roles)
+        abstract = jax.eval_shape(init, key)
+        placed = state_shardings(abstract, roles, mesh)
+        restored = checkpoints.restore(
+            jax.tree.map(lambda x, p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=p), abstract, placed)
+        )
+        first, state = restored or (0, jax.jit(init, out_shardings=placed)(key))
+        record.resume_at(first)
+
+        # ---- compilation, timed apart ----
+        def load(step: int) -> Batch:
+            start = step * run.data.batch_size
+            return sharding.load_rows(lambda rows: source.rows(run.seed, start + rows), source.spec, mesh)
+
+        def hyper(step: int) -> dict[str, np.ndarray]:
+            return {name: table[step] for name, table in tables.items()}
+
+        step_function = make_step(model, run.objective, run.optimizer, roles, execution.micro_batches)
+        compiling = time.perf_counter()
+        sample = min(first, steps - 1)
+        compiled = (
+            jax.jit(step_function, donate_argnums=0, out_shardings=(placed, None))
+            .lower(state, load(sample), hyper(sample))
+            .compile()
+        )
+        compile_seconds = time.perf_counter() - compiling
+        scorer = make_scorer(model)
+
+        def evaluate(step: int) -> dict[str, float]:
+            params = optimizers.evaluation_params(run.optimizer, state.optimizer, state.trained)
+            params = state.frozen | params
+            row = {} if held_out is None else score(scorer, params, held_out, mesh)
+            for hook in hooks:
+                row |= hook(step, params)
+            return row
+
+        # ---- steps, one in flight: a step's metrics are fetched after the next one is dispatched ----
+        stopwatch = Stopwatch(run.data.tokens_per_step)
+        saved_at = time.perf_counter()
+        in_flight: tuple[int, dict[str, jax.Array]] | None = None
+        status = "done"
+
+        def settle() -> None:
+            nonlocal in_flight, status
+            if in_flight is None:
+                return
+            step, numbers = in_flight
+            in_flight = None
+            row = {name: float(value) for name, value in jax.device_get(numbers).items()}
+            rate = stopwatch.lap()
+            if not math.isfinite(row["loss"]):
+                status = "diverged"
+            if step % execution.log_every_steps == 0 or step == steps - 1 or status == "diverged":
+                record.log(step + 1, row | {"tokens_per_second": rate})
+            if progress is not None:
+                progress.update(step + 1, row["loss"], rate)
+
+        for step in range(first, steps):
+            state, numbers = compiled(state, load(step), hyper(step))
+            settle()
+            in_flight = step, numbers
+            done = step + 1
+            evaluating = done < steps and _every(execution.evaluate_every_steps, done)
+            saving = done in execution.checkpoint.keep_steps or _every(execution.checkpoint.every_steps, done)
+            saving |= 0 < execution.checkpoint.every_seconds < time.perf_counter() - saved_at
+            if evaluating or saving or terminated.is_set():
+                settle()
+            if status == "diverged":
+                break
+            if evaluating:
+                record.log(done, {f"held_out/{name}": value for name, value in evaluate(done).items()})
+            if saving or terminated.is_set():
+                checkpoints.save(done, state, wait=terminated.is_set())
+                saved_at = time.perf_counter()
+            if terminated.is_set():
+                checkpoints.close()
+                raise SystemExit(143)
+            if evaluating or saving:
+                stopwatch.restart()
+        settle()
+
+        # ---- the end ----
+        if status == "done" and execution.checkpoint.at_end and first < steps:
+            checkpoints.save(steps, state, wait=True)
+        checkpoints.close()
+        scores = evaluate(steps) if status == "done" else {}
+        facts = {
+            "identity": run.identity(),
+            "name": run.name,
+            "status": status,
+            **dataclasses.asdict(run.cell),
+            **scores,
+            "train_loss": float(metrics(folder)["loss"].tail(max(1, steps // 20)).mean()),
+            **counting.count(model, run.resolved_model, source.spec),
+            "D": steps * run.data.tokens_per_step,
+            "steps": steps,
+            "seed": run.seed,
+            "wall_seconds": time.perf_counter() - started,
+            "compile_seconds": compile_seconds,
+            "tokens_per_second": stopwatch.tokens_per_second,
+            "resumes": resumes(run, mesh),
+        }
+    result = facts | speeds(facts, run, mesh) | environment()
+    record.finish(result)
+    return result
+
+
+def refuse_repeats(run: Run, source: Source) -> None:
+    """Raises UserError if the run needs more tokens than one epoch has, unless repeating was asked for."""
+    needed = run.steps * run.data.tokens_per_step
+    if source.available_tokens is not None and needed > source.available_tokens:
+        raise UserError(
+            f"{needed:,} tokens are more than the {source.available_tokens:,} of one epoch; ask for fewer "
+            "(--config.tokens) or for repetition (--config.data.repeat=true)"
+        )
+
+
+class Stopwatch:
+    """Tokens per second over the steps of this process; compiling, evaluating and saving don't count."""
+
+    def __init__(self, tokens_per_step: int) -> None:
+        self.tokens_per_step = tokens_per_step
+        self.steps, self.seconds = 0, 0.0
+        self.last: float | None = None
+
+    def lap(self) -> float:
+        """Called when a step's metrics have arrived; returns the rate so far (0 before the second step)."""
+        now = time.perf_counter()
+        if self.last is not None:
+            self.steps, self.seconds = self.steps + 1, self.seconds + now - self.last
+        self.last = now
+        return self.tokens_per_second
+
+    def restart(self) -> None:
+        self.last = None
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.steps * self.tokens_per_step / self.seconds if self.steps else 0.0
+
+
+def described(run: Run, source: Source) -> dict[str, Any]:
+    """What config.json says of a run wherever and however it is executed."""
+    return {
+        "identity": run.identity(),
+        "schema": SCHEMA,
+        "scientific": config.scientific(run),
+        "config": config.to_json(run),
+        "cell": dataclasses.asdict(run.cell),
+        "data": dict(source.record),
+    }
+
+
+def execution_facts(run: Run, mesh: jax.sharding.Mesh, roles: Any) -> dict[str, Any]:
+    """What this start's execution was: layout and mesh, devices, versions, git revision."""
+    params = jax.eval_shape(run.resolved_model.build(run.execution.layout).init, jax.random.PRNGKey(0))
+    axes = jax.tree.map(lambda role: role.axes, roles)
+    return {
+        "layout": config.to_json(run.execution) | {"mesh": dict(mesh.shape)},
+        "kept_whole": sharding.describe(params, axes, mesh),
+        "environment": environment(),
+    }
+
+
+def speeds(facts: dict[str, Any], run: Run, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """Achieved FLOP/s by the exact count, and the share of the devices' peak (None if that isn't known)."""
+    achieved = facts["tokens_per_second"] * facts["flops_exact_per_token"]
+    dtype = getattr(run.model, "dtype", "float32")
+    peak = devices.peak_flops(mesh.devices.flat[0], dtype)
+    return {"flops_per_second": achieved, "mfu": None if peak is None else achieved / (peak * mesh.size)}
+
+
+def resumes(run: Run, mesh: jax.sharding.Mesh) -> str:
+    """How closely a killed run that continues repeats the one that wasn't killed."""
+    exact = run.execution.deterministic or mesh.devices.flat[0].platform == "cpu"
+    return "bit for bit" if exact else "to 1e-5 over 20 steps"
+
+
+def prepare_xla(deterministic: bool) -> None:
+    """The compilation cache, shared by all runs, and XLA's deterministic operations on GPUs if asked for.
+
+    The autotuner picks kernels by timing them, so its choices are kept too, or a restart may pick others.
+    """
+    place = Path(jax.config.jax_compilation_cache_dir or cache_folder() / "xla")
+    jax.config.update("jax_compilation_cache_dir", str(place))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    wanted = f"--xla_gpu_deterministic_ops=true --xla_gpu_per_fusion_autotune_cache_dir={place / 'autotune'}"
+    if deterministic and wanted not in os.environ.get("XLA_FLAGS", ""):
+        (place / "autotune").mkdir(parents=True, exist_ok=True)
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {wanted}".strip()
+
+
+def _every(interval: int, step: int) -> bool:
+    return interval > 0 and step % interval == 0
+
+
+@contextlib.contextmanager
+def catching_sigterm() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets; outside the main thread, where Python allows no handler, nothing does."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+# ---- the command ----
+
+
+def main() -> None:
+    picked = config.chosen()
+    run = picked.config
+    if flags.FLAGS.deterministic:
+        run = config.replace(run, "execution.deterministic", True)
+    name = f"{Path(picked.module.__file__).stem}-{picked.scale}"
+    folder = Path(flags.FLAGS.folder or Path("runs") / name / run.identity())
+    print(f"{folder}: {run.steps:,} steps of {run.data.tokens_per_step:,} tokens")
+    result = train(run, folder, progress=Progress(run.steps, run.name or run.identity()))
+    for key in ("status", "loss", "loss_standard_error", "bits_per_byte", "train_loss", "tokens_per_second"):
+        print(f"{key:>22}  {result.get(key)}")
+    print(f"{'records':>22}  {folder}")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("folder", None, "the run's folder; runs/<experiment>-<scale>/<identity> if not given")
+    flags.DEFINE_bool("deterministic", False, "repeat bit for bit on a GPU too, at some cost in speed")
+    config.run_main(main)
