@@ -39,12 +39,13 @@ class Tagged:
     """Root of a tagged union: a value's class is chosen by its `kind`."""
 
     kind: ClassVar[str]
+    root: ClassVar[type["Tagged"]]
     members: ClassVar[dict[str, type]]
 
     def __init_subclass__(cls, kind: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if Tagged in cls.__bases__:
-            cls.members = {}
+            cls.root, cls.members = cls, {}
         if kind is not None:
             cls.kind = kind
             cls.members[kind] = cls
@@ -58,7 +59,7 @@ class Tagged:
 def member(root: type[Tagged], kind: str) -> type:
     """The member of the union `root` that `kind` names; raises UserError with the nearest name."""
     if kind not in root.members:
-        raise UserError(f"no {root.__name__.lower()} {kind!r}; {_suggest(kind, root.members)}")
+        raise UserError(f"no {root.root.__name__.lower()} {kind!r}; {_suggest(kind, root.members)}")
     return root.members[kind]
 
 

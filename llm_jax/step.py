@@ -1,4 +1,4 @@
-"""The train step, `step(state, batch, hyper) -> (state, metrics)`: a pure function, and the only one there is.
+"""The train step, `step(state, batch, hyper) -> (state, metrics)`: pure, and the only one there is.
 
 Packed sweeps, trunks and branches, fine-tuning and foreign models all go through it. What varies between them
 is data: arrays in `hyper`, functions in the `Model`, terms from the `Objective`.

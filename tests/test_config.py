@@ -1,0 +1,221 @@
+"""Configs: what overrides accept, what they refuse and in which words, and what makes an identity."""
+
+import dataclasses
+import subprocess
+import sys
+from typing import Literal
+
+import pytest
+
+from llm_jax import config
+from llm_jax.config import Tagged, UserError
+
+
+class Shape(Tagged):
+    """A union."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Square(Shape, kind="square"):
+    side: int = 2
+    colour: str = "red"
+
+
+@dataclasses.dataclass(frozen=True)
+class Circle(Shape, kind="circle"):
+    radius: float = 1.0
+    colour: str = "blue"
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    rate: float = 1e-3
+    sizes: tuple[int, ...] = (1, 2)
+
+    def validate(self):
+        if self.rate < 0:
+            raise UserError(f"rate {self.rate} is negative")
+
+
+@dataclasses.dataclass(frozen=True)
+class Outer:
+    inner: Inner = Inner()
+    shape: Shape = Square()
+    shapes: tuple[Shape, ...] = ()
+    limit: int | None = None
+    mode: Literal["fast", "slow"] = "fast"
+    on: bool = False
+    folder: str = config.outside_identity("here")
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "value"),
+    [
+        ("inner.rate", "3e-3", 3e-3),
+        ("inner.rate", "1", 1.0),
+        ("inner.sizes", "(4, 5)", (4, 5)),
+        ("inner.sizes", "4,5", (4, 5)),
+        ("inner.sizes", "4,", (4,)),
+        ("inner.sizes.1", "7", (1, 7)),
+        ("limit", "1_000", 1000),
+        ("limit", "none", None),
+        ("mode", "slow", "slow"),
+        ("on", "true", True),
+        ("folder", "a=b", "a=b"),
+        ("shape", "circle", Circle()),
+        ("shape.side", "5", Square(side=5)),
+    ],
+)
+def test_an_override_is_read_as_the_type_of_its_field(path, text, value):
+    changed = config.override(Outer(), path, text)
+    for part in path.split("."):
+        if part.isdigit() or isinstance(changed, Shape):
+            break
+        changed = getattr(changed, part)
+    assert changed == value
+    assert type(changed) is type(value)
+
+
+def test_changing_the_kind_keeps_the_fields_that_both_members_have():
+    outer = config.override(Outer(), "shape.colour", "green")
+    assert config.override(outer, "shape.kind", "circle").shape == Circle(colour="green")
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "words"),
+    [
+        ("iner.rate", "1", "no field 'iner' in Outer; did you mean 'inner'?"),
+        ("inner.rat", "1", "no field 'rat' in Inner; did you mean 'rate'?"),
+        ("limit", "1.5", "config.limit: '1.5' is not an integer or none"),
+        ("inner.rate", "fast", "config.inner.rate: 'fast' is not a number"),
+        ("on", "yes", "config.on: 'yes' is not true or false"),
+        ("mode", "fastest", "config.mode: 'fastest' is not one of fast, slow"),
+        ("inner.sizes", "a,b", "config.inner.sizes: 'a' is not an integer"),
+        ("inner.sizes.2", "1", "'2' is no index into a tuple of 2"),
+        ("shape", "sqare", "no shape 'sqare'; did you mean 'square'?"),
+        ("shape.kind", "cube", "no shape 'cube'"),
+        ("limit.x", "1", "limit is None and has no fields"),
+    ],
+)
+def test_a_bad_override_is_one_line_that_names_what_is_wrong(path, text, words):
+    with pytest.raises(UserError) as error:
+        config.override(Outer(), path, text)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "outer", [Outer(), Outer(Inner(0.1, (3,)), Circle(2.0), (Square(), Circle()), 5, "slow")]
+)
+def test_json_and_back_is_the_same_config(outer):
+    assert config.from_json(Outer, config.to_json(outer)) == outer
+
+
+def test_json_with_an_unknown_field_is_refused():
+    with pytest.raises(UserError, match="no field 'sied' in Square; did you mean 'side'"):
+        config.from_json(Outer, {"shape": {"kind": "square", "sied": 3}})
+
+
+def test_check_finds_wrong_types_and_broken_rules_inside():
+    config.check(Outer())
+    with pytest.raises(UserError, match=r"config\.inner\.rate: 'x' is not a number"):
+        config.check(Outer(Inner(rate="x")))
+    with pytest.raises(UserError, match="is negative"):
+        config.check(Outer(Inner(rate=-1.0)))
+
+
+def test_identity_depends_on_what_differs_from_defaults_only():
+    same = config.identity(Outer(), 1)
+    assert config.identity(Outer(folder="there"), 1) == same
+    assert config.identity(Outer(inner=Inner(rate=1e-3)), 1) == same
+    assert config.identity(Outer(), 2) != same
+    different = [Outer(limit=1), Outer(shape=Circle()), Outer(inner=Inner(rate=1)), Outer(shapes=(Square(),))]
+    assert len({config.identity(outer, 1) for outer in [Outer(), *different]}) == 5
+
+
+def test_an_integer_and_the_equal_float_have_one_identity():
+    assert config.identity(Outer(Inner(rate=1)), 1) == config.identity(Outer(Inner(rate=1.0)), 1)
+
+
+def test_a_new_field_with_a_default_keeps_old_identities():
+    @dataclasses.dataclass(frozen=True)
+    class Old:
+        a: int = 1
+
+    @dataclasses.dataclass(frozen=True)
+    class New:
+        a: int = 1
+        b: Shape = Square()
+
+    assert config.identity(Old(3), 1) == config.identity(New(3), 1)
+    assert config.identity(New(3), 1) != config.identity(New(3, Circle()), 1)
+
+
+def test_content_enters_the_identity_by_fingerprint():
+    @dataclasses.dataclass(frozen=True)
+    class File:
+        path: str = config.outside_identity("x")
+        content: str = config.outside_identity("1")
+
+        def fingerprint(self):
+            return {"content": self.content}
+
+    assert config.identity(File("x"), 1) == config.identity(File("moved"), 1)
+    assert config.identity(File(content="1"), 1) != config.identity(File(content="2"), 1)
+    assert config.identity(File(content="1"), 1, content=False) == config.identity(
+        File(content="2"), 1, content=False
+    )
+
+
+EXPERIMENT = """
+import dataclasses
+SCALES = {"small": 1, "large": 2}
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    layers: int = 4
+
+def get_config(scale):
+    return Config(SCALES[scale])
+"""
+COMMAND = "from llm_jax import config; config.run_main(lambda: print(config.chosen().config))"
+
+
+def ask(*arguments):
+    done = subprocess.run([sys.executable, "-c", COMMAND, *arguments], capture_output=True, text=True)
+    return done.returncode, done.stdout.strip(), done.stderr.strip()
+
+
+def test_the_command_line_picks_a_file_a_scale_and_fields(tmp_path):
+    file = tmp_path / "experiment.py"
+    file.write_text(EXPERIMENT)
+    assert ask(f"--config={file}") == (0, "Config(layers=1)", "")
+    assert ask(f"--config={file}:large") == (0, "Config(layers=2)", "")
+    assert ask(f"--config={file}", "--config.layers=7") == (0, "Config(layers=7)", "")
+    assert ask(f"--config={file}", "--config.layers", "7") == (0, "Config(layers=7)", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "--config is missing"),
+        (["--config=FOLDER/experimant.py"], "no experiment file"),
+        (["--config=FILE:lage"], "no scale 'lage'; did you mean 'large'?"),
+        (["--config=FILE", "--config.layer=3"], "no field 'layer' in Config; did you mean 'layers'?"),
+        (["--config=FILE", "--config.layers=x"], "config.layers: 'x' is not an integer"),
+        (["--config=FILE", "--config.layers"], "--config.layers needs a value"),
+        (["--config=FILE", "--confg=3"], "Unknown command line flag 'confg'"),
+        (["--config=FILE", "stray"], "unexpected argument 'stray'"),
+        (["--config=BROKEN"], "an experiment file defines SCALES"),
+    ],
+)
+def test_a_bad_command_line_is_one_line_and_exit_code_2(tmp_path, arguments, words):
+    (tmp_path / "experiment.py").write_text(EXPERIMENT)
+    (tmp_path / "broken.py").write_text("")
+    places = {"FILE": tmp_path / "experiment.py", "FOLDER": tmp_path, "BROKEN": tmp_path / "broken.py"}
+    for name, place in places.items():
+        arguments = [argument.replace(name, str(place)) for argument in arguments]
+    code, out, err = ask(*arguments)
+    assert (code, out) == (2, "")
+    assert words in err
+    assert err.count("\n") == 0
