@@ -3,10 +3,10 @@
     checkpoints/00000100/        what orbax wrote: every array of the state under its name in the tree
     checkpoints/00000100.json    the manifest: shapes of the arrays, size and SHA-256 of every file
 
-The rule. A checkpoint counts exactly if its manifest stands and every file is as the manifest says. The manifest
-is renamed into place after orbax has committed the folder and removed before the folder is, and an older
-checkpoint goes only when the newer manifest stands. So a process killed at any moment leaves whole checkpoints
-and leftovers that are ignored (and swept away by the next session's first save), never a doubtful one.
+The rule: a checkpoint counts exactly if its manifest stands and every file is as the manifest says. The
+manifest is renamed into place after orbax has committed the folder and removed before the folder is, and an
+older checkpoint goes only when the newer manifest stands. So a process killed at any moment leaves whole
+checkpoints and leftovers, which are ignored and swept away by the next session's first save.
 """
 
 import concurrent.futures
@@ -40,8 +40,8 @@ def _warn(line: str) -> None:
 class Checkpoints:
     """The checkpoints of one run: keeps the newest `keep_last`, and the steps in `keep_steps` for good.
 
-    Reading never changes the folder. In a run of many processes all of them call `save`, `restore` and `close`
-    (the folder is on a file system that they share); process 0 writes manifests, checks them and removes.
+    Reading never changes the folder. In a run of many processes all of them call `save`, `restore` and
+    `close`, on a file system that they share; process 0 alone writes manifests, checks them, and removes.
     `say` is told in one line when a damaged checkpoint is passed over.
     """
 
@@ -62,10 +62,10 @@ class Checkpoints:
         self._saving: concurrent.futures.Future | None = None
 
     def save(self, step: int, state: Any, wait: bool = False) -> None:
-        """Saves `state` (a pytree of arrays) as that of `step`; returns when it is safe to change or donate it.
+        """Saves `state` (a pytree of arrays) as that of `step`; returns when it may be changed or donated.
 
-        The rest happens in a thread; an error there is raised by the next call. Waits for a save that is still
-        going on. Later steps that an earlier session left behind are superseded: they are removed.
+        The rest happens in a thread; an error there is raised by the next call. Waits for a save that is
+        still going on. Later steps that an earlier session left behind are superseded: they are removed.
         """
         if step != self._current:
             self.wait()
@@ -89,9 +89,9 @@ class Checkpoints:
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[int, Any] | None:
         """The newest sound checkpoint as (step, state), or None if no save was ever finished.
 
-        abstract_state: the tree with a ShapeDtypeStruct (or an array) for each leaf; its shardings say where the
-        state goes, whatever mesh it was saved from. `step` asks for one step and no other. Raises UserError if
-        none is sound, and for a checkpoint of another architecture, naming the first array that differs.
+        abstract_state: the tree with a ShapeDtypeStruct (or an array) for each leaf; its shardings say where
+        the state goes, whatever mesh it was saved from. `step` asks for that step and no other. Raises
+        UserError if none is sound, and for another architecture, naming the first array that differs.
         """
         found = self._sound(step)
         if found is None:
@@ -129,7 +129,7 @@ class Checkpoints:
     # ---- writing (only process 0 writes, and only here) ----
 
     def _finish(self, step: int, saved: Any, shapes: dict[str, list]) -> None:
-        """In the thread: after orbax's commit (in all processes) the manifest, after the manifest the retention."""
+        """In the thread: orbax's commit (in all processes), then the manifest, then the retention."""
         saved.result()
         if not self._leader:
             return
@@ -197,9 +197,7 @@ class Checkpoints:
             problem = self._problem(step)
             if problem is None:
                 if passed:
-                    self._say(
-                        f"checkpoint {', '.join(passed)} passed over; continuing from step {step} in {self.folder}"
-                    )
+                    self._say(f"{self.folder}: passed over {', '.join(passed)}; continuing from step {step}")
                 return step
             passed.append(f"{self._place(step).name} ({problem})")
         if steps:

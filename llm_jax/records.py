@@ -7,66 +7,80 @@
     checkpoints/                see checkpoints.py
     lock                        held by the process that writes here; its content means nothing
 
-A row of step s is what is known when s steps are done: log it before the checkpoint of step s is saved, and a
-killed run loses no row. JSON has no numbers for nan and the infinities: they are the strings "NaN", "Infinity"
-and "-Infinity" here, which every function of this file reads back as floats.
+A row of step s is what is known when s steps are done: log it before the checkpoint of step s is saved, and
+a killed run loses no row. JSON has no numbers for nan and the infinities: they are written as the strings
+"NaN", "Infinity" and "-Infinity", which every function of this file reads back as floats.
 """
 
 import fcntl
-import importlib.metadata
 import json
 import math
 import os
-import platform
-import subprocess
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_jax.config import UserError
+from llm_jax.environment import environment
+from llm_jax.events import EventFile
 
 if TYPE_CHECKING:
     import pandas
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "llm-jax")
 NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+_writing: set[Path] = set()  # the folders that this process writes in
 
 
 class Record:
-    """The writing side of one run's folder; one process writes at a time (of many, process 0).
+    """The writing side of one run's folder: start, resume_at, log ..., finish (or close).
 
-    Made with `writes=False` (the other processes of a run) it does nothing.
+    One process writes in a folder at a time. Of a run's many processes that is number 0; in the others
+    (`writes` False) every call does nothing but what it returns.
     """
 
     def __init__(
-        self, folder: str | Path, writes: bool = True, rows_per_part: int = 10_000, tensorboard: bool = True
-    ):
-        self.folder = Path(folder)
-        self._writes, self._rows_per_part, self._tensorboard = writes, rows_per_part, tensorboard
+        self,
+        folder: str | Path,
+        writes: bool | None = None,
+        rows_per_part: int = 10_000,
+        tensorboard: bool = True,
+    ) -> None:
+        import jax  # here, because readers of records don't need it
+
+        self.folder = Path(folder).absolute()
+        self._writes = jax.process_index() == 0 if writes is None else writes
+        self._rows_per_part, self._tensorboard = rows_per_part, tensorboard
         self._facts: dict[str, Any] = {}
         self._lock = self._part = self._events = None
         self._rows = self._resumed = 0
 
-    def start(self, config_json: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    def start(self, config_json: Mapping[str, Any], facts: Mapping[str, Any] | None = None) -> None:
         """Takes the folder: writes config.json, or checks that it belongs to the same identity.
 
-        config_json has at least `identity`, and `scientific` or `config` to say what differs. facts: what holds
-        for this start only (versions, git, device, layout); also kept at the head of each part of the metrics.
+        config_json has at least `identity`, and `scientific` and `config` to say what differs. facts: what
+        holds for this start only, default `environment()`; kept at the head of each start's metrics too.
         Raises UserError if the folder belongs to another config or another process is writing in it.
         """
+        self._facts = dict(environment() if facts is None else facts)
         if not self._writes:
             return
         place = self.folder / "config.json"
         if place.exists():
-            _check_identity(self.folder, _read(place), config_json)
+            _check_identity(self.folder, _read(place), plain(config_json))
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = _take(self.folder)
         if self._lock is None:
             raise UserError(f"{self.folder}: another process is running this run; wait for it or end it")
-        self._facts = dict(facts)
+        _writing.add(self.folder)
         if not place.exists():
-            write_atomically(place, dumps({**config_json, **facts}, indent=1) + "\n")
+            write_atomically(place, dumps({**config_json, **self._facts}, indent=1) + "\n")
+
+    def result(self) -> dict[str, Any] | None:
+        """What result.json holds if the run is complete."""
+        place = self.folder / "result.json"
+        return _read(place) if place.exists() else None
 
     def resume_at(self, step: int) -> None:
         """Says that the run goes on from `step` (0: from the start): rows past it no longer count."""
@@ -76,24 +90,39 @@ class Record:
             self._open_part()
 
     def log(self, step: int, row: Mapping[str, float]) -> None:
-        """Adds numbers to the row of `step`; on disk (in the system's hands) when it returns."""
+        """Adds numbers to the row of `step`; they survive a kill as soon as it returns."""
         if not self._writes:
             return
         if self._part is None or self._rows >= self._rows_per_part:
             self._open_part()
-        row = plain(row)
         self._part.write(dumps({"step": int(step), **row}) + "\n")
         self._rows += 1
         if self._events is not None:
-            for name, value in row.items():
-                if isinstance(value, (int, float)):
-                    self._events.add_scalar(name, value, step)
+            self._events.add(step, {name: float(value) for name, value in row.items()})
 
-    def finish(self, result: Mapping[str, Any]) -> None:
-        """Writes result.json, whole or not at all, and gives the folder free."""
+    def recent_mean(self, name: str, rows: int = 20) -> float:
+        """The mean of a metric's last `rows` values, those before a restart included; nan without any."""
+        values = [row[name] for row in _rows(self.folder) if name in row][-rows:]
+        return math.fsum(values) / len(values) if values else math.nan
+
+    def finish(self, result: Mapping[str, Any]) -> dict[str, Any]:
+        """Writes result.json, whole or not at all, and gives the folder free; returns what it holds.
+
+        That is `result` with the `versions`, `device` and `git_revision` of this start.
+        """
+        facts = self._facts
+        git_facts = facts.get("git") or {}
+        out = {
+            "versions": facts.get("versions"),
+            "device": (facts.get("device") or {}).get("kind"),
+            "git_revision": git_facts.get("revision", "") + ("+dirty" if git_facts.get("dirty") else "")
+            or None,
+            **result,
+        }
         if self._writes:
-            write_atomically(self.folder / "result.json", dumps(result, indent=1) + "\n")
+            write_atomically(self.folder / "result.json", dumps(out, indent=1) + "\n")
         self.close()
+        return _parsed(plain(out))
 
     def close(self) -> None:
         """Gives the folder free; without `finish` before it, the run counts as missing."""
@@ -101,20 +130,24 @@ class Record:
             if thing is not None:
                 thing.close()
         self._events = self._part = self._lock = None
+        _writing.discard(self.folder)
+
+    def __enter__(self) -> "Record":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
 
     def _open_part(self) -> None:
         folder = self.folder / "metrics"
         folder.mkdir(parents=True, exist_ok=True)
         number = 1 + max((int(p.stem) for p in folder.glob("*.jsonl")), default=-1)
-        head = {"part": number}
+        head: dict[str, Any] = {"part": number}
         if self._part is None:
             head |= {"resume_at": self._resumed, "time": time.time(), "facts": self._facts}
             if self._tensorboard:
-                from tensorboardX import SummaryWriter
-
-                # Viewers drop the events of earlier files from purge_step on.
-                purge = {"purge_step": self._resumed + 1} if self._resumed or number else {}
-                self._events = SummaryWriter(str(self.folder / "tensorboard"), flush_secs=10, **purge)
+                purge_step = self._resumed + 1 if number else None
+                self._events = EventFile(self.folder / "tensorboard", purge_step)
         else:
             self._part.close()
         self._part = (folder / f"{number:05d}.jsonl").open("x", buffering=1)
@@ -128,8 +161,8 @@ class Record:
 def load_run(folder: str | Path) -> dict[str, Any]:
     """All about one run but its metrics: the content of config.json, and beside it
 
-    `folder`; `result`: what result.json holds, or None; `status`: the result's ("done", "diverged"), or "running"
-    while a process has the folder, or "missing" (never finished: run it again and it continues).
+    `folder`; `result`: what result.json holds, or None; `status`: the result's ("done", "diverged"), or
+    "running" while a process has the folder, or "missing" (never finished: run it again and it continues).
     """
     folder = Path(folder)
     if not (folder / "config.json").exists():
@@ -140,17 +173,10 @@ def load_run(folder: str | Path) -> dict[str, Any]:
 
 
 def metrics(folder: str | Path) -> "pandas.DataFrame":
-    """The metrics of a run, one row a step, ascending, with a column `step`; what a step didn't log is nan."""
+    """The metrics of a run, one row a step, with a column `step`; what a step didn't log is nan."""
     import pandas
 
-    rows: dict[int, dict[str, Any]] = {}
-    for line in _lines(Path(folder)):
-        if "part" in line:
-            if "resume_at" in line:
-                rows = {step: row for step, row in rows.items() if step <= line["resume_at"]}
-        else:
-            rows.setdefault(line["step"], {}).update(line)
-    return pandas.DataFrame([rows[step] for step in sorted(rows)] or {"step": []})
+    return pandas.DataFrame(_rows(Path(folder)) or {"step": []})
 
 
 def starts(folder: str | Path) -> list[dict[str, Any]]:
@@ -161,9 +187,9 @@ def starts(folder: str | Path) -> list[dict[str, Any]]:
 def load_sweep(folder: str | Path) -> "pandas.DataFrame":
     """One row for each run in `folder` or in folders under it, sorted by name.
 
-    Columns: the config flattened with dots (`model.width`), the cell's fields, the result's fields (which win),
-    `run` (the path under `folder`), `identity` and `status`; runs without a result are listed with the status
-    "running" or "missing". Raises UserError if there is no run at all.
+    Columns: the config flattened with dots (`model.width`), the cell's fields, the result's (which win),
+    `run` (the path under `folder`), `identity` and `status`; runs without a result are listed with the
+    status "running" or "missing". Raises UserError if there is no run at all.
     """
     import pandas
 
@@ -177,43 +203,6 @@ def load_sweep(folder: str | Path) -> "pandas.DataFrame":
     if not rows:
         raise UserError(f"{root}: no runs here (no config.json in it or below it)")
     return pandas.DataFrame(sorted(rows, key=lambda row: row["run"]))
-
-
-# ---- facts ----
-
-
-def environment() -> dict[str, Any]:
-    """What a start ran on: versions, platform, device and git revision (with `dirty`); a few milliseconds."""
-    import jax
-
-    device = jax.devices()[0]
-    return {
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
-        "device": {"kind": device.device_kind, "platform": device.platform, "count": jax.device_count()},
-        "processes": jax.process_count(),
-        "platform": platform.platform(),
-        "git": git(),
-    }
-
-
-def git() -> dict[str, Any] | None:
-    """{"revision", "dirty"} of the code that runs; None where there is no repository or no git."""
-
-    def ask(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-
-    try:
-        return {"revision": ask("rev-parse", "HEAD"), "dirty": bool(ask("status", "--porcelain", "-uno"))}
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 # ---- files ----
@@ -256,9 +245,10 @@ def _parsed(value: Any) -> Any:
     return NOT_FINITE.get(value, value) if isinstance(value, str) else value
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, text: bytes | None = None) -> dict[str, Any]:
+    """The JSON in a file, or in `text` from it."""
     try:
-        return _parsed(json.loads(path.read_bytes()))
+        return _parsed(json.loads(path.read_bytes() if text is None else text))
     except ValueError:
         raise UserError(f"{path}: not valid JSON; move the run's folder away and run it again") from None
 
@@ -267,7 +257,18 @@ def _lines(folder: Path) -> Iterator[dict[str, Any]]:
     """The lines of all parts in order; a last line that a kill cut in half is left out."""
     for path in sorted((folder / "metrics").glob("*.jsonl")):
         for line in path.read_bytes().split(b"\n")[:-1]:
-            yield _parsed(json.loads(line))
+            yield _read(path, line)
+
+
+def _rows(folder: Path) -> list[dict[str, Any]]:
+    """The rows that count, ascending: none past a step that a later part resumed at, and later values win."""
+    rows: dict[int, dict[str, Any]] = {}
+    for line in _lines(folder):
+        if "part" not in line:
+            rows.setdefault(line["step"], {}).update(line)
+        elif "resume_at" in line:
+            rows = {step: row for step, row in rows.items() if step <= line["resume_at"]}
+    return [rows[step] for step in sorted(rows)]
 
 
 def _run_folders(root: Path) -> Iterator[Path]:
@@ -314,22 +315,28 @@ def _first_difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
 
 
 def _take(folder: Path) -> Any:
-    """The folder's lock, open and held until it is closed or the process ends; None if another has it."""
+    """The folder's lock file, locked until it is closed or this process ends; None if another has it.
+
+    A record lock: it belongs to the process, so children that outlive it don't hold it.
+    """
     file = (folder / "lock").open("a")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
         file.close()
         return None
-    except OSError:  # a file system without locks
-        pass
     return file
 
 
 def _taken(folder: Path) -> bool:
-    if not (folder / "lock").exists():
+    """Whether a process writes in the folder."""
+    if folder.absolute() in _writing:  # closing any handle on the file would drop our own lock
+        return True
+    try:
+        with (folder / "lock").open("rb") as file:
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
         return False
-    file = _take(folder)
-    if file is not None:
-        file.close()
-    return file is None
+    except (BlockingIOError, PermissionError):
+        return True
+    return False
