@@ -1,0 +1,24 @@
+"""Data: corpora, tokenizers, the token store, and batches as a pure function of (seed, step)."""
+
+from llm_jax.data.batches import Text, TextSource
+from llm_jax.data.cache import cache_folder
+from llm_jax.data.corpora import Corpus, Files, Mixture, Python, Weighted
+from llm_jax.data.sources import Batch, DataConfig, HeldOut, Source
+from llm_jax.data.tokenizers import Bytes, Tokenizer
+
+__all__ = [
+    "Batch",
+    "Bytes",
+    "Corpus",
+    "DataConfig",
+    "Files",
+    "HeldOut",
+    "Mixture",
+    "Python",
+    "Source",
+    "Text",
+    "TextSource",
+    "Tokenizer",
+    "Weighted",
+    "cache_folder",
+]

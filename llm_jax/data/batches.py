@@ -1,0 +1,339 @@
+"""Pretraining text as rows: documents one after the other, cut into windows, in a shuffled order.
+
+A source's stream is its documents in their order (see catalogue.py), each as [eot, t1 .. tn], and an eot.
+Window w holds the tokens w*T .. w*T+T-1 and, one further on, their targets: so every token is a target once,
+the eot that ends a document too. Row i of a source is window shuffled(i mod windows) of epoch i // windows.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from llm_jax.config import UserError
+from llm_jax.data.cache import digest
+from llm_jax.data.catalogue import Catalogue, catalogue, sample, split
+from llm_jax.data.corpora import Corpus, Python, Weighted
+from llm_jax.data.sources import Batch, DataConfig, HeldOut, Source
+from llm_jax.data.store import Store, tokenize
+from llm_jax.data.tokenizers import Bytes, Codec, Tokenizer
+
+_BLOCK = 1000  # rows in which every source of a mixture has exactly its share
+
+
+@dataclasses.dataclass(frozen=True)
+class Text(DataConfig, kind="text"):
+    """Text to be continued: rows of `sequence_length` tokens with their targets.
+
+    document_mask: attention stays within a document, whose positions start at 0. unique_tokens: train on so
+    many tokens only, a beginning of the training documents' order. Held out are `held_out_fraction` of the
+    documents of each source, as far as they have `held_out_bytes`, whatever the tokenizer and the batch.
+    """
+
+    corpus: Corpus = Python()
+    tokenizer: Tokenizer = Bytes()
+    sequence_length: int = 256
+    batch_size: int = 16
+    document_mask: bool = True
+    unique_tokens: int | None = None
+    repeat: bool = False  # rows past the first epoch are given instead of refused
+    held_out_fraction: float = 0.05
+    held_out_bytes: int = 1 << 22
+
+    @property
+    def vocabulary(self) -> int:
+        return self.tokenizer.size()
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.sequence_length
+
+    def validate(self) -> None:
+        for name in ("sequence_length", "batch_size", "held_out_bytes"):
+            if getattr(self, name) < 1:
+                raise UserError(f"data.{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0 <= self.held_out_fraction <= 0.5:
+            raise UserError(f"data.held_out_fraction is {self.held_out_fraction}; it lies between 0 and 0.5")
+        if self.unique_tokens is not None and len(self.corpus.sources()) > 1:
+            raise UserError("data.unique_tokens limits a single corpus; in a mixture set it for each part")
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What the texts and a tokenizer's file add to a run's identity, wherever they lie."""
+        found = {"content": [catalogue(part.corpus).content for part in self.corpus.sources()]}
+        file = self.tokenizer.content()
+        return found | ({"tokenizer_content": file} if file else {})
+
+    def open(self) -> "TextSource":
+        """Catalogues, splits, tokenizes and maps the corpus, as far as the cache doesn't have it."""
+        self.validate()
+        parts = self.corpus.sources()
+        found = [catalogue(part.corpus) for part in parts]
+        training = [self.split(item.hashes, item.sizes_bytes)[1] for item in found]
+        total = sum(part.weight for part in parts)
+
+        def texts(most_bytes: int) -> Iterator[str]:
+            for part, item, chosen in zip(parts, found, training, strict=True):
+                share = math.ceil(most_bytes * part.weight / total)
+                yield from sample(part.corpus, item, chosen, share)
+
+        facts = [(item.content, part.weight / total) for part, item in zip(parts, found, strict=True)]
+        content = digest([facts, self.held_out_fraction, self.held_out_bytes])
+        codec = self.tokenizer.open(texts, content)
+        stores = [tokenize(part.corpus, item, codec) for part, item in zip(parts, found, strict=True)]
+        return TextSource(self, codec, found, stores)
+
+    def parts(self) -> tuple[Weighted, ...]:
+        """What rows are drawn from: the corpus, or the parts of a mixture."""
+        parts = self.corpus.sources()
+        return parts if len(parts) > 1 else (dataclasses.replace(parts[0], unique_tokens=self.unique_tokens),)
+
+    def split(self, hashes: np.ndarray, sizes_bytes: np.ndarray) -> list[np.ndarray]:
+        """[held-out, training] numbers of documents."""
+        return split(hashes, sizes_bytes, self.held_out_fraction, self.held_out_bytes)
+
+
+class Stream:
+    """Documents of a store one after the other, and a closing eot, as one sequence of tokens."""
+
+    def __init__(self, store: Store, documents: np.ndarray, closing: int = 1) -> None:
+        # Any document begins with the eot that closes the stream; more of them fill a last window up.
+        order = np.concatenate([documents, np.repeat(documents[:1], closing)])
+        lengths = np.concatenate([store.lengths[documents], np.ones(closing, np.int64)])
+        self.tokens, self.begins = store.tokens, store.starts[order]
+        self.offsets = np.concatenate([[0], np.cumsum(lengths)])
+        self.documents = len(documents)
+        self.bytes = int(store.sizes_bytes[documents].sum())
+        self.size = int(store.lengths[documents].sum())  # targets in all
+
+    def windows(self, first: np.ndarray, length: int, fields: Sequence[str]) -> Batch:
+        """int32 tokens, targets and `fields` [rows, length] of the windows that begin at `first` [rows].
+
+        A row is made of pieces of documents, so each array is a value by piece, repeated over the piece, plus
+        at most a count. The fields are `segments` (the piece's number, from 1), `positions` (from 0 in each
+        piece) and `document` (its number in this stream).
+        """
+        rows, span = len(first), length + 1
+        head = np.searchsorted(self.offsets, first, "right") - 1
+        pieces = np.searchsorted(self.offsets, first + length, "right") - head
+        row = np.repeat(np.arange(rows), pieces)
+        rank = np.arange(len(row)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+        document = head[row] + rank
+        begin = np.maximum(self.offsets[document], first[row])
+        size = np.minimum(self.offsets[document + 1], first[row] + span) - begin
+        place = np.cumsum(size) - size  # where each piece begins in the flat output
+        count = np.arange(rows * span)
+
+        in_store = self.begins[document] + begin - self.offsets[document]
+        tokens = self.tokens[np.repeat(in_store - place, size) + count].astype(np.int32)
+        flat = {"tokens": tokens, "targets": tokens}
+        if "segments" in fields:
+            flat["segments"] = np.repeat((rank + 1).astype(np.int32), size)
+        if "positions" in fields:
+            flat["positions"] = count.astype(np.int32) - np.repeat(place.astype(np.int32), size)
+        if "document" in fields:
+            flat["document"] = np.repeat(np.minimum(document, self.documents - 1).astype(np.int32), size)
+        shift = {"targets": slice(1, None)}
+        return {
+            name: value.reshape(rows, span)[:, shift.get(name, slice(0, -1))] for name, value in flat.items()
+        }
+
+
+class TextSource(Source):
+    """Rows of one corpus or of a mixture; `codec` encodes and decodes their tokens."""
+
+    def __init__(self, config: Text, codec: Codec, found: list[Catalogue], stores: list[Store]) -> None:
+        self.config, self.codec, self._catalogues = config, codec, found
+        self._parts, length = config.parts(), config.sequence_length
+        splits = [config.split(store.hashes, store.sizes_bytes) for store in stores]
+        self._streams = [Stream(store, train) for store, (_, train) in zip(stores, splits, strict=True)]
+        self._held_out = [
+            Stream(store, held, closing=length + 1)
+            for store, (held, _) in zip(stores, splits, strict=True)
+            if len(held)
+        ]
+        self._windows = np.array(
+            [_windows(part, stream, length) for part, stream in zip(self._parts, self._streams, strict=True)]
+        )
+        self._turns, self._ranks = turns(tuple(part.weight for part in self._parts))
+        rows = self._rows_of_one_epoch()
+        self.available_tokens = None if config.repeat else rows * length
+        if rows < config.batch_size:
+            raise UserError(
+                f"the corpus {config.corpus.name} has {rows * length:,} tokens to train on: less than one "
+                f"batch of {config.batch_size} rows of {length}"
+            )
+
+    @functools.cached_property
+    def spec(self) -> dict[str, jax.ShapeDtypeStruct]:
+        shape = (self.config.batch_size, self.config.sequence_length)
+        names = ("tokens", "targets", *self._fields)
+        return {name: jax.ShapeDtypeStruct(shape, np.int32) for name in names} | {
+            "mask": jax.ShapeDtypeStruct(shape, np.float32)
+        }
+
+    @property
+    def _fields(self) -> tuple[str, ...]:
+        return ("segments", "positions") if self.config.document_mask else ()
+
+    def rows(self, seed: int, indices: np.ndarray) -> Batch:
+        """tokens, targets, segments, positions int32 and mask float32, each [len(indices), sequence_length].
+
+        Raises UserError for rows past the first epoch of a source, unless the config says `repeat`.
+        """
+        indices = np.asarray(indices, np.int64)
+        block, turn = np.divmod(indices, _BLOCK)
+        which = self._turns[turn]
+        row = block * np.bincount(self._turns)[which] + self._ranks[turn]
+        epoch, place = np.divmod(row, self._windows[which])
+        if epoch.any() and not self.config.repeat:
+            name = self._parts[int(which[np.argmax(epoch > 0)])].corpus.name
+            raise UserError(
+                f"row {int(indices[np.argmax(epoch > 0)])} lies past the first epoch of {name}: train on at "
+                f"most {self.available_tokens:,} tokens, or set data.repeat=true"
+            )
+        key = mix(mix(np.uint64(seed) + mix(which.astype(np.uint64))) + epoch.astype(np.uint64))
+        first = shuffled(place, self._windows[which], key) * self.config.sequence_length
+        out = self._gather(self._streams, which, first, self._fields)
+        return out | {"mask": np.ones(out["tokens"].shape, np.float32)}
+
+    def held_out(self) -> HeldOut | None:
+        streams = self._held_out
+        if not streams:
+            return None
+        sizes, length = np.array([stream.size for stream in streams]), self.config.sequence_length
+        first = [np.arange(0, size, length) for size in sizes]
+        which = np.repeat(np.arange(len(streams)), [len(part) for part in first])
+        first = np.concatenate(first)
+        base = np.cumsum([0] + [stream.documents for stream in streams]).astype(np.int32)
+
+        def batches(batch_size: int) -> Iterator[Batch]:
+            filling = -len(first) % batch_size
+            all_which = np.append(which, np.zeros(filling, which.dtype))
+            all_first = np.append(first, np.full(filling, sizes[0]))
+            for start in range(0, len(all_first), batch_size):
+                chosen = slice(start, start + batch_size)
+                some, begin = all_which[chosen], all_first[chosen]
+                out = self._gather(streams, some, begin, (*self._fields, "document"))
+                out["document"] = out["document"] + base[some][:, None]
+                inside = begin[:, None] + np.arange(length) < sizes[some][:, None]
+                yield out | {"mask": inside.astype(np.float32)}
+
+        size_bytes = sum(stream.bytes for stream in streams)
+        return HeldOut(batches, int(sizes.sum()), size_bytes, int(base[-1]))
+
+    def epochs(self, rows: int) -> dict[str, float]:
+        blocks, rest = divmod(rows, _BLOCK)
+        count = len(self._parts)
+        seen = blocks * np.bincount(self._turns) + np.bincount(self._turns[:rest], minlength=count)
+        return {
+            part.corpus.name: float(epochs)
+            for part, epochs in zip(self._parts, seen / self._windows, strict=True)
+        }
+
+    @property
+    def record(self) -> dict[str, Any]:
+        length, sources = self.config.sequence_length, []
+        for number, (part, found) in enumerate(zip(self._parts, self._catalogues, strict=True)):
+            train = self._streams[number]
+            facts = {
+                "corpus": part.corpus.name,
+                "content": found.content,
+                "documents": found.uncut,
+                "pieces": len(found.hashes),
+                "bytes": int(found.sizes_bytes.sum()),
+                "weight": part.weight,
+                "train_documents": train.documents,
+                "train_bytes": train.bytes,
+                "train_tokens": train.size,
+                "unique_tokens": int(self._windows[number]) * length,
+            }
+            if len(found.hashes) > found.uncut:
+                facts["cut"] = f"documents longer than {found.longest} characters were cut at line ends"
+            sources.append(facts)
+        held = self.held_out()
+        scored = {"documents": held.documents, "bytes": held.bytes, "tokens": held.tokens} if held else None
+        tokenizer = {"kind": self.config.tokenizer.kind, "vocabulary": self.codec.vocabulary}
+        tokenizer["fingerprint"] = self.codec.fingerprint
+        return {"sources": sources, "tokenizer": tokenizer, "held_out": scored}
+
+    def _rows_of_one_epoch(self) -> int:
+        """Global rows before any source would begin its second epoch."""
+        shares = np.bincount(self._turns)
+        blocks, rest = np.divmod(self._windows, shares)
+        turn = [np.flatnonzero(self._turns == i)[extra] for i, extra in enumerate(rest)]
+        return int(np.min(blocks * _BLOCK + turn))
+
+    def _gather(
+        self, streams: list[Stream], which: np.ndarray, first: np.ndarray, fields: tuple[str, ...]
+    ) -> Batch:
+        """The window at first[i] of the stream which[i], for all i."""
+        length, out = self.config.sequence_length, {}
+        if len(streams) == 1:
+            return streams[0].windows(first, length, fields)
+        for number, stream in enumerate(streams):
+            chosen = np.flatnonzero(which == number)
+            for name, value in stream.windows(first[chosen], length, fields).items():
+                out.setdefault(name, np.empty((len(which), length), np.int32))[chosen] = value
+        return out
+
+
+def turns(weights: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Whose turn each of _BLOCK rows is, and the how-manieth of its own: int64 [_BLOCK] each.
+
+    A stride near the golden ratio spreads every source evenly, so that each batch has nearly its shares.
+    Raises UserError for a weight below half a thousandth of all.
+    """
+    ends = np.round(np.cumsum(weights) / np.sum(weights) * _BLOCK).astype(int)
+    if np.diff(ends, prepend=0).min() < 1:
+        raise UserError(
+            f"a mixture's weights are rounded to thousandths: {min(weights)} is too small a share"
+        )
+    which = np.searchsorted(ends, np.arange(_BLOCK) * 617 % _BLOCK, side="right")
+    ranks = np.zeros(_BLOCK, np.int64)
+    for number in range(len(weights)):
+        ranks[which == number] = np.arange((which == number).sum())
+    return which, ranks
+
+
+def mix(value: np.ndarray) -> np.ndarray:
+    """uint64 -> uint64, a bijection without visible pattern (splitmix64; Steele, Lea and Flood, 2014)."""
+    with np.errstate(over="ignore"):
+        value = value + np.uint64(0x9E3779B97F4A7C15)
+        value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return value ^ (value >> np.uint64(31))
+
+
+def shuffled(index: np.ndarray, count: np.ndarray, key: np.ndarray) -> np.ndarray:
+    """Where `key`'s permutation of range(count) takes `index`; any entry without the others, elementwise.
+
+    A Feistel network of six rounds permutes the next power of four; what falls outside walks on along its
+    cycle until it falls inside (Black and Rogaway, 2002). Unlike numpy's, it is the same in every version.
+    """
+    index, count, key = (np.asarray(x).astype(np.uint64) for x in np.broadcast_arrays(index, count, key))
+    half = np.uint64(max(1, -(-int(count.max() - 1).bit_length() // 2)))
+    low = np.uint64((1 << int(half)) - 1)
+    out, walking = index.copy(), np.arange(len(index))
+    while len(walking):
+        left, right = out[walking] >> half, out[walking] & low
+        for step in range(6):
+            left, right = right, left ^ (mix(key[walking] ^ (right << np.uint64(8)) + np.uint64(step)) & low)
+        out[walking] = left << half | right
+        walking = walking[out[walking] >= count[walking]]
+    return out.astype(np.int64)
+
+
+def _windows(part: Weighted, stream: Stream, length: int) -> int:
+    """How many windows of a source may be used."""
+    if part.unique_tokens is None:
+        return stream.size // length
+    if part.unique_tokens > stream.size:
+        raise UserError(
+            f"unique_tokens is {part.unique_tokens:,}, but {part.corpus.name} has {stream.size:,} tokens to "
+            "train on"
+        )
+    return part.unique_tokens // length

@@ -1,0 +1,46 @@
+"""Where prepared data is kept, and how one process at a time prepares it."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+from llm_jax.config import UserError
+
+
+def cache_folder() -> pathlib.Path:
+    """The folder of prepared data: the environment's LLM_JAX_CACHE, else ~/.cache/llm_jax."""
+    return pathlib.Path(os.environ.get("LLM_JAX_CACHE") or "~/.cache/llm_jax").expanduser()
+
+
+def digest(value: Any) -> str:
+    """Sixteen hexadecimal digits of bytes, or of anything that JSON can write."""
+    data = value if isinstance(value, bytes) else json.dumps(value, sort_keys=True).encode()
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def once(path: pathlib.Path, build: Callable[[pathlib.Path], None]) -> pathlib.Path:
+    """`path`, made by `build(partial)` where it is missing.
+
+    `build` writes a file or folder under another name, which takes its own only when it is complete. Of
+    several processes one builds and the others wait; the system drops the lock of a process that is killed,
+    and the next one finds what it left at `partial`. Raises UserError where the cache can't be written.
+    """
+    if path.exists():
+        return path
+    with contextlib.ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(open(path.with_name(path.name + ".lock"), "w"))
+        except OSError as error:
+            raise UserError(f"can't write the cache ({error}); set LLM_JAX_CACHE to another folder") from None
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            partial = path.with_name(path.name + ".partial")
+            build(partial)
+            os.replace(partial, path)
+    return path

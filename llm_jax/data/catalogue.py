@@ -1,0 +1,115 @@
+"""What a corpus consists of: one pass that hashes, measures and, where needed, cuts its documents.
+
+The hashes of their texts order all documents as if at random, whatever files they came from. The first few of
+this order are held out; the rest is the order of training, so that any beginning of it is
+a fair and nested sample. Equal texts have equal hashes and can't stand on both sides.
+"""
+
+import dataclasses
+import hashlib
+import pathlib
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+import tqdm
+
+from llm_jax.config import UserError
+from llm_jax.data import readers
+from llm_jax.data.cache import cache_folder, digest, once
+from llm_jax.data.corpora import Corpus
+
+LONGEST_CHARACTERS = 1 << 22  # longer documents are cut, which bounds memory
+FEWEST_DOCUMENTS = 20  # of fewer, all are cut, so that some can be held out
+_PIECES = 200
+
+
+@dataclasses.dataclass(frozen=True)
+class Catalogue:
+    """hashes: uint64 [documents]; sizes_bytes: int64 [documents], in the order of reading."""
+
+    hashes: np.ndarray
+    sizes_bytes: np.ndarray
+    longest: int  # characters that a document is cut to
+    uncut: int  # documents before cutting
+
+    @property
+    def content(self) -> str:
+        """A hash of all documents, in whatever order and from whatever files they come."""
+        return digest(np.sort(self.hashes).astype("<u8").tobytes())
+
+
+def texts(corpus: Corpus, longest: int) -> Iterator[tuple[int, str]]:
+    """(number of the document, text): the corpus's documents without the empty ones, cut to `longest`."""
+    for number, document in enumerate(corpus.documents()):
+        for text in readers.cut(document, longest):
+            yield number, text
+
+
+def catalogue(corpus: Corpus) -> Catalogue:
+    """The corpus's catalogue, cached as long as `corpus.stamp()` stays the same.
+
+    Raises UserError for a corpus that is missing, empty, damaged or not UTF-8.
+    """
+    path = cache_folder() / "catalogues" / f"{digest([1, corpus.stamp()])}.npz"
+
+    def build(partial: pathlib.Path) -> None:
+        found = _scan(corpus, LONGEST_CHARACTERS)
+        if found.uncut < FEWEST_DOCUMENTS:
+            total = int(found.sizes_bytes.sum())
+            found = _scan(corpus, min(max(total // _PIECES, 1 << 8), 1 << 16))
+        with open(partial, "wb") as file:
+            np.savez(file, **dataclasses.asdict(found))
+
+    with np.load(once(path, build)) as arrays:
+        return Catalogue(
+            arrays["hashes"], arrays["sizes_bytes"], int(arrays["longest"]), int(arrays["uncut"])
+        )
+
+
+def _scan(corpus: Corpus, longest: int) -> Catalogue:
+    hashes, sizes, numbers = [], [], set()
+    with progress("reading " + corpus.name) as bar:
+        for number, text in texts(corpus, longest):
+            data = text.encode()
+            hashes.append(int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little"))
+            sizes.append(len(data))
+            numbers.add(number)
+            bar.update(len(data))
+    if not hashes:
+        raise UserError(f"the corpus {corpus.name} is empty: it has no text")
+    return Catalogue(np.array(hashes, np.uint64), np.array(sizes, np.int64), longest, len(numbers))
+
+
+def split(hashes: np.ndarray, sizes_bytes: np.ndarray, fraction: float, most_bytes: int) -> list[np.ndarray]:
+    """[held-out, training] numbers of documents in the order of their hashes.
+
+    Held out are the first `fraction` of the documents, as far as they have `most_bytes`, one at least.
+    Raises UserError where nothing would be left to train on.
+    """
+    order = np.argsort(hashes, kind="stable")
+    if fraction == 0:
+        return [order[:0], order]
+    within = int(np.searchsorted(np.cumsum(sizes_bytes[order]), most_bytes, side="right"))
+    count = max(1, min(int(fraction * len(order)), within))
+    count = int(np.searchsorted(hashes[order], hashes[order[count - 1]], side="right"))
+    if count == len(order):
+        raise UserError("the corpus is too small to hold documents out: it has only one (or copies of one)")
+    return [order[:count], order[count:]]
+
+
+def sample(corpus: Corpus, found: Catalogue, training: np.ndarray, most_bytes: int) -> Iterator[str]:
+    """About `most_bytes` of the training documents: the first in their order, read in the corpus's order."""
+    count = int(np.searchsorted(np.cumsum(found.sizes_bytes[training]), most_bytes)) + 1
+    chosen = np.zeros(len(found.hashes), bool)
+    chosen[training[:count]] = True
+    for (_, text), wanted in zip(texts(corpus, found.longest), chosen, strict=False):
+        if wanted:
+            yield text
+
+
+def progress(what: str, total: int | None = None, done: int = 0) -> tqdm.tqdm:
+    """A bar on stderr, in bytes; it shows itself only for work that takes longer than a second."""
+    return tqdm.tqdm(
+        desc=what, total=total, initial=done, unit="B", unit_scale=True, delay=1, file=sys.stderr, leave=False
+    )

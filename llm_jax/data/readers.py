@@ -1,0 +1,158 @@
+"""Text files as streams of documents: .txt, .jsonl and .parquet, plain or packed by gzip, xz or zstd.
+
+A document is an iterable of chunks of text, so that one huge file is never held in memory.
+"""
+
+import codecs
+import gzip
+import json
+import lzma
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from typing import BinaryIO
+
+from llm_jax.config import UserError
+
+FORMATS = (".txt", ".jsonl", ".parquet")
+PACKED = (".gz", ".xz", ".zst")
+_CHUNK_BYTES = 1 << 20
+
+
+def form(path: pathlib.Path) -> str | None:
+    """Which of FORMATS the file is by its name, packed or not; None for any other file."""
+    name = path.stem if path.suffix in PACKED else path.name
+    return next((suffix for suffix in FORMATS if name.endswith(suffix)), None)
+
+
+def read(path: pathlib.Path, suffix: str, text_field: str, errors: str) -> Iterator[Iterable[str]]:
+    """The documents of one file: a whole .txt, each line of .jsonl, each row of .parquet.
+
+    errors: "strict" raises UserError that names the file and the byte (of the unpacked file) that is not
+    UTF-8; "replace" puts U+FFFD in its place. Raises UserError for damaged files too.
+    """
+
+    def documents() -> Iterator[Iterable[str]]:
+        with _open(path) as file:
+            yield from _READERS[suffix](path, file, text_field, errors)
+
+    for document in _readable(path, documents()):
+        yield _readable(path, document)
+
+
+def cut(chunks: Iterable[str], longest: int) -> Iterator[str]:
+    """The document in pieces of at most `longest` characters: cut at line ends, or spaces, or anywhere."""
+    held = ""
+    for chunk in chunks:
+        held, start = held + chunk, 0
+        while len(held) - start > longest:
+            end = start + longest
+            stop = held.rfind("\n", start, end) + 1 or held.rfind(" ", start, end) + 1 or end
+            yield held[start:stop]
+            start = stop
+        held = held[start:]
+    if held:
+        yield held
+
+
+def _open(path: pathlib.Path) -> BinaryIO:
+    if path.suffix == ".gz":
+        return gzip.open(path, "rb")
+    if path.suffix == ".xz":
+        return lzma.open(path, "rb")
+    if path.suffix == ".zst":
+        import zstandard
+
+        return zstandard.open(path, "rb")
+    return open(path, "rb")
+
+
+def _readable(path: pathlib.Path, items: Iterable) -> Iterator:
+    """`items`, with what the libraries raise for a missing or damaged file turned into a UserError."""
+    try:
+        yield from items
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{path}: can't be read: {error}") from error
+
+
+def _text(path: pathlib.Path, file: BinaryIO, text_field: str, errors: str) -> Iterator[Iterable[str]]:
+    def chunks() -> Iterator[str]:
+        decoder = codecs.getincrementaldecoder("utf-8")(errors)
+        offset, last = 0, False
+        while not last:
+            data = file.read(_CHUNK_BYTES)
+            last = not data
+            pending = len(decoder.getstate()[0])
+            try:
+                yield decoder.decode(data, last)
+            except UnicodeDecodeError as error:
+                raise _not_utf8(path, offset - pending + error.start) from None
+            offset += len(data)
+
+    yield chunks()
+
+
+def _lines(path: pathlib.Path, file: BinaryIO, text_field: str, errors: str) -> Iterator[Iterable[str]]:
+    offset = 0
+    for number, line in enumerate(file, 1):
+        try:
+            record = json.loads(line.decode("utf-8", errors)) if line.strip() else {text_field: ""}
+        except UnicodeDecodeError as error:
+            raise _not_utf8(path, offset + error.start) from None
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}: line {number} is not JSON: {error.msg}") from None
+        text = record.get(text_field) if isinstance(record, dict) else None
+        if not isinstance(text, str):
+            raise UserError(f"{path}: line {number} has no text in the field {text_field!r}")
+        yield (_sound(text, f"{path}: line {number}", errors),)
+        offset += len(line)
+
+
+def _table(path: pathlib.Path, file: BinaryIO, text_field: str, errors: str) -> Iterator[Iterable[str]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    with tempfile.TemporaryFile() as unpacked:
+        if path.suffix in PACKED:  # a table is read from its end, which a packed file can't do quickly
+            shutil.copyfileobj(file, unpacked)
+            file = unpacked
+        table = pyarrow.parquet.ParquetFile(file)
+        if text_field not in table.schema_arrow.names:
+            raise UserError(
+                f"{path}: no column {text_field!r}; there are: {', '.join(table.schema_arrow.names)}"
+            )
+        row = 0
+        for batch in table.iter_batches(batch_size=64, columns=[text_field]):
+            column = batch.column(0)
+            if not pyarrow.types.is_large_binary(column.type) and not pyarrow.types.is_binary(column.type):
+                column = column.cast(pyarrow.large_string()).cast(pyarrow.large_binary())
+            for value in column:
+                data = value.as_py() or b""
+                try:
+                    yield (data.decode("utf-8", errors),)
+                except UnicodeDecodeError as error:
+                    raise _not_utf8(f"{path}: row {row}", error.start) from None
+                row += 1
+
+
+def _sound(text: str, place: str, errors: str) -> str:
+    """JSON can spell half a surrogate pair, which no UTF-8 has."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        if errors == "strict":
+            raise UserError(
+                f"{place}: character {error.start} is half a surrogate; corpus.errors=replace replaces it"
+            ) from None
+        return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+    return text
+
+
+def _not_utf8(place: object, offset: int) -> UserError:
+    return UserError(f"{place}: byte {offset} is not UTF-8; corpus.errors=replace replaces such bytes")
+
+
+_READERS = {".txt": _text, ".jsonl": _lines, ".parquet": _table}
