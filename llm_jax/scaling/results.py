@@ -1,0 +1,180 @@
+"""What a fit returns: numbers with intervals, and everything needed to judge and repeat it."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from llm_jax.config import UserError
+from llm_jax.scaling.laws import Law
+from llm_jax.scaling.tables import Points
+
+
+class Estimate(NamedTuple):
+    """A number with its interval and standard error (NaN where nothing was resampled)."""
+
+    value: Any
+    low: Any
+    high: Any
+    standard_error: Any
+
+
+class Optimum(NamedTuple):
+    """The compute-optimal run at a budget: parameters, tokens, loss."""
+
+    N: Estimate
+    D: Estimate
+    loss: Estimate
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """A fitted law.
+
+    theta [P] and draws [S, P] are in the solver's terms (logarithms of coefficients); residuals [n] are
+    ln measured - ln fitted. agreement: share of the starts that end within 1e-6 of the best objective.
+    condition: of the curvature, scaled to unit diagonal. conventions: what N counts, delta, the sum: whatever
+    a reader needs to repeat it.
+    """
+
+    law: Law
+    theta: np.ndarray
+    draws: np.ndarray
+    objective: float
+    starts: int
+    agreement: float
+    condition: float
+    residuals: np.ndarray
+    points: Points
+    level: float
+    fixed: Mapping[str, float]
+    conventions: Mapping[str, Any]
+    warnings: tuple[str, ...]
+    approach: int = 3
+
+    @property
+    def parameters(self) -> dict[str, Estimate]:
+        """Every parameter and derived number in its natural units, with interval."""
+        best, draws = self._values(self.theta[None]), self._values(self.draws)
+        return {name: self._estimate(best[name][0], draws[name]) for name in best}
+
+    def predict(self, noise: bool = False, **inputs: Any) -> Estimate:
+        """The loss at N=..., D=... (or C=...; scalars or arrays [n]) and its interval.
+
+        noise=True widens the interval to that of one run's measured loss: residuals, scaled for the
+        parameters spent, are added to the draws.
+        """
+        missing = set(self.law.inputs) ^ set(inputs)
+        if missing:
+            needed, given = ", ".join(self.law.inputs), ", ".join(inputs)
+            raise UserError(f"{self.law.formula} is predicted at {needed}; got {given}")
+        x = {name: np.log(np.atleast_1d(np.asarray(value, float))) for name, value in inputs.items()}
+        scalar = all(np.ndim(value) == 0 for value in inputs.values())
+        draws = self.law.log_loss(self.draws, x)
+        if noise:
+            spent = len(self.residuals) - self._free
+            wider = self.residuals * np.sqrt(len(self.residuals) / max(spent, 1))
+            draws = draws + np.random.default_rng(0).choice(wider, size=draws.shape)
+        estimate = self._estimate(np.exp(self.law.log_loss(self.theta[None], x)[0]), np.exp(draws))
+        return Estimate(*(np.asarray(part)[0] for part in estimate)) if scalar else estimate
+
+    def optimum(self, C: float) -> Optimum:
+        """N, D and loss of the best run at C FLOPs (C = flops_per_nd N D, by the fit's conventions)."""
+        flops_per_nd = self.conventions["flops_per_nd"]
+
+        def at(theta: np.ndarray) -> tuple[np.ndarray, ...]:
+            N, D = self.law.optimum(theta, C, flops_per_nd)
+            x = {"N": np.log(N)[:, None], "D": np.log(D)[:, None]}
+            return N, D, np.exp(self.law.log_loss(theta, x)[:, 0])
+
+        best, draws = at(self.theta[None]), at(self.draws)
+        return Optimum(*(self._estimate(b[0], d) for b, d in zip(best, draws, strict=True)))
+
+    def to_json(self) -> dict[str, Any]:
+        """Every number of the fit as JSON values (NaN becomes null)."""
+        return plain(
+            {
+                "schema": 1,
+                "law": {"name": self.law.name, "formula": self.law.formula},
+                "approach": self.approach,
+                "parameters": {name: e._asdict() for name, e in self.parameters.items()},
+                "fixed": dict(self.fixed),
+                "level": self.level,
+                "objective": self.objective,
+                "starts": self.starts,
+                "agreement": self.agreement,
+                "condition": self.condition,
+                "bootstrap": len(self.draws),
+                "points": len(self.points.frame),
+                "residual_rms": float(np.sqrt(np.mean(self.residuals**2))),
+                "excluded": [run._asdict() for run in self.points.excluded],
+                "notes": list(self.points.notes),
+                "conventions": dict(self.conventions),
+                "warnings": list(self.warnings),
+            }
+        )
+
+    def table(self) -> str:
+        """The fit as text: formula, parameters with intervals, how it was found, what to be wary of."""
+        conventions, size = self.conventions, len(self.points.frame)
+        lines = [f"{self.law.formula}    ({size} runs; N: {conventions['N']})", heading(self.level)]
+        for name, number in self.parameters.items():
+            lines.append(row(name, number) + ("  fixed" if name in self.fixed else ""))
+        rms = (self.residuals**2).mean() ** 0.5
+        lines += [
+            f"objective {self.objective:.8g} ({conventions['loss']}, {conventions['reduction']})",
+            f"residuals {rms:.2%} rms; condition number {self.condition:.1e}; "
+            f"{self.agreement:.0%} of {self.starts} starts agree; {len(self.draws)} bootstrap refits",
+        ]
+        return "\n".join(lines + remarks(self.points, self.warnings))
+
+    @property
+    def _free(self) -> int:
+        return len(self.law.parameters) - len(self.fixed) - len(self.law.ties)
+
+    def _values(self, theta: np.ndarray) -> dict[str, np.ndarray]:
+        values = {p.name: p.natural(theta[:, i]) for i, p in enumerate(self.law.parameters)}
+        return values | self.law.derived(values)
+
+    def _estimate(self, value: Any, draws: np.ndarray) -> Estimate:
+        return estimate(value, draws, self.level)
+
+
+def estimate(value: Any, draws: np.ndarray, level: float) -> Estimate:
+    """`value` with the central `level` interval and spread of `draws` [S, ...] (NaN for S < 2)."""
+    if len(draws) < 2:
+        nan = np.full(np.shape(value), np.nan)[()]
+        return Estimate(value, nan, nan, nan)
+    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return Estimate(value, low, high, np.std(draws, axis=0, ddof=1))
+
+
+def heading(level: float) -> str:
+    """The columns of `row`."""
+    return f"  {'':8} {'value':>13} {'low':>13} {'high':>13} {'std. error':>13}  ({level:.0%} intervals)"
+
+
+def row(name: str, number: Estimate) -> str:
+    """One number with its interval, as a line of a table."""
+    return f"  {name:8} " + " ".join(f"{part:13.6g}" for part in number)
+
+
+def remarks(points: Points, warnings: Sequence[str]) -> list[str]:
+    """Lines on what was left out and what to be wary of."""
+    lines = [f"note: {note}" for note in points.notes]
+    lines += [f"left out: {run.run} ({run.reason})" for run in points.excluded]
+    return lines + [f"WARNING: {warning}" for warning in warnings]
+
+
+def plain(value: Any) -> Any:
+    """numpy's numbers and arrays as JSON's, NaN and infinities as null."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, np.ndarray):
+        return plain(value.tolist())
+    if isinstance(value, (float, np.floating)):
+        return float(value) if np.isfinite(value) else None
+    return int(value) if isinstance(value, np.integer) else value

@@ -1,0 +1,133 @@
+"""Many small robust fits at once: damped Newton steps for S members, vectorised in numpy, float64.
+
+minimise over theta  sum_i w_i huber(ln L(x_i; theta) - ln L_i), each member with its own start and weights (a
+bootstrap draw is a vector of counts). The Huber loss curves by 1 inside delta and 0 outside, which alone is
+singular far from the optimum; min(1, delta/|r|), the weight of iterated least squares, majorises the loss and
+always descends. The damping moves between the two: slow and safe where it is large, Newton where it is 0.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+
+from llm_jax.scaling.laws import Inputs, Law
+
+_chunk = 256  # members whose Jacobians stay in the processor's cache
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A law on points, with fixed and tied parameters: theta = free @ spread + offset.
+
+    x: {input: [n]} and y [n], natural logarithms; delta: Huber's bound (inf: least squares); spread [F, P].
+    """
+
+    law: Law
+    x: Inputs
+    y: np.ndarray
+    delta: float
+    spread: np.ndarray
+    offset: np.ndarray
+    lower: np.ndarray
+    upper: np.ndarray
+
+    def theta(self, free: np.ndarray) -> np.ndarray:
+        """All parameters [S, P] of the law from the free ones [S, F]."""
+        return free @ self.spread + self.offset
+
+    def evaluate(self, free: np.ndarray, weights: np.ndarray) -> "Local":
+        """Objective, gradient and both curvatures at `free` [S, F] with `weights` [S, n]."""
+        fitted, jacobian = self.law.with_jacobian(self.theta(free), self.x)
+        jacobian = self.spread @ jacobian
+        residual = fitted - self.y
+        size = np.abs(residual)
+        inside = size <= self.delta
+        if np.isinf(self.delta):
+            loss, slope, majorant = residual**2 / 2, residual, np.ones_like(residual)
+        else:
+            loss = np.where(inside, residual**2 / 2, self.delta * (size - self.delta / 2))
+            slope = np.clip(residual, -self.delta, self.delta)
+            majorant = np.where(inside, 1.0, self.delta / np.maximum(size, self.delta))
+        transposed = jacobian.swapaxes(-1, -2)
+        return Local(
+            (weights * loss).sum(-1),
+            (jacobian @ (weights * slope)[..., None])[..., 0],
+            (jacobian * (weights * inside)[:, None]) @ transposed,
+            (jacobian * (weights * majorant)[:, None]) @ transposed,
+        )
+
+
+class Local(NamedTuple):
+    """The objective around a point of each member."""
+
+    objective: np.ndarray  # [S]
+    gradient: np.ndarray  # [S, F]
+    newton: np.ndarray  # [S, F, F]
+    majorant: np.ndarray  # [S, F, F]
+
+
+class Solution(NamedTuple):
+    """Where each member ended."""
+
+    free: np.ndarray  # [S, F]
+    objective: np.ndarray  # [S]
+    converged: np.ndarray  # [S] bool: the next step would gain less than the tolerance times the objective
+
+
+def minimise(problem: Problem, starts: np.ndarray, weights: np.ndarray, steps: int = 200) -> Solution:
+    """Descends from every row of `starts` [S, F] under `weights` [S, n] or [n]."""
+    weights = np.broadcast_to(weights, (len(starts), len(problem.y)))
+    parts = [
+        _minimise(problem, starts[i : i + _chunk], weights[i : i + _chunk], steps)
+        for i in range(0, len(starts), _chunk)
+    ]
+    return Solution(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+def _minimise(problem: Problem, free: np.ndarray, weights: np.ndarray, steps: int) -> Solution:
+    free = np.clip(free, problem.lower, problem.upper)
+    converged, damping = np.zeros(len(free), bool), np.ones(len(free))
+    active = np.arange(len(free))
+    here = problem.evaluate(free, weights)
+    objective = here.objective.copy()
+    for _ in range(steps):
+        step = _step(problem, free[active], here, damping[active])
+        moved = np.clip(free[active] + step, problem.lower, problem.upper)
+        there = problem.evaluate(moved, weights[active])
+        better = there.objective < here.objective
+        gain = -(here.gradient * (moved - free[active])).sum(-1)
+        # Relative to the objective, whose scale may be 1e-3 or 1e-25; the last term is for an exact 0.
+        tiny = gain <= 1e-13 * here.objective + 1e-300
+        free[active[better]] = moved[better]
+        here = Local(*(np.where(_like(better, new), new, old) for new, old in zip(there, here, strict=True)))
+        objective[active] = here.objective
+        damping[active] = np.where(better, damping[active] / 4, np.maximum(damping[active], 1e-6) * 8)
+        damping[active] = np.where(damping[active] < 1e-9, 0.0, damping[active])
+        converged[active] = tiny
+        stay = ~tiny & (damping[active] < 1e12)
+        active = active[stay]
+        here = Local(*(part[stay] for part in here))
+        if not len(active):
+            break
+    return Solution(free, objective, converged)
+
+
+def _step(problem: Problem, free: np.ndarray, here: Local, damping: np.ndarray) -> np.ndarray:
+    """The damped step; a parameter at its bound that would leave it stays."""
+    blocked = ((free <= problem.lower) & (here.gradient > 0)) | (
+        (free >= problem.upper) & (here.gradient < 0)
+    )
+    share = np.minimum(damping, 1.0)[:, None, None]
+    matrix = here.newton + share * (here.majorant - here.newton)
+    diagonal = np.diagonal(here.majorant, axis1=1, axis2=2)
+    ridge = damping[:, None] * diagonal + 1e-15 * diagonal.max(-1, keepdims=True) + 1e-200
+    index = np.arange(matrix.shape[-1])
+    matrix[:, index, index] += ridge
+    keep = ~blocked
+    matrix = np.where(keep[:, :, None] & keep[:, None, :], matrix, np.eye(matrix.shape[-1]))
+    return -np.linalg.solve(matrix, np.where(keep, here.gradient, 0.0)[..., None])[..., 0]
+
+
+def _like(mask: np.ndarray, array: np.ndarray) -> np.ndarray:
+    return mask.reshape(mask.shape + (1,) * (array.ndim - mask.ndim))

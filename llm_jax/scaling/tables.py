@@ -1,0 +1,203 @@
+"""Tables of points: read, filtered by an expression, and checked before any law is fitted to them.
+
+A table has one row a run and the columns a law needs: N [parameters], D [tokens], C [FLOPs], loss
+[nats/token]. Whatever else stands in it may be used by a filter. What can't be fitted is refused with its
+line; runs that diverged are left out, and said so.
+"""
+
+import ast
+import dataclasses
+import operator
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from llm_jax.config import UserError
+from llm_jax.config import _suggest as suggest
+
+LIMITS = {"N": 1e30, "D": 1e30, "C": 1e60, "loss": 1e6}  # beyond these a cell is a slip, not a measurement
+
+
+class Excluded(NamedTuple):
+    """A run that was left out, and why."""
+
+    run: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Points:
+    """A checked table: every cell of `needs` is a positive finite number and no point stands twice."""
+
+    frame: pd.DataFrame
+    excluded: tuple[Excluded, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def read_points(path: str | pathlib.Path) -> pd.DataFrame:
+    """The table at `path` (.csv, .parquet, .json records or .jsonl); a row's label is its line in a CSV.
+
+    Raises UserError where there is no such file, it can't be read as a table, or it has no rows.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        near = [str(p) for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise UserError(f"no table at {str(path)!r}; {suggest(str(path), near)}")
+    try:
+        if path.suffix == ".parquet":
+            frame = pd.read_parquet(path)
+        elif path.suffix in (".json", ".jsonl"):
+            frame = pd.read_json(path, lines=path.suffix == ".jsonl")
+        else:
+            frame = pd.read_csv(path, skipinitialspace=True)
+    except (ValueError, OSError) as error:
+        first = (str(error).splitlines() or [""])[0]
+        raise UserError(
+            f"{path}: not a readable {path.suffix.lstrip('.') or 'csv'} table ({first})"
+        ) from None
+    if not len(frame):
+        raise UserError(f"{path}: the table has no rows")
+    if path.suffix not in (".parquet", ".json", ".jsonl"):
+        frame.index = pd.RangeIndex(2, len(frame) + 2, name="line")
+    return frame
+
+
+def check_points(
+    frame: pd.DataFrame,
+    needs: Sequence[str],
+    columns: Mapping[str, str] | None = None,
+    where: str | None = None,
+) -> Points:
+    """The rows of `frame` that can be fitted, with `needs` and C and the rest as columns.
+
+    columns: {"N": "params"} reads N from the column params. where: an expression such as "D > 20*N and
+    width < 512". A missing C is 6 N D. A run whose status is not "done" is left out.
+    Raises UserError for a missing column, a cell that is no positive number, and a repeated point.
+    """
+    frame = frame.copy()
+    for name, source in (columns or {}).items():
+        _column(frame, source, f"the column for {name}")
+        frame[name] = frame[source]
+    excluded, notes = [], []
+    if "status" in frame:
+        for label in frame.index[frame["status"] != "done"]:
+            excluded.append(Excluded(_name(frame, label), f"status {frame.at[label, 'status']}"))
+        frame = frame[frame["status"] == "done"]
+    if "C" in needs and "C" not in frame and {"N", "D"} <= set(frame):
+        notes.append("no column C: it is 6 N D")
+        frame["C"] = 6 * _numbers(frame, "N") * _numbers(frame, "D")
+    for name in needs:
+        _column(frame, name, f"the column {name}", f"; name yours with --columns={name}=YOURS")
+    if where:
+        kept = filter_rows(frame, where)
+        notes.append(f"{int(kept.sum())} of {len(frame)} runs are where {where}")
+        frame = frame[kept]
+    if not len(frame):
+        raise UserError("no runs are left to fit" + (f" where {where}" if where else ""))
+    for name in needs:
+        frame[name] = _numbers(frame, name)
+    _refuse_repeats(frame, [name for name in needs if name != "loss"])
+    return Points(frame, tuple(excluded), tuple(notes))
+
+
+def filter_rows(frame: pd.DataFrame, expression: str) -> np.ndarray:
+    """True for the rows where `expression` holds: columns, numbers, texts, + - * / **, < <= ==, and or not.
+
+    The expression is walked, never run as Python; UserError names what it doesn't know.
+    """
+    try:
+        tree = ast.parse(expression, mode="eval").body
+    except SyntaxError:
+        raise UserError(
+            f"--where={expression!r} is no expression, such as 'D > 20*N and width < 512'"
+        ) from None
+    try:
+        kept = _evaluate(tree, frame)
+    except TypeError as error:
+        raise UserError(f"--where={expression!r}: {error}") from None
+    kept = np.broadcast_to(np.asarray(kept), len(frame))
+    if kept.dtype != bool:
+        raise UserError(f"--where={expression!r} is a number, not a condition such as 'D > 20*N'")
+    return kept
+
+
+_binary = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.Pow: operator.pow,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+}
+_joins = {ast.And: np.logical_and, ast.Or: np.logical_or}
+_unary = {ast.Not: np.logical_not, ast.USub: operator.neg}
+
+
+def _evaluate(node: ast.AST, frame: pd.DataFrame) -> Any:
+    match node:
+        case ast.Constant(value=int() | float() | str() as value):
+            return value
+        case ast.Name(id=name):
+            return _column(frame, name, "--where")
+        case ast.UnaryOp(op=op, operand=operand) if type(op) in _unary:
+            return _unary[type(op)](_evaluate(operand, frame))
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in _binary:
+            return _binary[type(op)](_evaluate(left, frame), _evaluate(right, frame))
+        case ast.BoolOp(op=op, values=values):
+            return _joins[type(op)].reduce([_evaluate(value, frame) for value in values])
+        case ast.Compare(left=left, ops=ops, comparators=rest) if all(type(op) in _binary for op in ops):
+            sides = [_evaluate(side, frame) for side in (left, *rest)]
+            pairs = zip(ops, sides[:-1], sides[1:], strict=True)
+            return np.logical_and.reduce([np.asarray(_binary[type(op)](a, b)) for op, a, b in pairs])
+    raise UserError(
+        f"--where: {ast.unparse(node)!r} is neither column, number, text, comparison, and, or, not"
+    )
+
+
+def _column(frame: pd.DataFrame, name: str, what: str, hint: str = "") -> np.ndarray:
+    if name not in frame:
+        raise UserError(f"{what}: no column {name!r}; {suggest(name, [str(c) for c in frame])}{hint}")
+    return frame[name].to_numpy()
+
+
+def _name(frame: pd.DataFrame, label: Any) -> str:
+    return str(frame.at[label, "name"]) if "name" in frame else f"{frame.index.name or 'row'} {label}"
+
+
+def _numbers(frame: pd.DataFrame, name: str) -> pd.Series:
+    """The column as float64, each cell positive and finite and of a possible size."""
+    column = pd.to_numeric(frame[name], errors="coerce").astype(float)
+    for label, value in column[~((column > 0) & (column <= LIMITS[name]))].items():
+        place = f"{frame.index.name or 'row'} {label}: {name}"
+        cell = frame.at[label, name]
+        if pd.isna(cell):
+            raise UserError(f"{place} is missing (NaN); fill the cell or leave the row out with --where")
+        if np.isnan(value):
+            raise UserError(f"{place} is {cell!r}, not a number")
+        if value > 0:
+            raise UserError(f"{place} is {value:g}; nothing above {LIMITS[name]:g} is a measurement")
+        raise UserError(f"{place} is {value:g}; it must be positive")
+    return column
+
+
+def _refuse_repeats(frame: pd.DataFrame, inputs: list[str]) -> None:
+    """Repeats are fine as seeds; otherwise the same run would count twice."""
+    keys = inputs + (["seed"] if "seed" in frame else [])
+    repeated = frame.duplicated(keys, keep=False)
+    if repeated.any():
+        first = frame.index[repeated][0]
+        same = frame.index[(frame[keys] == frame.loc[first, keys]).all(axis=1)]
+        point = ", ".join(f"{key}={frame.at[first, key]:g}" for key in inputs)
+        lines = " and ".join(f"{label}" for label in same[:3])
+        raise UserError(
+            f"{frame.index.name or 'row'}s {lines} repeat the point {point}; "
+            "keep one, or tell them apart by a column seed"
+        )
