@@ -159,6 +159,7 @@ class TextSource(Source):
             [_windows(part, stream, length) for part, stream in zip(self._parts, self._streams, strict=True)]
         )
         self._turns, self._ranks = turns(tuple(part.weight for part in self._parts))
+        self._shares = np.bincount(self._turns)
         rows = self._rows_of_one_epoch()
         self.available_tokens = None if config.repeat else rows * length
         if rows < config.batch_size:
@@ -187,7 +188,7 @@ class TextSource(Source):
         indices = np.asarray(indices, np.int64)
         block, turn = np.divmod(indices, _BLOCK)
         which = self._turns[turn]
-        row = block * np.bincount(self._turns)[which] + self._ranks[turn]
+        row = block * self._shares[which] + self._ranks[turn]
         epoch, place = np.divmod(row, self._windows[which])
         if epoch.any() and not self.config.repeat:
             name = self._parts[int(which[np.argmax(epoch > 0)])].corpus.name
@@ -195,7 +196,7 @@ class TextSource(Source):
                 f"row {int(indices[np.argmax(epoch > 0)])} lies past the first epoch of {name}: train on at "
                 f"most {self.available_tokens:,} tokens, or set data.repeat=true"
             )
-        key = mix(mix(np.uint64(seed) + mix(which.astype(np.uint64))) + epoch.astype(np.uint64))
+        key = mix(mix(mix(which.astype(np.uint64)) + np.uint64(seed % (1 << 64))) + epoch.astype(np.uint64))
         first = shuffled(place, self._windows[which], key) * self.config.sequence_length
         out = self._gather(self._streams, which, first, self._fields)
         return out | {"mask": np.ones(out["tokens"].shape, np.float32)}
@@ -228,7 +229,7 @@ class TextSource(Source):
     def epochs(self, rows: int) -> dict[str, float]:
         blocks, rest = divmod(rows, _BLOCK)
         count = len(self._parts)
-        seen = blocks * np.bincount(self._turns) + np.bincount(self._turns[:rest], minlength=count)
+        seen = blocks * self._shares + np.bincount(self._turns[:rest], minlength=count)
         return {
             part.corpus.name: float(epochs)
             for part, epochs in zip(self._parts, seen / self._windows, strict=True)
@@ -262,8 +263,7 @@ class TextSource(Source):
 
     def _rows_of_one_epoch(self) -> int:
         """Global rows before any source would begin its second epoch."""
-        shares = np.bincount(self._turns)
-        blocks, rest = np.divmod(self._windows, shares)
+        blocks, rest = np.divmod(self._windows, self._shares)
         turn = [np.flatnonzero(self._turns == i)[extra] for i, extra in enumerate(rest)]
         return int(np.min(blocks * _BLOCK + turn))
 
@@ -300,29 +300,32 @@ def turns(weights: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def mix(value: np.ndarray) -> np.ndarray:
-    """uint64 -> uint64, a bijection without visible pattern (splitmix64; Steele, Lea and Flood, 2014)."""
-    with np.errstate(over="ignore"):
-        value = value + np.uint64(0x9E3779B97F4A7C15)
-        value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return value ^ (value >> np.uint64(31))
+    """uint64 [n] -> uint64 [n], a bijection without visible pattern (splitmix64; Steele et al., 2014)."""
+    value = value + np.uint64(0x9E3779B97F4A7C15)  # arrays wrap around silently
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return value ^ (value >> np.uint64(31))
 
 
 def shuffled(index: np.ndarray, count: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """Where `key`'s permutation of range(count) takes `index`; any entry without the others, elementwise.
+    """Where the permutation `key` of range(count) takes `index`, for each entry [n] without the others.
 
-    A Feistel network of six rounds permutes the next power of four; what falls outside walks on along its
-    cycle until it falls inside (Black and Rogaway, 2002). Unlike numpy's, it is the same in every version.
+    A Feistel network of six rounds permutes the cells of a rectangle that just holds `count`; a cell beyond
+    it walks on until it falls inside (Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002).
+    Unlike a stored permutation it takes no memory, unlike numpy's it is the same in every version.
     """
-    index, count, key = (np.asarray(x).astype(np.uint64) for x in np.broadcast_arrays(index, count, key))
-    half = np.uint64(max(1, -(-int(count.max() - 1).bit_length() // 2)))
-    low = np.uint64((1 << int(half)) - 1)
-    out, walking = index.copy(), np.arange(len(index))
+    high = np.ceil(np.sqrt(count)).astype(np.uint64)
+    low = -(-count // high.astype(np.int64)).astype(np.uint64)
+    out, key, walking = index.astype(np.uint64), key.astype(np.uint64), np.arange(len(index))
     while len(walking):
-        left, right = out[walking] >> half, out[walking] & low
-        for step in range(6):
-            left, right = right, left ^ (mix(key[walking] ^ (right << np.uint64(8)) + np.uint64(step)) & low)
-        out[walking] = left << half | right
+        a, b, secret = high[walking], low[walking], key[walking]
+        left, right = np.divmod(out[walking], b)
+        for _ in range(3):
+            left = (left + mix(secret ^ right) % a) % a
+            secret = mix(secret)
+            right = (right + mix(secret ^ left) % b) % b
+            secret = mix(secret)
+        out[walking] = left * b + right
         walking = walking[out[walking] >= count[walking]]
     return out.astype(np.int64)
 
