@@ -37,21 +37,18 @@ class Record:
     """The writing side of one run's folder: start, resume_at, log ..., finish (or close).
 
     One process writes in a folder at a time. Of a run's many processes that is number 0; in the others
-    (`writes` False) every call does nothing but what it returns.
+    (`writes` False) nothing is done. As a context it closes itself, whatever happens.
     """
 
     def __init__(
         self,
         folder: str | Path,
-        writes: bool | None = None,
+        writes: bool = True,
         rows_per_part: int = 10_000,
         tensorboard: bool = True,
     ) -> None:
-        import jax  # here, because readers of records don't need it
-
         self.folder = Path(folder).absolute()
-        self._writes = jax.process_index() == 0 if writes is None else writes
-        self._rows_per_part, self._tensorboard = rows_per_part, tensorboard
+        self._writes, self._rows_per_part, self._tensorboard = writes, rows_per_part, tensorboard
         self._facts: dict[str, Any] = {}
         self._lock = self._part = self._events = None
         self._rows = self._resumed = 0
@@ -77,11 +74,6 @@ class Record:
         if not place.exists():
             write_atomically(place, dumps({**config_json, **self._facts}, indent=1) + "\n")
 
-    def result(self) -> dict[str, Any] | None:
-        """What result.json holds if the run is complete."""
-        place = self.folder / "result.json"
-        return _read(place) if place.exists() else None
-
     def resume_at(self, step: int) -> None:
         """Says that the run goes on from `step` (0: from the start): rows past it no longer count."""
         assert self._part is None, "resume_at comes before the first row"
@@ -100,29 +92,11 @@ class Record:
         if self._events is not None:
             self._events.add(step, {name: float(value) for name, value in row.items()})
 
-    def recent_mean(self, name: str, rows: int = 20) -> float:
-        """The mean of a metric's last `rows` values, those before a restart included; nan without any."""
-        values = [row[name] for row in _rows(self.folder) if name in row][-rows:]
-        return math.fsum(values) / len(values) if values else math.nan
-
-    def finish(self, result: Mapping[str, Any]) -> dict[str, Any]:
-        """Writes result.json, whole or not at all, and gives the folder free; returns what it holds.
-
-        That is `result` with the `versions`, `device` and `git_revision` of this start.
-        """
-        facts = self._facts
-        git_facts = facts.get("git") or {}
-        out = {
-            "versions": facts.get("versions"),
-            "device": (facts.get("device") or {}).get("kind"),
-            "git_revision": git_facts.get("revision", "") + ("+dirty" if git_facts.get("dirty") else "")
-            or None,
-            **result,
-        }
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """Writes result.json, whole or not at all, and gives the folder free."""
         if self._writes:
-            write_atomically(self.folder / "result.json", dumps(out, indent=1) + "\n")
+            write_atomically(self.folder / "result.json", dumps(result, indent=1) + "\n")
         self.close()
-        return _parsed(plain(out))
 
     def close(self) -> None:
         """Gives the folder free; without `finish` before it, the run counts as missing."""

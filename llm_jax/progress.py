@@ -1,0 +1,208 @@
+"""What a user sees while runs train: a bar for each run, and a line for the whole sweep.
+
+A run reports through `Progress`; alone, it draws its own bar. In a sweep the parent draws: it gives each
+worker a way to send (`Progress(..., write=connection.send)`, each on a pipe of its own, so that a killed worker
+breaks nobody else's) and feeds what arrives to `Sweep.show`. Where the output is no terminal (a log file,
+CI) plain lines are printed now and then instead.
+"""
+
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, TextIO
+
+from tqdm import tqdm
+
+SECONDS_BETWEEN_DRAWS = 0.2
+SECONDS_BETWEEN_LINES = 10.0  # of one run, where the output is no terminal
+
+
+class Status(NamedTuple):
+    """Where a run is. Plain values: it can be pickled, or sent as a JSON list."""
+
+    run: str
+    step: int
+    total_steps: int
+    loss: float = math.nan
+    tokens_per_second: float = 0.0
+    seconds_left: float | None = None
+
+    def __str__(self) -> str:
+        if math.isnan(self.loss) and self.tokens_per_second == 0:
+            return f"step {self.step:,}/{self.total_steps:,}, compiling"
+        return (
+            f"step {self.step:,}/{self.total_steps:,}, loss {self.loss:.4f}, "
+            f"{self.tokens_per_second:,.0f} tokens/s, {clock(self.seconds_left)} left"
+        )
+
+
+class Progress:
+    """The reporting side: `update` is called at every step and passes on a few statuses a second.
+
+    write: takes a `Status`; by default the run's own bar on stderr. If whoever listens has gone (an OSError),
+    the run goes on silently.
+    """
+
+    def __init__(self, total_steps: int, label: str, write: Callable[[Status], None] | None = None) -> None:
+        self._display = Display() if write is None else None
+        self._write = write or self._display.show
+        self._start: tuple[float, int] | None = None
+        self._last = -math.inf
+        self._status = Status(label, 0, total_steps)
+        self._send()
+
+    def update(self, step: int, loss: float, tokens_per_second: float) -> None:
+        """Says that `step` steps are done (those before a restart count); `loss` is the last one's."""
+        now, total = time.monotonic(), self._status.total_steps
+        self._start = self._start or (now, step)
+        done = step - self._start[1]
+        left = (now - self._start[0]) / done * (total - step) if done else None
+        self._status = Status(self._status.run, step, total, loss, tokens_per_second, left)
+        if step >= total or now - self._last >= SECONDS_BETWEEN_DRAWS:
+            self._last = now
+            self._send()
+
+    def close(self) -> None:
+        """Sends the last status and leaves the bar as it is."""
+        self._send()
+        if self._display is not None:
+            self._display.close()
+
+    def _send(self) -> None:
+        try:
+            self._write(self._status)
+        except OSError:
+            self._write = lambda status: None
+
+
+class Display:
+    """Bars of the runs in flight on a terminal; elsewhere a line for each run every ten seconds."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self.stream = stream or sys.stderr
+        self.terminal = self.stream.isatty()
+        self._bars: dict[str, tqdm] = {}
+        self._printed: dict[str, tuple[float, Status]] = {}
+
+    def show(self, status: Status) -> None:
+        """Draws or prints `status`, now or not at all."""
+        if not self.terminal:
+            when, before = self._printed.get(status.run, (-math.inf, None))
+            due = status.step >= status.total_steps or time.monotonic() - when >= SECONDS_BETWEEN_LINES
+            if due and status != before:
+                self._printed[status.run] = time.monotonic(), status
+                self.say(f"{status.run}: {status}")
+            return
+        if status.run not in self._bars:
+            taken = {-bar.pos for bar in self._bars.values()}
+            self._bars[status.run] = self.bar(
+                status.total_steps, next(n for n in range(100) if n not in taken)
+            )
+        bar = self._bars[status.run]
+        bar.n = status.step
+        bar.set_description_str(status.run, refresh=False)
+        bar.set_postfix_str(str(status), refresh=False)
+        bar.refresh()
+
+    def bar(self, total: float, position: int) -> tqdm:
+        form = "{desc} {percentage:3.0f}%|{bar:20}| {postfix}"
+        return tqdm(
+            total=total, file=self.stream, position=position, bar_format=form, dynamic_ncols=True, leave=False
+        )
+
+    def remove(self, run: str) -> None:
+        """Takes away a run that has ended."""
+        self._printed.pop(run, None)
+        if bar := self._bars.pop(run, None):
+            bar.close()
+
+    def say(self, line: str) -> None:
+        """Prints a line above the bars."""
+        if self.terminal:
+            tqdm.write(line, file=self.stream)
+        else:
+            print(line, file=self.stream, flush=True)
+
+    def close(self) -> None:
+        for bar in self._bars.values():
+            bar.leave = True
+            bar.close()
+        self._bars.clear()
+
+
+class Sweep:
+    """The parent's side: bars of the runs in flight, and one line for all of them.
+
+    costs: {run: cost}, in any unit, of the runs to be done; they weigh the runs in the time left.
+    """
+
+    def __init__(self, costs: Mapping[str, float], stream: TextIO | None = None) -> None:
+        self._costs, self._started = dict(costs), time.monotonic()
+        self._fractions = dict.fromkeys(costs, 0.0)
+        self._ended: dict[str, bool] = {}
+        self._display = Display(stream)
+        self._line = self._display.bar(1.0, 0) if self._display.terminal else None
+        self._printed = -math.inf
+        self._draw()
+
+    def show(self, status: Status) -> None:
+        """What a run has sent."""
+        if status.run not in self._ended:
+            self._fractions[status.run] = status.step / max(status.total_steps, 1)
+            self._display.show(status)
+            self._draw()
+
+    def end(self, run: str, note: str, good: bool = True) -> None:
+        """A run has ended, well or not; `note` is printed after its name."""
+        self._ended[run], self._fractions[run] = good, 1.0
+        self._display.remove(run)
+        self._display.say(f"{run}: {note}")
+        self._draw(now=True)
+
+    def say(self, line: str) -> None:
+        """Prints a line above the bars."""
+        self._display.say(line)
+
+    def close(self) -> None:
+        """Leaves the sweep's line as the last one."""
+        self._draw(now=True)
+        self._display.close()
+        if self._line is not None:
+            self._line.leave = True
+            self._line.close()
+
+    def __str__(self) -> str:
+        failed = sum(not good for good in self._ended.values())
+        elapsed, fraction = time.monotonic() - self._started, self.fraction
+        left = elapsed * (1 - fraction) / fraction if fraction else None
+        return (
+            f"{len(self._ended) - failed}/{len(self._costs)} runs done"
+            + (f", {failed} failed" if failed else "")
+            + f", {clock(elapsed)} elapsed, {clock(left)} left"
+        )
+
+    @property
+    def fraction(self) -> float:
+        """The part of the cost that is done."""
+        done = sum(cost * self._fractions[run] for run, cost in self._costs.items())
+        return done / (sum(self._costs.values()) or 1.0)
+
+    def _draw(self, now: bool = False) -> None:
+        if self._line is not None:
+            self._line.n = self.fraction
+            self._line.set_description_str("sweep", refresh=False)
+            self._line.set_postfix_str(str(self), refresh=False)
+            self._line.refresh()
+        elif now or time.monotonic() - self._printed >= SECONDS_BETWEEN_LINES:
+            self._printed = time.monotonic()
+            self._display.say(f"sweep: {self}")
+
+
+def clock(seconds: float | None) -> str:
+    """90 -> 1:30; ? where it isn't known."""
+    if seconds is None:
+        return "?"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
