@@ -18,19 +18,23 @@ def make_scorer(model: Model) -> Callable[[Params, Batch], jax.Array]:
 
 
 def score(
-    scorer: Callable[[Params, Batch], jax.Array], params: Params, held_out: HeldOut, mesh: jax.sharding.Mesh
+    scorer: Callable[[Params, Batch], jax.Array],
+    params: Params,
+    held_out: HeldOut,
+    rows: int,
+    mesh: jax.sharding.Mesh,
 ) -> dict[str, float]:
-    """Scores every held-out document in full.
+    """Scores every held-out document in full, `rows` windows at a time.
 
     The standard error is that of the ratio (sum of nats) / (sum of tokens), documents being independent
     (linearisation; Cochran, Sampling Techniques, 3rd edition, equation 2.45).
     """
     nats = np.zeros(held_out.documents)
     tokens = np.zeros(held_out.documents)
-    for batch in held_out.batches():
+    for batch in held_out.batches(rows):
         document, mask = batch.pop("document"), batch["mask"]
         spec = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch.items()}
-        on_mesh = sharding.load_rows(lambda rows, b=batch: {k: v[rows] for k, v in b.items()}, spec, mesh)
+        on_mesh = sharding.load_rows(lambda chosen, b=batch: {k: v[chosen] for k, v in b.items()}, spec, mesh)
         losses = np.asarray(scorer(params, on_mesh), np.float64) * mask
         nats += np.bincount(document.ravel(), losses.ravel(), minlength=len(nats))
         tokens += np.bincount(document.ravel(), mask.ravel(), minlength=len(tokens))

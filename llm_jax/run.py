@@ -57,7 +57,6 @@ class Execution:
     micro_batches: int = 1
     checkpoint: Checkpointing = Checkpointing()
     evaluate_every_steps: int = 0
-    evaluation_rows: int = 0
     log_every_steps: int = 1
     deterministic: bool = False
 

@@ -101,7 +101,7 @@ def train(run: Run, folder: str | Path, hooks: Sequence[Hook] = (), progress: An
         def evaluate(step: int) -> dict[str, float]:
             params = optimizers.evaluation_params(run.optimizer, state.optimizer, state.trained)
             params = state.frozen | params
-            row = {} if held_out is None else score(scorer, params, held_out, mesh)
+            row = {} if held_out is None else score(scorer, params, held_out, run.data.batch_size, mesh)
             for hook in hooks:
                 row |= hook(step, params)
             return row
