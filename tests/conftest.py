@@ -7,6 +7,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
 import jax
+import numpy as np
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -23,3 +24,29 @@ def reference_data() -> pathlib.Path:
     if not folder.is_dir():
         pytest.skip(f"no reference data at {folder}; set LLM_JAX_REFERENCE_DATA")
     return folder
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A pattern for 40 small text files of words with some structure to learn; their cache lies apart."""
+    folder = tmp_path_factory.mktemp("corpus")
+    os.environ["LLM_JAX_CACHE"] = str(folder / "cache")
+    random = np.random.default_rng(0)
+    words = ["".join(random.choice(list("abcdefgh"), size=random.integers(2, 7))) for _ in range(50)]
+    for number in range(40):
+        chosen = random.choice(words, size=600, p=np.arange(50, 0, -1) / 1275)
+        (folder / f"{number:02d}.txt").write_text(" ".join(chosen) + "\n")
+    return str(folder / "*.txt")
+
+
+@pytest.fixture(scope="session")
+def tiny_run(corpus: str) -> "Run":  # noqa: F821 (imported late: it imports jax)
+    """Forty steps of a small transformer on `corpus`: seconds, compilation included."""
+    from llm_jax.data import Files, Text
+    from llm_jax.models.transformer import Transformer
+    from llm_jax.optimizers import AdamW
+    from llm_jax.run import Run
+
+    data = Text(corpus=Files(corpus), sequence_length=32, batch_size=8)
+    model = Transformer(layers=2, width=32, heads=4)
+    return Run(model, data, AdamW(learning_rate=3e-3), tokens=40 * 8 * 32)

@@ -1,0 +1,224 @@
+"""The trainer: the same losses however it is executed, killed or continued; a record of whatever happens."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llm_jax import config, optimizers, records
+from llm_jax.config import UserError
+from llm_jax.models import Term
+from llm_jax.step import State, accumulate, make_init, make_step
+from llm_jax.train import train
+
+
+def losses(folder):
+    return records.metrics(folder)["loss"].to_numpy()
+
+
+def changed(run, **fields):
+    for path, value in fields.items():
+        run = config.replace(run, path.replace("__", "."), value)
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_run, tmp_path_factory):
+    """The tiny run trained once on one device: its folder and result."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    result = train(changed(tiny_run, execution__mesh__data=1), folder)
+    return folder, result
+
+
+def test_a_run_learns_and_its_result_says_what_analysis_needs(finished, tiny_run):
+    folder, result = finished
+    assert result["status"] == "done"
+    assert losses(folder)[0] == pytest.approx(np.log(257), abs=0.3)
+    assert losses(folder)[-1] < 3.2
+    assert abs(result["loss"] - losses(folder)[-5:].mean()) < 0.3
+    assert result["bits_per_byte"] == pytest.approx(
+        result["loss"] / np.log(2) * result["held_out_tokens"] / result["held_out_bytes"]
+    )
+    assert 0 < result["loss_standard_error"] < 0.1
+    assert result["D"] == result["steps"] * tiny_run.data.tokens_per_step == 40 * 8 * 32
+    assert result["identity"] == tiny_run.identity()
+    assert json.loads((folder / "result.json").read_text())["loss"] == result["loss"]
+
+
+def test_a_finished_run_is_not_trained_again(finished, tiny_run):
+    folder, result = finished
+    before = sorted(p.name for p in (folder / "metrics").iterdir())
+    again = train(changed(tiny_run, execution__mesh__data=1), folder)
+    assert again["loss"] == result["loss"]
+    assert sorted(p.name for p in (folder / "metrics").iterdir()) == before
+
+
+@pytest.mark.parametrize("mesh", [(8, 1, 1), (2, 2, 2), (1, 4, 2)], ids=str)
+def test_eight_devices_give_the_losses_of_one(finished, tiny_run, tmp_path, mesh):
+    run = changed(
+        tiny_run,
+        **{f"execution__mesh__{n}": s for n, s in zip(("data", "fsdp", "tensor"), mesh, strict=True)},
+    )
+    train(run, tmp_path / "run")
+    np.testing.assert_allclose(losses(tmp_path / "run")[:20], losses(finished[0])[:20], atol=1e-5)
+
+
+def test_micro_batches_give_the_losses_of_the_whole_batch(finished, tiny_run, tmp_path):
+    train(changed(tiny_run, execution__mesh__data=1, execution__micro_batches=4), tmp_path / "run")
+    np.testing.assert_allclose(losses(tmp_path / "run")[:20], losses(finished[0])[:20], atol=1e-5)
+
+
+def test_accumulated_gradients_are_those_of_the_big_batch_with_uneven_masks():
+    key = jax.random.PRNGKey(0)
+    batch = {
+        "x": jax.random.normal(key, (8, 5)),
+        "mask": (jnp.arange(8)[:, None] >= jnp.arange(5)).astype(float),
+    }
+
+    def terms_of(params, batch, key):
+        values = jnp.tanh(batch["x"] * params["w"])
+        squares = Term((values**2 * batch["mask"]).sum(), batch["mask"].sum(), 1.0)
+        return {"squares": squares, "rows": Term(values.sum(), jnp.float32(len(values)), 0.1)}
+
+    params = {"w": jnp.linspace(0.1, 1.0, 5)}
+    whole, whole_terms = accumulate(terms_of, params, batch, key, 1)
+    for micro_batches in (2, 4, 8):
+        parts, terms = accumulate(terms_of, params, batch, key, micro_batches)
+        np.testing.assert_allclose(parts["w"], whole["w"], atol=1e-6)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), terms, whole_terms)
+
+
+def test_frozen_parameters_are_used_and_stay(tiny_run):
+    source = tiny_run.data.open()
+    model = tiny_run.resolved_model.build()
+    key = jax.random.PRNGKey(0)
+    params = model.init(key)
+    names = sorted(params)
+    frozen = {names[0]: params[names[0]]}
+    trained = {name: params[name] for name in names[1:]}
+    roles = model.roles(params)
+    roles = {name: roles[name] for name in names[1:]}
+    tables = optimizers.tables(tiny_run.optimizer, tiny_run.objective, 10)
+    state = State(trained, frozen, optimizers.init(tiny_run.optimizer, roles, trained), jnp.int32(0), key)
+    step = jax.jit(make_step(model, tiny_run.objective, tiny_run.optimizer, roles))
+    for i in range(5):
+        state, _ = step(state, source.rows(0, np.arange(8)), {k: v[i] for k, v in tables.items()})
+    jax.tree.map(np.testing.assert_array_equal, state.frozen, frozen)
+    assert all(
+        (a != b).any() for a, b in zip(jax.tree.leaves(state.trained), jax.tree.leaves(trained), strict=True)
+    )
+
+
+def test_seeds_change_the_initialisation_and_the_order(tiny_run):
+    model, source = tiny_run.resolved_model.build(), tiny_run.data.open()
+    roles = model.roles(jax.eval_shape(model.init, jax.random.PRNGKey(0)))
+    init = make_init(model, tiny_run.optimizer, roles)
+    a, b = (jax.tree.leaves(init(jax.random.PRNGKey(seed)).trained) for seed in (0, 1))
+    assert any((x != y).any() for x, y in zip(a, b, strict=True))
+    assert (source.rows(0, np.arange(8))["tokens"] != source.rows(1, np.arange(8))["tokens"]).any()
+
+
+def test_a_diverging_run_ends_with_a_record_that_says_so(tiny_run, tmp_path):
+    run = changed(tiny_run, optimizer__learning_rate=1e30, optimizer__clip_norm=float("inf"))
+    result = train(changed(run, execution__mesh__data=1), tmp_path / "run")
+    assert result["status"] == "diverged"
+    assert records.load_run(tmp_path / "run")["status"] == "diverged"
+    assert len(losses(tmp_path / "run")) < 40
+
+
+def test_evaluation_during_training_calls_hooks_and_is_logged(tiny_run, tmp_path):
+    seen = []
+
+    def hook(step, params):
+        seen.append(step)
+        return {"probe": float(step)}
+
+    train(
+        changed(tiny_run, execution__mesh__data=1, execution__evaluate_every_steps=15),
+        tmp_path / "run",
+        [hook],
+    )
+    assert seen == [15, 30, 40]
+    table = records.metrics(tmp_path / "run").set_index("step")
+    assert table["held_out/probe"].dropna().to_dict() == {15: 15.0, 30: 30.0}
+    assert table["held_out/loss"].dropna().is_monotonic_decreasing
+
+
+# ---- killed and continued ----
+
+SCRIPT = """
+import sys, json
+from llm_jax import config
+from llm_jax.run import Run
+from llm_jax.train import train
+run = config.from_json(Run, json.loads(open(sys.argv[1]).read()))
+train(run, sys.argv[2])
+"""
+
+
+def start(run, folder, tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps(config.to_json(run)))
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "run.json"), str(folder)]
+    return subprocess.Popen(command, env=os.environ | {"XLA_FLAGS": ""}, stderr=subprocess.PIPE)
+
+
+def wait_for_step(folder, step, process):
+    while process.poll() is None:
+        if (folder / "metrics").is_dir() and (records.metrics(folder)["step"] >= step).any():
+            return
+        time.sleep(0.01)
+    raise AssertionError(process.stderr.read().decode())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
+def test_a_killed_run_continues_bit_for_bit(tiny_run, tmp_path, kill):
+    run = changed(tiny_run, tokens=400 * 8 * 32, execution__checkpoint__every_steps=7)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert start(run, whole, tmp_path).wait() == 0
+    for step in (30, 170):
+        process = start(run, killed, tmp_path)
+        wait_for_step(killed, step, process)
+        process.send_signal(kill)
+        assert process.wait() == {signal.SIGKILL: -9, signal.SIGTERM: 143}[kill]
+        assert not (killed / "result.json").exists()
+    assert start(run, killed, tmp_path).wait() == 0
+    assert [s["resume_at"] > 0 for s in records.starts(killed)] == [False, True, True]
+    np.testing.assert_array_equal(losses(killed), losses(whole))
+    results = [records.load_run(folder)["result"] for folder in (whole, killed)]
+    assert results[0]["loss"] == results[1]["loss"]
+
+
+# ---- what can't be done ----
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"tokens": 10**9}, "tokens are more than the"),
+        ({"execution__mesh__data": 16}, "needs 16 devices, and there are 8"),
+        ({"execution__mesh__tensor": 3}, "does not divide the 8 devices"),
+        ({"data__batch_size": 12}, "a batch of 12 rows doesn't divide over 8 devices"),
+        ({"execution__mesh__data": 1, "execution__micro_batches": 3}, "3 micro-batches"),
+        ({"model__heads": 5}, "heads"),
+        ({"model__layers": "x"}, "config.model.layers: 'x' is not an integer"),
+        ({"optimizer__learning_rate": -1.0}, "learning_rate"),
+    ],
+    ids=str,
+)
+def test_what_can_not_be_done_is_refused_before_anything_is_written(tiny_run, tmp_path, fields, words):
+    with pytest.raises(UserError, match=words):
+        train(changed(tiny_run, **fields), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_of_another_run_is_refused(finished, tiny_run):
+    with pytest.raises(UserError, match=r"belongs to run .* layers is 2 there and 3 here"):
+        train(changed(tiny_run, model__layers=3, execution__mesh__data=1), finished[0])
