@@ -1,0 +1,109 @@
+"""Every kind of attention computes the definition; the definition sees what it should."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llm_jax.config import UserError
+from llm_jax.kernels.attention import attend
+
+
+def inputs(length=150, heads=4, key_heads=2, width=8, batch=2, dtype=jnp.float32):
+    """Queries, keys, values, and segments that change within and between blocks."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    q = jax.random.normal(keys[0], (batch, length, heads, width), dtype)
+    k, v = (jax.random.normal(key, (batch, length, key_heads, width), dtype) for key in keys[1:])
+    segments = jnp.stack([jnp.arange(length) // 37, jnp.arange(length) // 90]).astype(jnp.int32)
+    return q, k, v, segments
+
+
+def by_hand(q, k, v, segments, window, softcap):
+    """Attention as loops over single queries and heads, in float64."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    out = np.zeros_like(q)
+    for b, i, h in np.ndindex(q.shape[:3]):
+        g = h // (q.shape[2] // k.shape[2])
+        seen = [j for j in range(i + 1) if segments[b, j] == segments[b, i] and j > i - window]
+        scores = k[b, seen, g] @ q[b, i, h] / np.sqrt(q.shape[3])
+        weights = np.exp(softcap * np.tanh(scores / softcap))
+        out[b, i, h] = weights @ v[b, seen, g] / weights.sum()
+    return out
+
+
+def test_the_reference_is_the_definition_written_as_loops():
+    q, k, v, segments = inputs(length=40)
+    expected = by_hand(q, k, v, np.asarray(segments), window=9, softcap=2.0)
+    got = attend(q, k, v, segments=segments, window=9, softcap=2.0, kind="reference")
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("length", "key_heads", "segmented", "window", "softcap"),
+    [
+        (150, 4, False, None, None),
+        (150, 2, True, None, None),
+        (150, 1, True, 50, 2.0),
+        (128, 2, True, 1, None),
+        (700, 1, True, 200, 2.0),  # several blocks in a stripe
+        (40, 4, False, 1000, 1.0),
+    ],
+)
+def test_chunked_attention_equals_the_reference_with_its_gradient(
+    length, key_heads, segmented, window, softcap
+):
+    q, k, v, segments = inputs(length, key_heads=key_heads)
+    options = {"segments": segments if segmented else None, "window": window, "softcap": softcap}
+
+    def weighted(q, k, v, kind):
+        out = attend(q, k, v, kind=kind, scale=0.4, **options)
+        return (out * jnp.cos(jnp.arange(out.size).reshape(out.shape))).sum(), out
+
+    run = jax.jit(jax.value_and_grad(weighted, argnums=(0, 1, 2), has_aux=True), static_argnums=3)
+    ((_, expected), expected_gradient), ((_, got), gradient) = (
+        run(q, k, v, "reference"),
+        run(q, k, v, "chunked"),
+    )
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+    for a, b in zip(gradient, expected_gradient, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["reference", "chunked"])
+def test_no_query_feels_a_later_key_another_segment_or_a_key_before_its_window(kind):
+    q, k, v, segments = inputs()
+
+    def one(k, v, i):
+        return attend(q, k, v, segments=segments, window=20, kind=kind)[0, i].sum()
+
+    for i in (0, 63, 64, 100):
+        felt = sum(jnp.abs(g[0]).sum((-1, -2)) for g in jax.grad(one, argnums=(0, 1))(k, v, i))
+        visible = [j for j in range(150) if i - 20 < j <= i and j // 37 == i // 37]
+        np.testing.assert_array_equal(np.flatnonzero(felt), visible)
+
+
+def test_bfloat16_attention_is_summed_in_float32():
+    q, k, v, segments = inputs(dtype=jnp.bfloat16)
+    exact = attend(*(x.astype(jnp.float32) for x in (q, k, v)), segments=segments, kind="reference")
+    for kind in ("reference", "chunked"):
+        got = attend(q, k, v, segments=segments, kind=kind)
+        assert got.dtype == jnp.bfloat16
+        np.testing.assert_allclose(got.astype(jnp.float32), exact, atol=2e-2)
+
+
+def test_chunked_attention_never_holds_all_scores():
+    q, k, v, _ = inputs(length=2048, heads=1, key_heads=1, batch=1)
+
+    def temporary_bytes(kind):
+        gradient = jax.grad(lambda q, k, v: attend(q, k, v, kind=kind).sum(), argnums=(0, 1, 2))
+        return jax.jit(gradient).lower(q, k, v).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes("chunked") < 2048 * 2048 * 4 / 2 < temporary_bytes("reference")
+
+
+def test_what_a_kind_cannot_do_is_said_in_one_line():
+    q, k, v, _ = inputs(length=8)
+    with pytest.raises(UserError, match="cudnn cannot run: the device is cpu"):
+        attend(q, k, v, kind="cudnn")
+    with pytest.raises(UserError, match="there are auto, reference, chunked, cudnn"):
+        attend(q, k, v, kind="fastest")
