@@ -1,12 +1,13 @@
 """What a user sees while runs train: a bar for each run, and a line for the whole sweep.
 
 A run reports through `Progress`; alone, it draws its own bar. In a sweep the parent draws: it gives each
-worker a way to send (`Progress(..., write=connection.send)`, each on a pipe of its own, so that a killed worker
-breaks nobody else's) and feeds what arrives to `Sweep.show`. Where the output is no terminal (a log file,
-CI) plain lines are printed now and then instead.
+worker a way to send (`Progress(..., write=connection.send)`, each on a pipe of its own, so that a killed
+worker breaks nobody else's) and feeds what arrives to `Sweep.show`. Where the output is no terminal (a log
+file, CI) plain lines are printed now and then instead.
 """
 
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -79,9 +80,10 @@ class Progress:
 class Display:
     """Bars of the runs in flight on a terminal; elsewhere a line for each run every ten seconds."""
 
-    def __init__(self, stream: TextIO | None = None) -> None:
-        self.stream = stream or sys.stderr
-        self.terminal = self.stream.isatty()
+    def __init__(self, stream: TextIO | None = None, name_width: int = 0) -> None:
+        self.stream, self._name_width = stream or sys.stderr, name_width
+        # A pseudo-terminal that nobody has given a size can't show bars.
+        self.terminal = self.stream.isatty() and os.get_terminal_size(self.stream.fileno()).lines > 0
         self._bars: dict[str, tqdm] = {}
         self._printed: dict[str, tuple[float, Status]] = {}
 
@@ -95,21 +97,26 @@ class Display:
                 self.say(f"{status.run}: {status}")
             return
         if status.run not in self._bars:
-            taken = {-bar.pos for bar in self._bars.values()}
-            self._bars[status.run] = self.bar(
-                status.total_steps, next(n for n in range(100) if n not in taken)
-            )
-        bar = self._bars[status.run]
-        bar.n = status.step
-        bar.set_description_str(status.run, refresh=False)
-        bar.set_postfix_str(str(status), refresh=False)
-        bar.refresh()
+            self._bars[status.run] = self.bar(status.run, status.total_steps)
+        self.draw(self._bars[status.run], status.step, str(status))
 
-    def bar(self, total: float, position: int) -> tqdm:
-        form = "{desc} {percentage:3.0f}%|{bar:20}| {postfix}"
+    def bar(self, name: str, total: float) -> tqdm:
+        """A new bar on the first free line, to be drawn by `draw`."""
         return tqdm(
-            total=total, file=self.stream, position=position, bar_format=form, dynamic_ncols=True, leave=False
+            desc=name.ljust(self._name_width),
+            total=total,
+            file=self.stream,
+            bar_format="{desc} {percentage:3.0f}%|{bar:20}| {unit}",
+            unit="",
+            dynamic_ncols=True,
+            leave=False,
         )
+
+    @staticmethod
+    def draw(bar: tqdm, done: float, text: str) -> None:
+        """Moves a bar to `done`, with `text` behind it (as its unit: tqdm's postfix begins with a comma)."""
+        bar.n, bar.unit = done, text
+        bar.refresh()
 
     def remove(self, run: str) -> None:
         """Takes away a run that has ended."""
@@ -141,8 +148,8 @@ class Sweep:
         self._costs, self._started = dict(costs), time.monotonic()
         self._fractions = dict.fromkeys(costs, 0.0)
         self._ended: dict[str, bool] = {}
-        self._display = Display(stream)
-        self._line = self._display.bar(1.0, 0) if self._display.terminal else None
+        self._display = Display(stream, max(map(len, ["sweep", *costs])))
+        self._line = self._display.bar("sweep", 1.0) if self._display.terminal else None
         self._printed = -math.inf
         self._draw()
 
@@ -190,10 +197,7 @@ class Sweep:
 
     def _draw(self, now: bool = False) -> None:
         if self._line is not None:
-            self._line.n = self.fraction
-            self._line.set_description_str("sweep", refresh=False)
-            self._line.set_postfix_str(str(self), refresh=False)
-            self._line.refresh()
+            self._display.draw(self._line, self.fraction, str(self))
         elif now or time.monotonic() - self._printed >= SECONDS_BETWEEN_LINES:
             self._printed = time.monotonic()
             self._display.say(f"sweep: {self}")
