@@ -1,0 +1,212 @@
+"""Objectives: named loss terms (sum, count, weight), and a next-token loss that never holds all its logits.
+
+A mean is taken once, after all reductions (`total`): with counts over the whole global batch, gradients of
+micro-batches add up to the gradient of the big batch however unevenly their masks are filled.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+
+from llm_jax.config import Tagged, UserError
+from llm_jax.models import Batch, Model, Params, Term
+
+# Logits of one time slice, per device: what stays in a CPU's cache; elsewhere, what keeps matrix units busy.
+SLICE_BYTES = {"cpu": 2**20, "other": 2**28}
+
+
+class Objective(Tagged):
+    """What is minimised: a union of configs, each a few named terms."""
+
+    def terms(
+        self,
+        model: Model,
+        params: Params,
+        batch: Batch,
+        key: jax.Array | None,
+        weights: Mapping[str, jax.Array],
+    ) -> dict[str, Term]:
+        """The loss terms of one batch; `weights` holds this step's value of each weight in `weights()`."""
+        raise NotImplementedError
+
+    def weights(self) -> dict[str, float]:
+        """The weight of each term; they become columns `weights/<term>` of the per-step tables."""
+        raise NotImplementedError
+
+
+def total(terms: Mapping[str, Term], counts: Mapping[str, jax.Array] | None = None) -> jax.Array:
+    """The loss: sum over terms of weight * sum / count (a term that counts nothing adds nothing).
+
+    counts: by term, over the whole global batch, where `terms` are those of one micro-batch of it.
+    """
+    loss = jnp.zeros(())
+    for name, term in terms.items():
+        count = term.count if counts is None else counts[name]
+        loss += term.weight * term.sum / jnp.where(count == 0, 1, count)
+    return loss
+
+
+@dataclasses.dataclass(frozen=True)
+class NextToken(Objective, kind="next_token"):
+    """Cross entropy of the next token in nats, and z_loss times the squared log normaliser (PaLM, section 5).
+
+    Reads batch["targets"] and batch["mask"], both [B, T].
+    """
+
+    z_loss: float = 0.0
+
+    def validate(self) -> None:
+        if self.z_loss < 0:
+            raise UserError(f"objective.z_loss is {self.z_loss}; a weight is 0 (off) or positive")
+
+    def weights(self) -> dict[str, float]:
+        return {"next_token": 1.0, "z_loss": self.z_loss}
+
+    def terms(
+        self,
+        model: Model,
+        params: Params,
+        batch: Batch,
+        key: jax.Array | None,
+        weights: Mapping[str, jax.Array],
+    ) -> dict[str, Term]:
+        hidden_BTD, aux = model.apply(params, batch, key)
+        head, targets_BT, mask_BT = _head(model, params), batch["targets"], batch["mask"]
+        names = ("next_token", "z_loss")
+        direction = jnp.stack([jnp.asarray(weights[name], jnp.float32) for name in names])
+        length = _slice_length(model.unembed, head, hidden_BTD)
+        sums = _sums(model.unembed, length, head, hidden_BTD, targets_BT, mask_BT, direction)
+        count = mask_BT.sum()
+        return {name: Term(sums[i], count, weights[name]) for i, name in enumerate(names)} | aux
+
+
+def token_losses(model: Model, params: Params, batch: Batch) -> jax.Array:
+    """Nats of each target [B, T], 0 where batch["mask"] is 0; no dropout, and never all logits at once."""
+    hidden_BTD, _ = model.apply(params, batch, None)
+    head = _head(model, params)
+    length = _slice_length(model.unembed, head, hidden_BTD)
+
+    def one(_: None, part: tuple) -> tuple[None, jax.Array]:
+        hidden, targets = part
+        nats, _ = _nats(model.unembed, head, hidden, targets)
+        return None, nats.reshape(hidden.shape[:2])
+
+    _, nats = jax.lax.scan(one, None, _slices(length, hidden_BTD, batch["targets"]))
+    return _join(nats, hidden_BTD.shape[1]) * batch["mask"]
+
+
+# ---- the sliced cross entropy ----
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _sums(
+    unembed: Callable,
+    length: int,
+    head: Params,
+    hidden: jax.Array,
+    targets: jax.Array,
+    mask: jax.Array,
+    direction: jax.Array,
+) -> jax.Array:
+    """[sum of nats, sum of squared log normalisers] over the masked tokens, time slice by time slice.
+
+    To be differentiated only along `direction`, the weights of the two sums in the loss: then the forward
+    pass can take each slice's gradient while its logits exist, and nothing is computed twice.
+    """
+
+    def one(sums: jax.Array, part: tuple) -> tuple[jax.Array, None]:
+        return sums + _slice_sums(unembed, head, *part), None
+
+    return jax.lax.scan(one, jnp.zeros(2), _slices(length, hidden, targets, mask))[0]
+
+
+def _sums_forward(
+    unembed: Callable,
+    length: int,
+    head: Params,
+    hidden: jax.Array,
+    targets: jax.Array,
+    mask: jax.Array,
+    direction: jax.Array,
+) -> tuple[jax.Array, tuple]:
+    def weighted(head: Params, hidden: jax.Array, targets: jax.Array, mask: jax.Array) -> tuple:
+        sums = _slice_sums(unembed, head, hidden, targets, mask)
+        return sums @ direction, sums
+
+    def one(carry: tuple, part: tuple) -> tuple[tuple, jax.Array]:
+        sums, head_gradient = carry
+        (_, more), (of_head, of_hidden) = jax.value_and_grad(weighted, (0, 1), has_aux=True)(head, *part)
+        return (sums + more, jax.tree.map(jnp.add, head_gradient, of_head)), of_hidden
+
+    start = (jnp.zeros(2), jax.tree.map(jnp.zeros_like, head))
+    (sums, head_gradient), of_hidden = jax.lax.scan(one, start, _slices(length, hidden, targets, mask))
+    return sums, (head_gradient, _join(of_hidden, hidden.shape[1]), direction)
+
+
+def _sums_backward(unembed: Callable, length: int, kept: tuple, cotangent: jax.Array) -> tuple:
+    head_gradient, hidden_gradient, direction = kept
+    size = direction @ direction
+    scale = cotangent @ direction / jnp.where(size == 0, 1, size)
+    # Another direction than the one asked for would get a wrong gradient: make it none at all.
+    apart = jnp.abs(cotangent - scale * direction).max() > 1e-4 * jnp.abs(cotangent).max()
+    scale = jnp.where(apart, jnp.nan, scale)
+    scaled = jax.tree.map(lambda g: (scale * g).astype(g.dtype), (head_gradient, hidden_gradient))
+    return (*scaled, None, None, None)
+
+
+_sums.defvjp(_sums_forward, _sums_backward)
+
+
+def _slice_sums(
+    unembed: Callable, head: Params, hidden: jax.Array, targets: jax.Array, mask: jax.Array
+) -> jax.Array:
+    nats, log_normaliser = _nats(unembed, head, hidden, targets)
+    weight = mask.reshape(-1)
+    return jnp.stack([(nats * weight).sum(), (log_normaliser**2 * weight).sum()])
+
+
+def _nats(
+    unembed: Callable, head: Params, hidden: jax.Array, targets: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """(cross entropy, log normaliser) of each token of a slice, flat: a matrix of logits is twice as fast."""
+    logits = unembed(head, hidden.reshape(-1, hidden.shape[-1])).astype(jnp.float32)
+    log_normaliser = jax.nn.logsumexp(logits, axis=-1)
+    chosen = jnp.take_along_axis(logits, targets.reshape(-1, 1), axis=-1)[:, 0]
+    return log_normaliser - chosen, log_normaliser
+
+
+def _slice_length(unembed: Callable, head: Params, hidden: jax.Array) -> int:
+    """Time steps whose logits fit SLICE_BYTES on each device; at most half, so that no [B, T, V] exists."""
+    batch, time, _ = hidden.shape
+    vocabulary = jax.eval_shape(unembed, head, hidden[:, :1]).shape[-1]
+    devices = max(1, jax.sharding.get_abstract_mesh().size)
+    backend = jax.default_backend()
+    room = SLICE_BYTES.get(backend, SLICE_BYTES["other"]) * devices // (4 * batch * vocabulary)
+    slices = -(-time // min(max(1, room), max(1, time // 2)))
+    return -(-time // slices)
+
+
+def _slices(length: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """[B, T, ...] as [slices, B, length, ...], the last slice filled with zeros (masked out)."""
+
+    def cut(x: jax.Array) -> jax.Array:
+        missing = -x.shape[1] % length
+        x = jnp.pad(x, ((0, 0), (0, missing)) + ((0, 0),) * (x.ndim - 2)) if missing else x
+        return jnp.moveaxis(x.reshape(x.shape[0], -1, length, *x.shape[2:]), 1, 0)
+
+    return tuple(cut(x) for x in arrays)
+
+
+def _join(parts: jax.Array, time: int) -> jax.Array:
+    """The inverse of `_slices`: [slices, B, length, ...] as [B, T, ...]."""
+    joined = jnp.moveaxis(parts, 0, 1)
+    return joined.reshape(joined.shape[0], -1, *joined.shape[3:])[:, :time]
+
+
+def _head(model: Model, params: Params) -> Params:
+    if model.unembed is None:
+        raise UserError("objective next_token needs a model that predicts tokens; this one has no unembed")
+    return model.unembed_params(params)
