@@ -59,7 +59,7 @@ class Tagged:
 def member(root: type[Tagged], kind: str) -> type:
     """The member of the union `root` that `kind` names; raises UserError with the nearest name."""
     if kind not in root.members:
-        raise UserError(f"no {root.root.__name__.lower()} {kind!r}; {_suggest(kind, root.members)}")
+        raise UserError(f"no {root.root.__name__.lower()} {kind!r}; {nearest(kind, root.members)}")
     return root.members[kind]
 
 
@@ -127,8 +127,8 @@ def from_json(annotation: Any, value: Any, path: str = "config") -> Any:
             hints = _hints(option)
             for name in value:
                 if name not in hints:
-                    near = _suggest(name, hints)
-                    raise UserError(f"{path}: no field {name!r} in {option.__name__}; {near}")
+                    suggestion = nearest(name, hints)
+                    raise UserError(f"{path}: no field {name!r} in {option.__name__}; {suggestion}")
             return option(**{k: from_json(hints[k], v, f"{path}.{k}") for k, v in value.items()})
         if typing.get_origin(option) is tuple:
             return tuple(from_json(t, v, path) for t, v in zip(_items(option, value), value, strict=True))
@@ -185,7 +185,7 @@ def load_experiment(place: str) -> tuple[types.ModuleType, str]:
     path = pathlib.Path(name)
     if not path.is_file():
         near = sorted(str(p) for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
-        raise UserError(f"no experiment file {name!r}; {_suggest(name, near)}")
+        raise UserError(f"no experiment file {name!r}; {nearest(name, near)}")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules.setdefault(path.stem, module)  # dataclasses look up their module's names there
@@ -195,7 +195,7 @@ def load_experiment(place: str) -> tuple[types.ModuleType, str]:
             raise UserError(f"{name}: an experiment file defines {needed}; see experiments/isoflop.py")
     scale = scale or next(iter(module.SCALES))
     if scale not in module.SCALES:
-        raise UserError(f"{name}: no scale {scale!r}; {_suggest(scale, module.SCALES)}")
+        raise UserError(f"{name}: no scale {scale!r}; {nearest(scale, module.SCALES)}")
     return module, scale
 
 
@@ -284,7 +284,8 @@ def _default(field: dataclasses.Field) -> Any:
     return field.default_factory() if callable(field.default_factory) else field.default
 
 
-def _suggest(name: str, names: Sequence[str] | Mapping[str, Any]) -> str:
+def nearest(name: str, names: Sequence[str] | Mapping[str, Any]) -> str:
+    """What to say of a `name` that doesn't exist: the nearest of `names`, or all of them."""
     near = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
     return f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(names) or 'none'}"
 
@@ -292,7 +293,7 @@ def _suggest(name: str, names: Sequence[str] | Mapping[str, Any]) -> str:
 def _field_type(config: Any, name: str) -> Any:
     hints = _hints(type(config))
     if name not in hints:
-        raise UserError(f"no field {name!r} in {type(config).__name__}; {_suggest(name, hints)}")
+        raise UserError(f"no field {name!r} in {type(config).__name__}; {nearest(name, hints)}")
     return hints[name]
 
 

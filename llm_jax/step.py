@@ -39,7 +39,7 @@ def make_step(
 
     def step(state: State, batch: Batch, hyper: Hyper) -> tuple[State, dict[str, jax.Array]]:
         key = jax.random.fold_in(state.key, state.step)
-        weights = optimizers.term_weights(hyper)
+        weights = {n.removeprefix("weights/"): v for n, v in hyper.items() if n.startswith("weights/")}
 
         def terms_of(trained: Params, micro_batch: Batch, micro_key: jax.Array) -> dict[str, Term]:
             params = state.frozen | trained
