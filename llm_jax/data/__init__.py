@@ -4,7 +4,7 @@ from llm_jax.data.batches import Text, TextSource
 from llm_jax.data.cache import cache_folder
 from llm_jax.data.corpora import Corpus, Files, Mixture, Python, Weighted
 from llm_jax.data.sources import Batch, DataConfig, HeldOut, Source
-from llm_jax.data.tokenizers import Bytes, Tokenizer
+from llm_jax.data.tokenizers import Bytes, HuggingFace, SentencePiece, SentencePieceFile, Tokenizer
 
 __all__ = [
     "Batch",
@@ -13,8 +13,11 @@ __all__ = [
     "DataConfig",
     "Files",
     "HeldOut",
+    "HuggingFace",
     "Mixture",
     "Python",
+    "SentencePiece",
+    "SentencePieceFile",
     "Source",
     "Text",
     "TextSource",

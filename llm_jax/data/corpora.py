@@ -1,7 +1,6 @@
 """Corpora: where documents come from. A corpus is a stream of texts in a fixed order."""
 
 import dataclasses
-import difflib
 import glob
 import os
 import pathlib
@@ -22,8 +21,8 @@ class Corpus(Tagged):
         if text in cls.members:
             return cls.members[text]()
         if not any(mark in text for mark in "*?[/.") and not os.path.exists(text):
-            near = difflib.get_close_matches(text, [*cls.members, *os.listdir()], n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(cls.members)}, or a path"
+            otherwise = f"there are: {', '.join(cls.members)}, or a path"
+            hint = readers.near(text, [*cls.members, *os.listdir()], otherwise)
             raise UserError(f"no corpus {text!r}; {hint}")
         return Files(paths=(text,))
 
@@ -166,6 +165,6 @@ def _missing(text: str) -> str:
         path, parent = parent, parent.parent
     if os.path.isdir(text):
         return f"no corpus in {text!r}: no file in it ends in {', '.join(readers.FORMATS)}"
-    near = difflib.get_close_matches(path.name, sorted(os.listdir(parent)), n=1, cutoff=0.4)
-    hint = f"did you mean {str(parent / near[0])!r}?" if near else f"nothing like it in {str(parent)!r}"
+    names = [str(parent / name) for name in sorted(os.listdir(parent))]
+    hint = readers.near(str(path), names, f"nothing like it in {str(parent)!r}")
     return f"no corpus at {text!r}; {hint}"

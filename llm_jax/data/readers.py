@@ -4,6 +4,7 @@ A document is an iterable of chunks of text, so that one huge file is never held
 """
 
 import codecs
+import difflib
 import gzip
 import json
 import lzma
@@ -42,18 +43,24 @@ def read(path: pathlib.Path, suffix: str, text_field: str, errors: str) -> Itera
 
 
 def cut(chunks: Iterable[str], longest: int) -> Iterator[str]:
-    """The document in pieces of at most `longest` characters: cut at line ends, or spaces, or anywhere."""
+    """Pieces of at most `longest` characters: cut at line ends, else before spaces, else anywhere."""
     held = ""
     for chunk in chunks:
         held, start = held + chunk, 0
         while len(held) - start > longest:
             end = start + longest
-            stop = held.rfind("\n", start, end) + 1 or held.rfind(" ", start, end) + 1 or end
+            stop = held.rfind("\n", start, end) + 1 or max(held.rfind(" ", start + 1, end), 0) or end
             yield held[start:stop]
             start = stop
         held = held[start:]
     if held:
         yield held
+
+
+def near(name: str, names: Iterable[str], otherwise: str) -> str:
+    """The end of an error message: the name that may have been meant, else `otherwise`."""
+    found = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return f"did you mean {found[0]!r}?" if found else otherwise
 
 
 def _open(path: pathlib.Path) -> BinaryIO:
