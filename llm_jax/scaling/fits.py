@@ -13,8 +13,7 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
-from llm_jax.config import UserError
-from llm_jax.config import _suggest as suggest
+from llm_jax.config import UserError, nearest
 from llm_jax.scaling import laws, solver
 from llm_jax.scaling.laws import Law
 from llm_jax.scaling.results import Fit
@@ -39,7 +38,7 @@ def parse_loss(text: str) -> float:
         )
     if text in ("lad", "l2"):
         return LAD_DELTA if text == "lad" else np.inf
-    raise UserError(f"no loss {text!r}; {suggest(text, ['huber:1e-3', 'lad', 'l2'])}")
+    raise UserError(f"no loss {text!r}; {nearest(text, ['huber:1e-3', 'lad', 'l2'])}")
 
 
 def fit(
@@ -108,7 +107,7 @@ def _problem(
     place = {parameter.name: index for index, parameter in enumerate(law.parameters)}
     for name in fixed:
         if name not in place:
-            raise UserError(f"--fix: {law.formula} has no parameter {name!r}; {suggest(name, place)}")
+            raise UserError(f"--fix: {law.formula} has no parameter {name!r}; {nearest(name, place)}")
     free = [p for p in law.parameters if p.name not in fixed and p.name not in law.ties]
     if not free:
         raise UserError(f"every parameter of {law.formula} is fixed; nothing is left to fit")

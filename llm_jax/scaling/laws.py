@@ -14,8 +14,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from llm_jax.config import UserError
-from llm_jax.config import _suggest as suggest
+from llm_jax.config import UserError, nearest
 
 Inputs = Mapping[str, np.ndarray]  # {"N": [n], "D": [n]}: natural logarithms of what the law depends on
 
@@ -194,5 +193,5 @@ def law(name: str | Law) -> Law:
     if isinstance(name, Law):
         return name
     if name not in Law.members:
-        raise UserError(f"no law {name!r}; {suggest(name, Law.members)}")
+        raise UserError(f"no law {name!r}; {nearest(name, Law.members)}")
     return Law.members[name]()

@@ -13,7 +13,7 @@ import numpy as np
 
 from llm_jax.scaling.laws import Inputs, Law
 
-_chunk = 256  # members whose Jacobians stay in the processor's cache
+_BLOCK = 2**14  # members times points whose Jacobians stay in the processor's cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,9 +78,10 @@ class Solution(NamedTuple):
 def minimise(problem: Problem, starts: np.ndarray, weights: np.ndarray, steps: int = 200) -> Solution:
     """Descends from every row of `starts` [S, F] under `weights` [S, n] or [n]."""
     weights = np.broadcast_to(weights, (len(starts), len(problem.y)))
+    size = max(_BLOCK // len(problem.y), 1)
     parts = [
-        _minimise(problem, starts[i : i + _chunk], weights[i : i + _chunk], steps)
-        for i in range(0, len(starts), _chunk)
+        _minimise(problem, starts[i : i + size], weights[i : i + size], steps)
+        for i in range(0, len(starts), size)
     ]
     return Solution(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
@@ -121,7 +122,7 @@ def _step(problem: Problem, free: np.ndarray, here: Local, damping: np.ndarray) 
     share = np.minimum(damping, 1.0)[:, None, None]
     matrix = here.newton + share * (here.majorant - here.newton)
     diagonal = np.diagonal(here.majorant, axis1=1, axis2=2)
-    ridge = damping[:, None] * diagonal + 1e-15 * diagonal.max(-1, keepdims=True) + 1e-200
+    ridge = damping[:, None] / 100 * diagonal + 1e-15 * diagonal.max(-1, keepdims=True) + 1e-200
     index = np.arange(matrix.shape[-1])
     matrix[:, index, index] += ridge
     keep = ~blocked

@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from llm_jax.config import UserError
-from llm_jax.config import _suggest as suggest
+from llm_jax.config import UserError, nearest
 
 LIMITS = {"N": 1e30, "D": 1e30, "C": 1e60, "loss": 1e6}  # beyond these a cell is a slip, not a measurement
 
@@ -45,7 +44,7 @@ def read_points(path: str | pathlib.Path) -> pd.DataFrame:
     path = pathlib.Path(path)
     if not path.is_file():
         near = [str(p) for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise UserError(f"no table at {str(path)!r}; {suggest(str(path), near)}")
+        raise UserError(f"no table at {str(path)!r}; {nearest(str(path), near)}")
     try:
         if path.suffix == ".parquet":
             frame = pd.read_parquet(path)
@@ -164,7 +163,7 @@ def _evaluate(node: ast.AST, frame: pd.DataFrame) -> Any:
 
 def _column(frame: pd.DataFrame, name: str, what: str, hint: str = "") -> np.ndarray:
     if name not in frame:
-        raise UserError(f"{what}: no column {name!r}; {suggest(name, [str(c) for c in frame])}{hint}")
+        raise UserError(f"{what}: no column {name!r}; {nearest(name, [str(c) for c in frame])}{hint}")
     return frame[name].to_numpy()
 
 
