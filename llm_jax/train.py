@@ -163,8 +163,7 @@ def train(run: Run, folder: str | Path, hooks: Sequence[Hook] = (), progress: An
             **dataclasses.asdict(run.cell),
             **scores,
             "train_loss": float(metrics(folder)["loss"].tail(max(1, steps // 20)).mean()),
-            **counting.count(model, run.resolved_model, source.spec),
-            "D": steps * run.data.tokens_per_step,
+            **counts(run, source),
             "steps": steps,
             "seed": run.seed,
             "wall_seconds": time.perf_counter() - started,
@@ -221,6 +220,18 @@ def described(run: Run, source: Source) -> dict[str, Any]:
         "cell": dataclasses.asdict(run.cell),
         "data": dict(source.record),
     }
+
+
+def counts(run: Run, source: Source) -> dict[str, Any]:
+    """N by every counting, D, and FLOPs by every convention, per token and of the whole run (6ND, exact ...)."""
+    tokens = run.steps * run.data.tokens_per_step
+    facts = counting.count(run.resolved_model, source.spec, run.data.tokens_per_step)
+    whole = {
+        name.removesuffix("_per_token").replace("flops_6n", "flops_6nd"): value * tokens
+        for name, value in facts.items()
+        if name.endswith("_per_token")
+    }
+    return facts | whole | {"D": tokens}
 
 
 def execution_facts(run: Run, mesh: jax.sharding.Mesh, roles: Any) -> dict[str, Any]:
