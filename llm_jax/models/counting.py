@@ -1,0 +1,203 @@
+"""Parameters and FLOPs of any model, under every named convention.
+
+`count` measures a built model: parameters from the shapes of its `init` and their roles, and `flops_exact` by
+walking the trace of its forward and backward pass, so that a foreign model has exact numbers too.
+`closed_form` computes the same numbers for a `Transformer` from its config in microseconds, to plan grids.
+
+All FLOPs are per token of training, forward and backward, two for each multiply-add. Conventions disagree
+about embeddings, the head and masked attention; T is the sequence length, HK heads x head width, L layers:
+
+    6n                 6 N_total
+    6n_non_embedding   6 N_non_embedding
+    6n_matmul          6 N_matmul: what Porian et al. (arXiv:2406.19146) call standard
+    kaplan             6 N_body_matmul + 6 L HK T: no head, the visible half of attention (arXiv:2001.08361)
+    chinchilla         3 (2 VD + 2 N_body_matmul + L (4 HK T + 3 H T) + 2 VD): the embedding as a product, the
+                       softmax too (arXiv:2203.15556, appendix F)
+    chinchilla_a4      that without embedding and logits, as in the paper's table A4
+    palm               6 N_without_positions + 12 L HK T: all of attention (arXiv:2204.02311, appendix B)
+    nanochat           6 N_matmul + 12 HK sum of min(window, T) over layers
+    maxtext            6 N_matmul + 6 L HK T: the visible half of attention; Porian's "attention"
+    exact              every matrix product of the definition: all T x T scores, the masked ones too; nothing
+                       else (no softmax, norms, activations), and however it is executed (chunks, remat)
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+
+from llm_jax.models import Layout, Model, ModelConfig
+from llm_jax.models.blocks import GATED
+from llm_jax.models.positions import Learned
+from llm_jax.models.transformer import Transformer
+
+Spec = dict[str, jax.ShapeDtypeStruct]
+
+# How the definition is executed: a scan, whose trace is short, and attention with all its scores.
+DEFINITION = Layout(unroll=False, remat="none", attention="reference")
+
+TABLES = {"embedding": "N_embedding", "position": "N_positions", "head": "N_head"}  # role -> its group
+
+
+def count(config: ModelConfig, spec: Spec, tokens: int | None = None) -> dict[str, int | float]:
+    """Every N_* of a model and every flops_*_per_token of training it on batches of `spec`.
+
+    tokens: how many a batch counts for; by default the size of spec["tokens"], or its rows if it has none.
+    The conventions with a formula (all but 6n and exact) are given for a `Transformer`.
+    """
+    model = config.build(DEFINITION)
+    parameters = count_parameters(model)
+    flops = flops_by_size(parameters)
+    if isinstance(config, Transformer):
+        flops |= flops_by_formula(config, parameters, spec["tokens"].shape[-1])
+    if tokens is None:
+        tokens = math.prod(spec["tokens"].shape if "tokens" in spec else next(iter(spec.values())).shape[:1])
+    flops["exact"] = count_flops(model, spec) / tokens
+    return parameters | {f"flops_{name}_per_token": value for name, value in flops.items()}
+
+
+def closed_form(config: Transformer, sequence_length: int) -> dict[str, int | float]:
+    """What `count` measures, computed from the config alone."""
+    D, H, G, K = config.width, config.heads, config.key_value_heads, config.size_of_head
+    F, V, L = config.size_of_mlp, config.vocabulary, config.layers
+    ups = 2 if config.activation in GATED else 1
+    matrices = D * H * K + 2 * D * G * K + H * K * D + (ups + 1) * D * F
+    biases = (H * K + 2 * G * K + D + ups * F + D) * config.bias
+    norm = D * (2 if config.norm.kind == "layer" and config.bias else 1)
+    last_norm = norm if config.norm_position == "pre" else 0
+    parameters = _named(
+        embedding=V * D,
+        positions=config.positions.length * D if isinstance(config.positions, Learned) else 0,
+        head=0 if config.tied else V * D,
+        body=L * (matrices + biases + 2 * norm + 2 * K * config.qk_norm) + last_norm,
+        body_matmul=L * matrices,
+    )
+    flops = flops_by_size(parameters) | flops_by_formula(config, parameters, sequence_length)
+    flops["exact"] = 6 * parameters["N_matmul"] + 12 * L * H * K * sequence_length
+    return parameters | {f"flops_{name}_per_token": value for name, value in flops.items()}
+
+
+# ---- parameters ----
+
+
+def count_parameters(model: Model) -> dict[str, int]:
+    """The number of parameters by group, and what each convention calls N, from the shapes of `init`.
+
+    N_total = N_embedding + N_positions + N_head + N_body, where a tied head is 0 and the last norm is body.
+    N_non_embedding is N_body. N_body_matmul is its matrices alone (without norms and biases), N_matmul adds
+    the logits' matrix, tied or not.
+    """
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    groups = {"N_embedding": 0, "N_positions": 0, "N_head": 0, "N_body": 0, "matrices": 0}
+    for leaf, role in zip(jax.tree.leaves(params), jax.tree.leaves(model.roles(params)), strict=True):
+        group = TABLES.get(role.name, "N_body")
+        groups[group] += leaf.size
+        if group == "N_body" and role.decay:
+            groups["matrices"] += leaf.size
+    embedding, positions, head, body, matrices = groups.values()
+    return _named(embedding, positions, head, body, matrices)
+
+
+def _named(embedding: int, positions: int, head: int, body: int, body_matmul: int) -> dict[str, int]:
+    total = embedding + positions + head + body
+    return {
+        "N_total": total,
+        "N_non_embedding": body,
+        "N_without_positions": total - positions,
+        "N_matmul": body_matmul + (head or embedding),
+        "N_body_matmul": body_matmul,
+        "N_embedding": embedding,
+        "N_positions": positions,
+        "N_head": head,
+        "N_body": body,
+    }
+
+
+# ---- FLOPs by formula ----
+
+
+def flops_by_size(N: dict[str, int]) -> dict[str, int]:
+    """The conventions that need no more than N, per token."""
+    return {
+        "6n": 6 * N["N_total"],
+        "6n_non_embedding": 6 * N["N_non_embedding"],
+        "6n_matmul": 6 * N["N_matmul"],
+    }
+
+
+def flops_by_formula(config: Transformer, N: dict[str, int], sequence_length: int) -> dict[str, int]:
+    """The conventions for attention over `sequence_length` tokens, per token (see the module's table)."""
+    T, L, H = sequence_length, config.layers, config.heads
+    HK, logits = H * config.size_of_head, config.vocabulary * config.width
+    windows = [config.windows[layer % len(config.windows)] for layer in range(L)]
+    seen = sum(T if window is None else min(window, T) for window in windows)
+    chinchilla_a4 = 3 * (2 * N["N_body_matmul"] + L * (4 * HK * T + 3 * H * T))
+    return {
+        "kaplan": 6 * N["N_body_matmul"] + 6 * L * HK * T,
+        "chinchilla": chinchilla_a4 + 3 * (2 * logits + 2 * logits),
+        "chinchilla_a4": chinchilla_a4,
+        "palm": 6 * N["N_without_positions"] + 12 * L * HK * T,
+        "nanochat": 6 * N["N_matmul"] + 12 * HK * seen,
+        "maxtext": 6 * N["N_matmul"] + 6 * L * HK * T,
+    }
+
+
+# ---- exact FLOPs: the products in a trace ----
+
+
+def count_flops(model: Model, spec: Spec) -> int:
+    """FLOPs of all matrix products in one forward and backward pass over a batch of `spec`.
+
+    Of the products behind the logits of every position, and of the model's own loss terms. Build the model
+    with `DEFINITION` to count what the mathematics asks for, and not what one way of executing it does.
+    """
+
+    def outcome(params: Any, batch: dict[str, jax.Array]) -> jax.Array:
+        output = model.apply(params, batch, None)
+        scores = output.hidden if model.unembed is None else model.unembed(params, output.hidden)
+        # Any function of the scores will do: its gradient reaches back through the same products.
+        return scores.astype(jnp.float32).sum() + sum(term.sum for term in output.aux.values())
+
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    return matmul_flops(jax.make_jaxpr(jax.value_and_grad(outcome))(params, spec).jaxpr)
+
+
+def matmul_flops(jaxpr: core.Jaxpr) -> int:
+    """FLOPs of the matrix products and convolutions in a trace, loops multiplied by their length.
+
+    A conditional counts its dearest branch. Raises ValueError for what a trace doesn't tell: loops of unknown
+    length, kernels, the work of other devices.
+    """
+    flops = 0
+    for equation in jaxpr.eqns:
+        name, params = equation.primitive.name, equation.params
+        if name == "dot_general":
+            (contracted, _), _ = params["dimension_numbers"]
+            summed = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+            flops += 2 * equation.outvars[0].aval.size * summed
+        elif name == "conv_general_dilated":
+            kernel = equation.invars[1].aval
+            outputs = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
+            flops += 2 * equation.outvars[0].aval.size * kernel.size // outputs
+        elif name in ("while", "pallas_call", "shard_map", "ragged_dot_general"):
+            raise ValueError(f"the FLOPs of {name!r} can't be read from a trace")
+        else:
+            inside = [matmul_flops(inner) for inner in _inner(params)]
+            if name == "cond":
+                flops += max(inside)
+            else:
+                flops += sum(inside) * (params["length"] if name == "scan" else 1)
+    return flops
+
+
+def _inner(params: dict[str, Any]) -> Iterator[core.Jaxpr]:
+    """The traces inside an equation's parameters (a call's, a loop's, a conditional's)."""
+    for value in params.values():
+        for item in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(item, core.ClosedJaxpr):
+                yield item.jaxpr
+            elif isinstance(item, core.Jaxpr):
+                yield item
