@@ -1,0 +1,189 @@
+"""Forecasts as tests: the loss of a larger run, written down with its interval before that run starts.
+
+    made = forecast.make(fit, N=..., D=..., C=...)
+    forecast.write(made, "runs/x/forecast.json", holdout="runs/x/holdout")     # before the hold-out run
+    forecast.check(forecast.read("runs/x/forecast.json"), measured)            # after it
+
+The interval is that of one more measured loss: the bootstrap's spread of the law's parameters, and the
+noise of a single run on top. Small sweeps (15 to 20 runs for 5 parameters) leave few residuals to tell the
+noise by, so its size is scaled for the parameters spent and its shape is Student's t. What no interval
+covers is that the law itself may stop holding; that is what the hold-out run is for.
+"""
+
+import dataclasses
+import datetime
+import hashlib
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from llm_jax.config import UserError
+from llm_jax.records import write_atomically
+from llm_jax.scaling.results import Fit, plain
+
+SCHEMA = 1
+METHOD = (
+    "law at N, D; interval: percentiles of ln loss over {draws} bootstrap refits, plus run-to-run noise "
+    "of {noise:.2%} ({source}) as Student's t with {freedom} degrees of freedom"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Forecast:
+    """The loss expected at one N, D.
+
+    loss: the fitted law there [nats/token]. intervals: {level: (low, high)} for one measured loss.
+    noise: standard deviation of ln loss of one run. fitted_flops: the largest fitted budget.
+    points_hash: of N, D and loss of every fitted run.
+    """
+
+    N: float
+    D: float
+    C: float
+    loss: float
+    intervals: dict[float, tuple[float, float]]
+    noise: float
+    method: str
+    law: dict[str, Any]
+    points: int
+    points_hash: str
+    fitted_flops: float
+    written_utc: str
+
+    @property
+    def extrapolation(self) -> float:
+        """How many times the largest fitted budget the forecast run costs."""
+        return self.C / self.fitted_flops
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """A forecast against what was measured: error = measured - forecast [nats/token]; covered by level."""
+
+    measured: float
+    error: float
+    relative_error: float
+    covered: dict[float, bool]
+
+
+def make(
+    fit: Fit,
+    N: float,
+    D: float,
+    C: float | None = None,
+    levels: Sequence[float] = (0.9, 0.95),
+    seed_noise: float | None = None,
+    seed: int = 0,
+) -> Forecast:
+    """The forecast of `fit` for a run of N parameters on D tokens.
+
+    C: its FLOPs (default: flops_per_nd * N * D, by the fit's conventions). seed_noise: standard deviation
+    of ln loss between seeds of one configuration, where measured; it counts if it exceeds the residuals'.
+    Raises UserError for a fit without bootstrap draws or with no residuals to spare.
+    """
+    parameters = len(fit.law.parameters) - len(fit.fixed) - len(fit.law.ties)
+    freedom = len(fit.residuals) - parameters
+    if len(fit.draws) < 100 or freedom < 1:
+        raise UserError(
+            f"a forecast needs 100 bootstrap refits and more runs than parameters; this fit has "
+            f"{len(fit.draws)} refits and {len(fit.residuals)} runs for {parameters} parameters"
+        )
+    noise, source = float(np.sqrt(np.sum(fit.residuals**2) / freedom)), "residuals of the fit"
+    if seed_noise is not None and seed_noise > noise:
+        noise, source = float(seed_noise), "spread between seeds"
+    x = {name: np.log([value]) for name, value in (("N", N), ("D", D))}
+    draws = np.repeat(fit.law.log_loss(fit.draws, x)[:, 0], 40)
+    draws = draws + noise * np.random.default_rng(seed).standard_t(freedom, size=len(draws))
+    points = fit.points.frame
+    compute = points["C"] if "C" in points else fit.conventions["flops_per_nd"] * points["N"] * points["D"]
+    return Forecast(
+        N=float(N),
+        D=float(D),
+        C=float(fit.conventions["flops_per_nd"] * N * D if C is None else C),
+        loss=float(np.exp(fit.law.log_loss(fit.theta[None], x)[0, 0])),
+        intervals={q: tuple(np.exp(np.quantile(draws, [(1 - q) / 2, (1 + q) / 2])).tolist()) for q in levels},
+        noise=noise,
+        method=METHOD.format(draws=len(fit.draws), noise=noise, source=source, freedom=freedom),
+        law=plain(
+            {"formula": fit.law.formula, "parameters": {k: e.value for k, e in fit.parameters.items()}}
+        ),
+        points=len(points),
+        points_hash=hash_points(points),
+        fitted_flops=float(compute.max()),
+        written_utc=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    )
+
+
+def write(forecast: Forecast, path: str | pathlib.Path, holdout: str | pathlib.Path) -> Forecast:
+    """Writes the forecast to `path`, and returns what stands there.
+
+    holdout: the folder that the hold-out run will have. The same forecast (runs, law, N and D alike) is left
+    as it was first written. Raises UserError once the hold-out run has started.
+    """
+    path, holdout = pathlib.Path(path), pathlib.Path(holdout)
+    if path.exists():
+        earlier = read(path)
+        if _question(earlier) == _question(forecast):
+            return earlier
+    if any((holdout / name).exists() for name in ("config.json", "result.json")):
+        raise UserError(
+            f"{path}: its hold-out run {holdout} has started, so the forecast can't be "
+            f"{'changed' if path.exists() else 'written'} any more; remove that run's folder to forecast anew"
+        )
+    content = {"schema": SCHEMA} | dataclasses.asdict(forecast)
+    content["intervals"] = {str(level): list(ends) for level, ends in forecast.intervals.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(content | {"hash": _hash(content)}, indent=1) + "\n")
+    return forecast
+
+
+def read(path: str | pathlib.Path) -> Forecast:
+    """The forecast at `path`; UserError where there is none or it was changed after it was written."""
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise UserError(f"no forecast at {path}")
+    try:
+        content = json.loads(path.read_text())
+        written = content.pop("hash")
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise UserError(f"{path} is no forecast: not a JSON object with a hash") from None
+    if _hash(content) != written:
+        raise UserError(
+            f"{path} was changed after it was written (its hash is {_hash(content)}, not {written})"
+        )
+    if content.pop("schema") != SCHEMA:
+        raise UserError(f"{path} was written by another version of llm_jax")
+    content["intervals"] = {float(level): tuple(ends) for level, ends in content["intervals"].items()}
+    return Forecast(**content)
+
+
+def check(forecast: Forecast, measured: float, points: pd.DataFrame | None = None) -> Check:
+    """The forecast against the hold-out's loss [nats/token].
+
+    points: the fitted runs as they are now; UserError if they aren't those that the forecast was made from.
+    """
+    if not (np.isfinite(measured) and measured > 0):
+        raise UserError(f"the hold-out's loss is {measured}; a forecast is checked against a positive number")
+    if points is not None and hash_points(points) != forecast.points_hash:
+        raise UserError(f"the fitted runs aren't those of the forecast written {forecast.written_utc}")
+    error = float(measured - forecast.loss)
+    covered = {level: low <= measured <= high for level, (low, high) in forecast.intervals.items()}
+    return Check(float(measured), error, error / forecast.loss, covered)
+
+
+def hash_points(points: pd.DataFrame) -> str:
+    """A hash of N, D and loss of every run, in whatever order they stand."""
+    rows = points[["N", "D", "loss"]].astype(float).sort_values(["N", "D", "loss"])
+    return _hash(rows.to_numpy().tolist())
+
+
+def _question(forecast: Forecast) -> tuple:
+    return forecast.points_hash, forecast.law["formula"], forecast.N, forecast.D, sorted(forecast.intervals)
+
+
+def _hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,131 @@
+"""Forecasts: written before, unchangeable after, and their intervals cover as often as they say."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import synthetic_sweep as sweep
+
+from llm_jax.config import UserError
+from llm_jax.scaling import forecast
+from llm_jax.scaling.fits import fit
+from llm_jax.scaling.laws import Chinchilla, Parameter
+
+
+class FewStarts(Chinchilla):
+    """The same law from 32 starts near the answer, not 4,500, so that a hundred sweeps are quick to fit."""
+
+    name = ""
+    parameters = tuple(
+        Parameter(p.name, grid, p.log, p.lower, p.upper)
+        for p, grid in zip(
+            Chinchilla.parameters, ((-0.5, 0.5), (2.0, 6.0), (0.2, 0.5), (4.0, 8.0), (0.2, 0.5)), strict=True
+        )
+    )
+
+
+def fitted(table, **options):
+    return fit(table[table["role"] == "grid"], FewStarts(), **({"bootstrap": 200} | options))
+
+
+@pytest.fixture(scope="module")
+def table():
+    return sweep.runs()
+
+
+@pytest.fixture(scope="module")
+def law(table):
+    return fitted(table)
+
+
+@pytest.fixture
+def made(table, law):
+    held = table[table["role"] == "holdout"].iloc[0]
+    return forecast.make(law, held["N"], held["D"], held["C"])
+
+
+def test_intervals_cover_as_often_as_they_say_for_small_sweeps():
+    """100 sweeps of 18 runs, 0.3% noise, forecast at 4x; the bounds are about 2.3 binomial sigma."""
+    hits = {0.9: 0, 0.95: 0}
+    for seed in range(100):
+        table = sweep.runs(seed)
+        held = table[table["role"] == "holdout"].iloc[0]
+        made = forecast.make(fitted(table), held["N"], held["D"])
+        for level, covered in forecast.check(made, held["loss"]).covered.items():
+            hits[level] += covered
+    print(f"coverage of 100: {hits}")
+    assert 83 <= hits[0.9] <= 97
+    assert 90 <= hits[0.95] <= 100
+
+
+def test_the_interval_is_wider_than_that_of_the_law_and_grows_with_level_and_seed_noise(table, law, made):
+    low, high = made.intervals[0.9]
+    alone = law.predict(N=made.N, D=made.D)
+    assert low < alone.low < made.loss < alone.high < high
+    assert made.intervals[0.95][0] < low and high < made.intervals[0.95][1]
+    noisier = forecast.make(law, made.N, made.D, made.C, seed_noise=0.02)
+    assert noisier.intervals[0.9][1] > high and "between seeds" in noisier.method
+    assert made.extrapolation == pytest.approx(4.0, rel=0.01)
+
+
+def test_what_was_written_is_read_back(made, tmp_path):
+    path = tmp_path / "sweep" / "forecast.json"
+    assert forecast.write(made, path, tmp_path / "holdout") == made == forecast.read(path)
+
+
+def test_tampering_is_detected(made, tmp_path):
+    path = tmp_path / "forecast.json"
+    forecast.write(made, path, tmp_path / "holdout")
+    content = json.loads(path.read_text())
+    content["loss"] += 1e-6
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="was changed after it was written"):
+        forecast.read(path)
+    path.write_text("[]")
+    with pytest.raises(UserError, match="is no forecast"):
+        forecast.read(path)
+
+
+@pytest.mark.parametrize("started", ["config.json", "result.json"])
+def test_a_forecast_cannot_follow_or_change_after_its_holdout(made, tmp_path, started):
+    path, holdout = tmp_path / "forecast.json", tmp_path / "holdout"
+    forecast.write(made, path, holdout)
+    holdout.mkdir()
+    (holdout / started).write_text("{}")
+    with pytest.raises(UserError, match=r"has started, so the forecast can't be changed"):
+        forecast.write(dataclasses.replace(made, D=made.D * 2), path, holdout)
+    assert forecast.read(path) == made
+    path.unlink()
+    with pytest.raises(UserError, match=r"has started, so the forecast can't be written"):
+        forecast.write(made, path, holdout)
+
+
+def test_the_same_forecast_keeps_its_first_time_stamp(made, tmp_path):
+    path, holdout = tmp_path / "forecast.json", tmp_path / "holdout"
+    forecast.write(made, path, holdout)
+    holdout.mkdir()
+    (holdout / "result.json").write_text("{}")
+    later = dataclasses.replace(made, written_utc="2100-01-01T00:00:00+00:00")
+    assert forecast.write(later, path, holdout).written_utc == made.written_utc
+
+
+def test_a_check_states_error_and_coverage_and_knows_other_points(table, made):
+    low, high = made.intervals[0.9]
+    inside = forecast.check(made, (low + high) / 2, table[table["role"] == "grid"])
+    assert inside.covered == {0.9: True, 0.95: True}
+    outside = forecast.check(made, made.intervals[0.95][1] * 1.01)
+    assert outside.covered == {0.9: False, 0.95: False}
+    assert outside.error == pytest.approx(outside.measured - made.loss)
+    changed = table[table["role"] == "grid"].assign(loss=lambda t: t["loss"] * 1.0001)
+    with pytest.raises(UserError, match="aren't those of the forecast"):
+        forecast.check(made, 2.0, changed)
+    with pytest.raises(UserError, match="loss is nan"):
+        forecast.check(made, np.nan)
+
+
+def test_a_fit_without_refits_or_residuals_makes_no_forecast(table):
+    with pytest.raises(UserError, match="0 refits and 18 runs for 5 parameters"):
+        forecast.make(fitted(table, bootstrap=0), 1e6, 1e8)
+    with pytest.raises(UserError, match="5 runs for 5 parameters"):
+        forecast.make(fitted(table.iloc[:18:4].assign(role="grid")), 1e6, 1e8)
