@@ -3,6 +3,7 @@
 from llm_jax.data.batches import Text, TextSource
 from llm_jax.data.cache import cache_folder
 from llm_jax.data.corpora import Corpus, Files, Mixture, Python, Weighted
+from llm_jax.data.markov import Markov
 from llm_jax.data.sources import Batch, DataConfig, HeldOut, Source
 from llm_jax.data.tokenizers import Bytes, HuggingFace, SentencePiece, SentencePieceFile, Tokenizer
 
@@ -14,6 +15,7 @@ __all__ = [
     "Files",
     "HeldOut",
     "HuggingFace",
+    "Markov",
     "Mixture",
     "Python",
     "SentencePiece",

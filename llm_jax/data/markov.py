@@ -1,0 +1,128 @@
+"""A synthetic corpus whose entropy is known exactly, so that a fitted irreducible loss can be checked.
+
+Symbols follow a stationary Markov chain; after each symbol the document ends with probability 1/mean_length.
+The next symbol's logits are a sum over suffixes of the context, so that each longer one adds detail and
+larger models find more to learn.
+"""
+
+import dataclasses
+import functools
+import math
+import string
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+from llm_jax.config import UserError
+from llm_jax.data.corpora import Corpus
+
+_ALPHABET = np.frombuffer((string.ascii_letters + string.digits + string.punctuation).encode(), np.uint8)
+_BLOCK_DOCUMENTS = 1024  # generated together; more blocks extend the corpus, and change nothing before
+
+
+@dataclasses.dataclass(frozen=True)
+class Markov(Corpus, kind="markov"):
+    """Documents of `states` printable characters: with the bytes tokenizer each symbol is one token.
+
+    A context is the last `order` symbols, as a number in base `states` whose last digit is the latest.
+    """
+
+    states: int = 32
+    order: int = 2
+    sharpness: float = 1.0  # standard deviation of the logits that each suffix adds
+    documents_count: int = 16384
+    mean_length: int = 256
+    seed: int = 0
+
+    def validate(self) -> None:
+        if not 2 <= self.states <= len(_ALPHABET):
+            raise UserError(f"markov.states is {self.states}; it lies in 2 .. {len(_ALPHABET)}")
+        if not (self.order >= 1 and self.states**self.order <= 1 << 20):
+            raise UserError(
+                f"markov.order is {self.order}; it is at least 1, and states**order at most 2**20"
+            )
+        if min(self.documents_count, self.mean_length) < 2 or not self.sharpness > 0 or self.seed < 0:
+            raise UserError(
+                "markov needs 2 documents and a mean_length of 2 or more, sharpness > 0, seed >= 0"
+            )
+
+    @functools.cached_property
+    def transitions(self) -> np.ndarray:
+        """Probability of each next symbol after each context, float64 [states**order, states]."""
+        generator = np.random.default_rng([self.seed, 0])
+        contexts = np.arange(self.states**self.order)
+        logits = np.zeros((len(contexts), self.states))
+        for length in range(self.order + 1):
+            detail = generator.normal(0, self.sharpness, (self.states**length, self.states))
+            logits += detail[contexts % self.states**length]
+        weights = np.exp(logits - logits.max(1, keepdims=True))
+        return weights / weights.sum(1, keepdims=True)
+
+    @functools.cached_property
+    def stationary(self) -> np.ndarray:
+        """The long-run share of each context, float64 [states**order]."""
+        share = np.full(len(self.transitions), 1 / len(self.transitions))
+        while True:
+            following = (share[:, None] * self.transitions).reshape(self.states, -1).sum(0)
+            if np.abs(following - share).sum() < 1e-14:
+                return following / following.sum()
+            share = following
+
+    def entropy(self, sequence_length: int | None = None) -> float:
+        """Exact mean loss of the best predictor, in nats per token of the bytes tokenizer, eots counted.
+
+        In windows of `sequence_length` tokens the first targets see fewer symbols than `order`, which costs a
+        little; None stands for unlimited windows.
+        """
+        end, known = 1 / self.mean_length, self._entropies()
+        ending = -end * math.log(end) - (1 - end) * math.log1p(-end)
+        after_eot = end / (
+            1 + end
+        )  # the share of tokens that are eot; the n-th symbols' is (1-end)^(n-1) of it
+
+        def mean(cap: int) -> float:
+            """Nats per token where at most `cap` symbols are seen."""
+            nats = after_eot * known[0]
+            for seen in range(1, cap + 1):
+                share = after_eot * (1 - end) ** (seen - 1) / (1 if seen < cap else end)
+                nats += share * (ending + (1 - end) * known[seen])
+            return nats
+
+        if sequence_length is None:
+            return mean(self.order)
+        caps = [mean(min(place, self.order)) for place in range(1, min(sequence_length, self.order) + 1)]
+        return (sum(caps) + (sequence_length - len(caps)) * caps[-1]) / sequence_length
+
+    def _entropies(self) -> list[float]:
+        """Nats of the next symbol where the last 0, 1 .. order symbols are known."""
+        joint, out = self.stationary[:, None] * self.transitions, []
+        for seen in range(self.order + 1):
+            both = joint.reshape(-1, self.states**seen, self.states).sum(0)
+            out.append(float(-(both * np.log(both / both.sum(1, keepdims=True))).sum()))
+        return out
+
+    def documents(self) -> Iterator[Iterable[str]]:
+        self.validate()
+        for first in range(0, self.documents_count, _BLOCK_DOCUMENTS):
+            symbols, lengths = self._block(first)
+            wanted = min(self.documents_count - first, _BLOCK_DOCUMENTS)
+            for row, length in zip(symbols[:wanted], lengths[:wanted], strict=True):
+                yield (_ALPHABET[row[:length]].tobytes().decode(),)
+
+    def _block(self, first: int) -> tuple[np.ndarray, np.ndarray]:
+        """Symbols [documents, longest] and lengths [documents] of the block that begins at `first`."""
+        generator = np.random.default_rng([self.seed, 1, first])
+        lengths = generator.geometric(1 / self.mean_length, _BLOCK_DOCUMENTS)
+        cumulative = np.cumsum(self.transitions, 1)
+        context = np.searchsorted(np.cumsum(self.stationary), generator.random(_BLOCK_DOCUMENTS))
+        context = np.minimum(context, len(self.stationary) - 1)  # sums may end a rounding below 1
+        symbols = np.zeros((_BLOCK_DOCUMENTS, max(lengths.max(), self.order)), np.int64)
+        for place in range(self.order):
+            symbols[:, place] = context // self.states ** (self.order - 1 - place) % self.states
+        for place in range(self.order, lengths.max()):
+            living = np.flatnonzero(lengths > place)
+            drawn = (generator.random(len(living))[:, None] > cumulative[context[living]]).sum(1)
+            symbols[living, place] = np.minimum(drawn, self.states - 1)
+            following = context[living] * self.states + symbols[living, place]
+            context[living] = following % len(self.transitions)
+        return symbols, lengths
