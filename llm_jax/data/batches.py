@@ -146,9 +146,9 @@ class TextSource(Source):
         row = block * self._shares[which] + self._ranks[turn]
         epoch, place = np.divmod(row, self._windows[which])
         if epoch.any() and not self.config.repeat:
-            name = self._parts[int(which[np.argmax(epoch > 0)])].corpus.name
+            late = int(np.argmax(epoch > 0))
             raise UserError(
-                f"row {int(indices[np.argmax(epoch > 0)])} lies past the first epoch of {name}: train on at "
+                f"row {indices[late]} lies past the first epoch of {self._names[which[late]]}: train on at "
                 f"most {self.available_tokens:,} tokens, or set data.repeat=true"
             )
         key = mix(mix(mix(which.astype(np.uint64)) + np.uint64(seed % (1 << 64))) + epoch.astype(np.uint64))
@@ -185,10 +185,13 @@ class TextSource(Source):
         blocks, rest = divmod(rows, BLOCK)
         count = len(self._parts)
         seen = blocks * self._shares + np.bincount(self._turns[:rest], minlength=count)
-        return {
-            part.corpus.name: float(epochs)
-            for part, epochs in zip(self._parts, seen / self._windows, strict=True)
-        }
+        return dict(zip(self._names, (seen / self._windows).tolist(), strict=True))
+
+    @functools.cached_property
+    def _names(self) -> list[str]:
+        """The sources' names; in a mixture numbered, since two may be called alike."""
+        names = [part.corpus.name for part in self._parts]
+        return names if len(names) == 1 else [f"{number}:{name}" for number, name in enumerate(names)]
 
     @property
     def record(self) -> dict[str, Any]:
@@ -196,7 +199,7 @@ class TextSource(Source):
         for number, (part, found) in enumerate(zip(self._parts, self._catalogues, strict=True)):
             train = self._streams[number]
             facts = {
-                "corpus": part.corpus.name,
+                "corpus": self._names[number],
                 "content": found.content,
                 "documents": found.uncut,
                 "pieces": len(found.hashes),

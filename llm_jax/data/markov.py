@@ -10,6 +10,7 @@ import functools
 import math
 import string
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -100,6 +101,9 @@ class Markov(Corpus, kind="markov"):
             both = joint.reshape(-1, self.states**seen, self.states).sum(0)
             out.append(float(-(both * np.log(both / both.sum(1, keepdims=True))).sum()))
         return out
+
+    def stamp(self) -> Any:
+        return super().stamp() | {"numpy": np.__version__}  # whose random numbers may change
 
     def documents(self) -> Iterator[Iterable[str]]:
         self.validate()

@@ -95,6 +95,8 @@ class HeldOut:
         (Cochran, Sampling Techniques, 1977, section 2.11).
         """
         nats, tokens = np.asarray(nats, np.float64), np.asarray(tokens, np.float64)
+        if round(tokens.sum()) != self.tokens:
+            raise ValueError(f"{tokens.sum():.0f} targets were scored, not all {self.tokens}")
         loss = nats.sum() / tokens.sum()
         count = len(nats)
         spread = np.sum((nats - loss * tokens) ** 2) * count / max(count - 1, 1)
