@@ -1,12 +1,13 @@
-"""Optimizers: one table of optax chains whose hyperparameters are arrays, one row of per-step tables a step.
+"""Optimizers: one table of optax chains whose hyperparameters are arrays, a row of per-step tables each step.
 
-Nothing here branches on a hyperparameter's value, so one compiled step serves every rate, decay and
-schedule, and packing members is `jax.vmap` over rows. A chain is built anew in each trace, around that row.
+Nothing here branches on a hyperparameter's value, so one compiled step serves every rate, decay and schedule,
+and packing members is `jax.vmap` over rows. A chain is built anew in each trace, around that trace's row.
+Weight decay is decoupled (a step shrinks matrices by learning_rate * weight_decay), except in SGD.
 """
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,32 +16,53 @@ import optax
 
 from llm_jax.config import Tagged, UserError
 from llm_jax.losses import Objective
-from llm_jax.models import Params
-from llm_jax.schedules import Cosine, Schedule
+from llm_jax.models import Params, Role
+from llm_jax.schedules import Constant, Cosine, Schedule
 
 Hyper = Mapping[str, Any]  # one row of the tables: a scalar for each column
-Roles = Any  # a tree of models.Role
+Roles = Any  # a tree of Role
 
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer(Tagged):
-    """Root of the union. Every float field is a column of the per-step tables; rates follow the schedule.
+    """Root of the union. Each float field is a column of the per-step tables; rates follow the schedule.
 
-    clip_norm: global gradient norm above which gradients are scaled down (inf: never).
+    clip_norm: norm of the whole gradient above which it is scaled down to it (inf: never).
+    average: decay of an exponential moving average of the weights, used for evaluation (None: no average).
     """
 
     learning_rate: float = 3e-3
     weight_decay: float = 0.1
     clip_norm: float = 1.0
     schedule: Schedule = Cosine()
+    average: float | None = None
 
     def validate(self) -> None:
         for name in _floats(self):
             value = getattr(self, name)
-            if not value >= 0:
-                raise UserError(f"optimizer.{name} is {value}; it must be 0 or positive")
+            if not value >= 0 or (value == np.inf and name != "clip_norm"):
+                raise UserError(f"optimizer.{name} is {value}; it must be a number, 0 or above")
             if name.startswith(("beta", "momentum")) and value >= 1:
-                raise UserError(f"optimizer.{name} is {value}; it must be below 1")
+                raise UserError(f"optimizer.{name} is {value}; it must be at least 0 and below 1")
+        if self.clip_norm == 0:
+            raise UserError("optimizer.clip_norm is 0, which would stop all learning; inf turns clipping off")
+        if self.average is not None and not 0 <= self.average < 1:
+            raise UserError(
+                f"optimizer.average is {self.average}; it must be at least 0 and below 1, or none"
+            )
+
+    def columns(self, steps: int) -> dict[str, np.ndarray]:
+        """This optimizer's columns of the tables, float64 [steps]."""
+        factor = self.schedule.table(steps)
+        columns = {
+            name: getattr(self, name) * (factor if name.endswith("learning_rate") else np.ones(steps))
+            for name in _floats(self)
+        }
+        if self.average is not None:
+            # A short memory at first: initial weights would stay in it for 1 / (1 - average) steps.
+            step = np.arange(steps)
+            columns["average_rate"] = 1 - np.minimum(self.average, (1 + step) / (10 + step))
+        return columns
 
     def rule(self, roles: Roles, hyper: Hyper) -> optax.GradientTransformation:
         """From clipped gradients to updates, at this step's hyperparameters."""
@@ -49,38 +71,145 @@ class Optimizer(Tagged):
 
 @dataclasses.dataclass(frozen=True)
 class AdamW(Optimizer, kind="adamw"):
-    """Adam with decoupled weight decay on matrices (Loshchilov and Hutter 2019, arXiv:1711.05101)."""
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019, arXiv:1711.05101)."""
 
     beta1: float = 0.9
     beta2: float = 0.95
     epsilon: float = 1e-8
 
     def rule(self, roles: Roles, hyper: Hyper) -> optax.GradientTransformation:
+        return optax.chain(_adam(hyper), _decayed(roles, hyper, hyper["learning_rate"]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Muon(Optimizer, kind="muon"):
+    """Momentum orthogonalised by Newton-Schulz steps on matrices, AdamW at its own rate on all else.
+
+    A leaf is a matrix, or a stack of them, where its role says so. Keller Jordan 2024,
+    https://kellerjordan.github.io/posts/muon.
+    """
+
+    learning_rate: float = 0.02
+    weight_decay: float = 0.0
+    momentum: float = 0.95
+    adam_learning_rate: float = 3e-3
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-10
+
+    def rule(self, roles: Roles, hyper: Hyper) -> optax.GradientTransformation:
+        rates = {"muon": hyper["learning_rate"], "adam": hyper["adam_learning_rate"]}
+        directions = {"muon": _muon(roles, hyper["momentum"]), "adam": _adam(hyper)}
+        return optax.partition(
+            {name: optax.chain(directions[name], _decayed(roles, hyper, rates[name])) for name in rates},
+            jax.tree.map(lambda role: "adam" if role.matrix is None else "muon", roles),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Lion(Optimizer, kind="lion"):
+    """The sign of an interpolated momentum (Chen et al. 2023, arXiv:2302.06675)."""
+
+    learning_rate: float = 3e-4
+    weight_decay: float = 1.0
+    beta1: float = 0.9
+    beta2: float = 0.99
+
+    def rule(self, roles: Roles, hyper: Hyper) -> optax.GradientTransformation:
         return optax.chain(
-            optax.scale_by_adam(hyper["beta1"], hyper["beta2"], hyper["epsilon"]),
-            _decay(roles, hyper),
+            optax.scale_by_lion(hyper["beta1"], hyper["beta2"]),
+            _decayed(roles, hyper, hyper["learning_rate"]),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Adafactor(Optimizer, kind="adafactor"):
+    """Second moments kept as row and column means; steps relative to the parameter's scale.
+
+    Shazeer and Stern 2018 (arXiv:1804.04235). Matrices are factored if both sides are at least
+    `factored_from`; each layer of a stack is a parameter of its own.
+    """
+
+    learning_rate: float = 1e-2
+    weight_decay: float = 0.0
+    decay_exponent: float = 0.8
+    clip_threshold: float = 1.0
+    factored_from: int = 128
+
+    def rule(self, roles: Roles, hyper: Hyper) -> optax.GradientTransformation:
+        rescaled = optax.chain(
+            optax.scale_by_factored_rms(
+                decay_rate=hyper["decay_exponent"], min_dim_size_to_factor=self.factored_from
+            ),
+            optax.clip_by_block_rms(hyper["clip_threshold"]),
+            optax.scale_by_param_block_rms(),
+        )
+        return optax.chain(_by_layer(roles, rescaled), _decayed(roles, hyper, hyper["learning_rate"]))
+
+
+@dataclasses.dataclass(frozen=True)
+class SGD(Optimizer, kind="sgd"):
+    """Stochastic gradient descent with momentum; weight decay is part of the gradient, as in torch."""
+
+    learning_rate: float = 0.1
+    weight_decay: float = 0.0
+    momentum: float = 0.9
+    nesterov: bool = False
+
+    def rule(self, roles: Roles, hyper: Hyper) -> optax.GradientTransformation:
+        return optax.chain(
+            optax.add_decayed_weights(hyper["weight_decay"], mask=_decay_mask(roles)),
+            optax.trace(hyper["momentum"], nesterov=self.nesterov),
             optax.scale_by_learning_rate(hyper["learning_rate"]),
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduleFree(Optimizer, kind="schedule_free"):
+    """AdamW without a decay: gradients at y, between the iterate z and its average x, which is evaluated.
+
+    y = (1 - beta1) z + beta1 x, and x averages z with the squared rates as weights. Defazio et al. 2024
+    (arXiv:2405.15682, algorithm 1; the averaging weights leave Adam's bias correction out, as optax does).
+    """
+
+    schedule: Schedule = Constant()
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+
+    def validate(self) -> None:
+        super().validate()
+        if self.average is not None:
+            raise UserError("optimizer.average must be none: schedule_free evaluates an average of its own")
+
+    def columns(self, steps: int) -> dict[str, np.ndarray]:
+        columns = super().columns(steps)
+        weight = np.maximum.accumulate(self.schedule.table(steps)) ** 2
+        return columns | {"average_rate": weight / np.cumsum(weight)}
+
+    def rule(self, roles: Roles, hyper: Hyper) -> optax.GradientTransformation:
+        return optax.chain(
+            optax.scale_by_rms(hyper["beta2"], hyper["epsilon"], eps_in_sqrt=False, bias_correction=True),
+            _decayed(roles, hyper, hyper["learning_rate"]),
+            _interpolate(hyper["beta1"], hyper["average_rate"]),
+        )
+
+
+# ---- what the step calls ----
 
 
 def tables(optimizer: Optimizer, objective: Objective, steps: int) -> dict[str, np.ndarray]:
     """Every hyperparameter at each step, float32 [steps]: the optimizer's and the loss's `weights/<term>`."""
     if steps < 1:
         raise UserError(f"a run of {steps} steps trains nothing; give it at least one step")
-    factor = optimizer.schedule.table(steps)
-    columns = {
-        name: getattr(optimizer, name) * (factor if name.endswith("learning_rate") else np.ones(steps))
-        for name in _floats(optimizer)
-    }
-    columns |= {f"weights/{name}": np.full(steps, weight) for name, weight in objective.weights().items()}
-    return {name: column.astype(np.float32) for name, column in columns.items()}
+    weights = {f"weights/{name}": np.full(steps, weight) for name, weight in objective.weights().items()}
+    return {name: column.astype(np.float32) for name, column in (optimizer.columns(steps) | weights).items()}
 
 
 def init(optimizer: Optimizer, roles: Roles, params: Params) -> Any:
     """The optimizer's state before the first step; its arrays are float32 like the parameters."""
-    return _chain(optimizer, roles, {name: getattr(optimizer, name) for name in _floats(optimizer)}).init(
-        params
-    )
+    first = {name: column[0] for name, column in optimizer.columns(1).items()}
+    return _chain(optimizer, roles, first).init(params)
 
 
 def update(
@@ -91,12 +220,13 @@ def update(
 
 
 def evaluation_params(optimizer: Optimizer, state: Any, params: Params) -> Params:
-    """The parameters to score and to keep: an average where the optimizer holds one, else `params`."""
-    return params
+    """The parameters to score and to publish: the average where the optimizer keeps one, else `params`."""
+    links = jax.tree.leaves(state, is_leaf=lambda link: isinstance(link, Averaged))
+    return next((link.average for link in links if isinstance(link, Averaged)), params)
 
 
 def norms_by_role(roles: Roles, tree: Params) -> dict[str, jax.Array]:
-    """The L2 norm of all leaves that share a role's name, by name."""
+    """The L2 norm over all leaves that share a role's name, by name."""
     squares: dict[str, jax.Array] = {}
     for role, leaf in zip(jax.tree.leaves(roles), jax.tree.leaves(tree), strict=True):
         squares[role.name] = squares.get(role.name, 0) + jnp.sum(jnp.square(leaf.astype(jnp.float32)))
@@ -104,12 +234,128 @@ def norms_by_role(roles: Roles, tree: Params) -> dict[str, jax.Array]:
 
 
 def _chain(optimizer: Optimizer, roles: Roles, hyper: Hyper) -> optax.GradientTransformation:
-    return optax.chain(optax.clip_by_global_norm(hyper["clip_norm"]), optimizer.rule(roles, hyper))
-
-
-def _decay(roles: Roles, hyper: Hyper) -> optax.GradientTransformation:
-    return optax.add_decayed_weights(hyper["weight_decay"], mask=jax.tree.map(lambda role: role.decay, roles))
+    links = [optax.clip_by_global_norm(hyper["clip_norm"]), optimizer.rule(roles, hyper)]
+    if optimizer.average is not None:
+        links.append(_moving_average(hyper["average_rate"]))
+    return optax.chain(*links)
 
 
 def _floats(optimizer: Optimizer) -> list[str]:
     return [field.name for field in dataclasses.fields(optimizer) if field.type is float]
+
+
+# ---- links of the chains ----
+
+
+def _adam(hyper: Hyper) -> optax.GradientTransformation:
+    return optax.scale_by_adam(hyper["beta1"], hyper["beta2"], hyper["epsilon"])
+
+
+def _decay_mask(roles: Roles) -> Any:
+    return jax.tree.map(lambda role: role.decay, roles)
+
+
+def _decayed(roles: Roles, hyper: Hyper, rate: Any) -> optax.GradientTransformation:
+    """-rate * (direction + weight_decay * parameter), the last term where the role decays."""
+    return optax.chain(
+        optax.add_decayed_weights(hyper["weight_decay"], mask=_decay_mask(roles)),
+        optax.scale_by_learning_rate(rate),
+    )
+
+
+class Averaged(NamedTuple):
+    """State of a link that keeps an average of the weights, and for schedule-free the iterate z."""
+
+    average: Params
+    iterate: Params = ()
+
+
+def _moving_average(rate: Any) -> optax.GradientTransformation:
+    """The last link: moves the average towards the new parameters by `rate` of the way."""
+
+    def update(updates: Params, state: Averaged, params: Params) -> tuple[Params, Averaged]:
+        towards = lambda a, p, u: a + rate * (p + u - a)  # noqa: E731
+        return updates, Averaged(jax.tree.map(towards, state.average, params, updates))
+
+    return optax.GradientTransformation(lambda params: Averaged(jax.tree.map(jnp.copy, params)), update)
+
+
+def _interpolate(beta: Any, rate: Any) -> optax.GradientTransformation:
+    """Schedule-free's z and x from z's step; the update takes y, the parameters, to its next place."""
+
+    def init(params: Params) -> Averaged:
+        return Averaged(jax.tree.map(jnp.copy, params), jax.tree.map(jnp.copy, params))
+
+    def update(updates: Params, state: Averaged, params: Params) -> tuple[Params, Averaged]:
+        z = jax.tree.map(jnp.add, state.iterate, updates)
+        x = jax.tree.map(lambda x, z: x + rate * (z - x), state.average, z)
+        return jax.tree.map(lambda x, y, z: z + beta * (x - z) - y, x, params, z), Averaged(x, z)
+
+    return optax.GradientTransformation(init, update)
+
+
+class Momentum(NamedTuple):
+    """State of Muon's link."""
+
+    momentum: Params
+
+
+def _muon(roles: Roles, momentum: Any) -> optax.GradientTransformation:
+    """Nesterov momentum, no bias correction, then the nearest semi-orthogonal matrix, scaled by its shape."""
+
+    def update(updates: Params, state: Momentum, params: Params) -> tuple[Params, Momentum]:
+        blend = lambda g, m: momentum * m + (1 - momentum) * g  # noqa: E731
+        kept = jax.tree.map(blend, updates, state.momentum)
+        looked_ahead = jax.tree.map(blend, updates, kept)
+        # Leaves of other optimizers are masked: a role stands over nothing there.
+        steps = jax.tree.map(
+            lambda role, leaf: jax.tree.map(lambda g: _muon_step(role, g), leaf), roles, looked_ahead
+        )
+        return steps, Momentum(kept)
+
+    return optax.GradientTransformation(lambda params: Momentum(optax.tree.zeros_like(params)), update)
+
+
+def _muon_step(role: Role, leaf: jax.Array) -> jax.Array:
+    inputs, outputs = role.matrix
+    stack = tuple(d for d in range(leaf.ndim) if d not in inputs + outputs)
+    order = stack + inputs + outputs
+    turned = leaf.transpose(order)
+    rows, columns = (int(np.prod([leaf.shape[d] for d in dims])) for dims in (inputs, outputs))
+    matrices = turned.reshape(*turned.shape[: len(stack)], rows, columns)
+    step = orthogonalize(matrices) * max(1, columns / rows) ** 0.5
+    return step.reshape(turned.shape).transpose(np.argsort(order))
+
+
+def orthogonalize(matrices: jax.Array) -> jax.Array:
+    """Singular values brought near 1 by five Newton-Schulz steps, for each matrix of [..., rows, columns].
+
+    The quintic a x + b x^3 + c x^5 of Jordan 2024: its slope at 0 lifts small singular values fast; they end
+    between about 0.7 and 1.2, not at 1.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if tall else matrices
+    x = x / (jnp.linalg.norm(x, axis=(-2, -1), keepdims=True) + 1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+def _by_layer(roles: Roles, rule: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`rule` for each parameter on its own, and for each layer of a stacked one."""
+
+    def each(role: Role, function: Any) -> Any:
+        return jax.vmap(function) if role.axes[:1] == ("layers",) else function
+
+    def init(params: Params) -> Any:
+        return jax.tree.map(lambda role, leaf: each(role, rule.init)(leaf), roles, params)
+
+    def update(updates: Params, state: Any, params: Params) -> tuple[Params, Any]:
+        all_roles, tree = jax.tree.flatten(roles)
+        columns = (tree.flatten_up_to(x) for x in (updates, state, params))
+        pairs = [each(role, rule.update)(*row) for role, *row in zip(all_roles, *columns, strict=True)]
+        return tuple(tree.unflatten(part) for part in zip(*pairs, strict=True))
+
+    return optax.GradientTransformation(init, update)
