@@ -1,0 +1,285 @@
+"""A pool of worker processes on this machine: runs in, failures out, whatever happens to a worker.
+
+    failures = Pool(runs, experiment, shares(2, len(runs))).run()
+
+The biggest runs come first, so that the last ones to end are short. A worker that dies is replaced, and its
+run goes on from its checkpoint. Two pools may work on the same runs: each run belongs to the process that
+writes in its folder, and whoever comes second takes another and looks in again.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from launch.sweep import LOG, Planned
+from llm_jax.config import UserError
+from llm_jax.progress import Status, Sweep
+
+TRIES = 3
+SECONDS_BETWEEN_LOOKS = 1.0  # at runs that another launcher has
+SECONDS_TO_STOP = 120.0  # a worker has to end its step and save its state
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """What of this machine one worker gets: cores (None: any) and environment variables."""
+
+    cores: frozenset[int] | None = None
+    environment: tuple[tuple[str, str], ...] = ()
+
+
+def shares(workers: int | None, runs: int) -> list[Share]:
+    """The machine divided among `workers` processes (None: as many as suit it), but no more than `runs`.
+
+    Without GPUs each has cores of its own: two programs that use all cores get in each other's way. With
+    GPUs, workers take turns at them and divide their memory.
+    """
+    devices = gpus()
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    count = max(1, min(workers or len(devices) or len(cores) or 1, runs))
+    if devices:
+        if count == 1 and workers == 1:
+            return [Share()]
+        fraction = ("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{0.9 / -(-count // len(devices)):.3f}")
+        return [
+            Share(environment=(("CUDA_VISIBLE_DEVICES", devices[n % len(devices)]), fraction))
+            for n in range(count)
+        ]
+    if count == 1 or count > len(cores):
+        return [Share()] * count
+    return [Share(frozenset(map(int, part))) for part in np.array_split(cores, count)]
+
+
+def gpus() -> list[str]:
+    """The names that CUDA_VISIBLE_DEVICES knows this machine's NVIDIA GPUs by."""
+    if os.environ.get("JAX_PLATFORMS", "").split(",")[0] == "cpu":
+        return []
+    if (chosen := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [name for name in chosen.split(",") if name]
+    return [str(n) for n in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]
+
+
+class Worker:
+    """A worker process, the pipe of its messages, and the run it has."""
+
+    def __init__(self, experiment: Path, share: Share) -> None:
+        self.share = share
+        self.run: Planned | None = None
+        self.state: Literal["starting", "taking", "leaving"] = "starting"
+        self.silent = False  # it has closed its pipe
+        self.pipe, write = os.pipe()
+        self._unread = b""
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115
+        command = [sys.executable, "-m", "launch.worker", f"--experiment={experiment}", f"--messages={write}"]
+        with inheriting(share.cores):
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=self._errors,
+                stderr=self._errors,
+                pass_fds=(write,),
+                env=os.environ | dict(share.environment),
+                start_new_session=True,  # Ctrl-C reaches the launcher only, which ends its workers itself
+            )
+        os.close(write)
+
+    def give(self, run: Planned) -> None:
+        self.run = run
+        with contextlib.suppress(BrokenPipeError):  # it has just died: the pool will see
+            self.process.stdin.write(json.dumps(run.task()).encode() + b"\n")
+            self.process.stdin.flush()
+
+    def messages(self) -> Iterator[dict[str, Any]]:
+        """What it has said since the last call."""
+        data = os.read(self.pipe, 1 << 16)
+        self.silent = not data
+        *lines, self._unread = (self._unread + data).split(b"\n")
+        yield from map(json.loads, lines)
+
+    def printed(self) -> str:
+        """What it printed before its first run."""
+        self._errors.seek(0)
+        return self._errors.read().decode(errors="replace").strip()
+
+    def cause_of_death(self) -> str:
+        code = self.process.wait()
+        if code < 0:
+            guess = " (out of memory?)" if -code == signal.SIGKILL else ""
+            return f"its worker was killed by {signal.Signals(-code).name}{guess}"
+        return f"its worker ended with exit code {code}"
+
+    def close(self) -> None:
+        os.close(self.pipe)
+        self._errors.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+
+
+@contextlib.contextmanager
+def inheriting(cores: frozenset[int] | None) -> Iterator[None]:
+    """A process started inside may use these cores only; XLA makes its thread pools accordingly."""
+    if cores is None:
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+class Pool:
+    """Runs `runs`, one worker process for each share."""
+
+    def __init__(self, runs: Sequence[Planned], experiment: Path, shares: Sequence[Share]) -> None:
+        self._waiting = collections.deque(sorted(runs, key=lambda run: -run.flops))
+        self._elsewhere: list[Planned] = []  # other launchers have them
+        self._experiment, self._free = experiment, list(shares)
+        self._workers: list[Worker] = []
+        self._tries: collections.Counter[Planned] = collections.Counter()
+        self._stillborn = 0
+        self._failures: dict[Planned, str] = {}
+        self._looked = time.monotonic()
+        self._selector = selectors.DefaultSelector()
+        self._display = Sweep({run.label: run.flops for run in runs})
+
+    def run(self) -> dict[Planned, str]:
+        """Blocks until every run is complete or has failed; returns the reasons of those that failed.
+
+        Raises UserError as soon as a run does. However it ends, no worker is left, and runs in flight have
+        saved their state.
+        """
+        try:
+            while self._waiting or self._elsewhere or any(worker.run for worker in self._workers):
+                self._look_elsewhere()
+                self._occupy()
+                for key, _ in self._selector.select(timeout=SECONDS_BETWEEN_LOOKS):
+                    self._listen(key.data)
+            return self._failures
+        finally:
+            self._display.close()
+            self._stop()
+
+    # ---- runs ----
+
+    def _next(self) -> Planned | None:
+        """The next run that nobody else has."""
+        while self._waiting:
+            run = self._waiting.popleft()
+            if run.status != "running":
+                run.forget_failure()
+                return run
+            self._elsewhere.append(run)
+        return None
+
+    def _look_elsewhere(self) -> None:
+        """What other launchers had is complete by now, or free again because its process has died."""
+        if not self._elsewhere or time.monotonic() - self._looked < SECONDS_BETWEEN_LOOKS:
+            return
+        self._looked = time.monotonic()
+        for run in list(self._elsewhere):
+            if (status := run.status) != "running":
+                self._elsewhere.remove(run)
+                if run.complete:
+                    self._end(run, f"{status}, by another launcher")
+                else:
+                    self._waiting.append(run)
+
+    def _end(self, run: Planned, note: str) -> None:
+        self._display.end(run.label, note, good=note.startswith("done"))
+
+    def _fail(self, run: Planned, reason: str) -> None:
+        run.record_failure(reason)
+        self._failures[run] = reason
+        self._end(run, f"failed: {reason}; see {run.folder / LOG}")
+
+    # ---- workers ----
+
+    def _occupy(self) -> None:
+        """Gives the runs that wait to idle workers, and starts workers for the rest."""
+        for worker in self._workers:
+            if worker.state == "taking" and worker.run is None and (run := self._next()):
+                worker.give(run)
+        starting = sum(worker.state == "starting" for worker in self._workers)
+        while self._free and len(self._waiting) > starting:
+            worker = Worker(self._experiment, self._free.pop())
+            self._workers.append(worker)
+            self._selector.register(worker.pipe, selectors.EVENT_READ, worker)
+            starting += 1
+
+    def _listen(self, worker: Worker) -> None:
+        for message in worker.messages():
+            match message:
+                case {"kind": "ready"}:
+                    worker.state = "taking"
+                case {"kind": "progress", "status": status}:
+                    self._display.show(Status(*status))
+                case {"kind": "finished", "status": status}:
+                    self._end(worker.run, status)
+                    worker.run = None
+                case {"kind": "failed", "message": reason}:
+                    self._fail(worker.run, reason)
+                    worker.run, worker.state = None, "leaving"
+                case {"kind": "refused", "message": reason}:
+                    self._refused(worker, reason)
+                    worker.run, worker.state = None, "leaving"
+        if worker.silent:
+            self._bury(worker)
+
+    def _refused(self, worker: Worker, reason: str) -> None:
+        """Raises a run's UserError, unless all that is wrong is that another launcher was faster."""
+        worker.process.wait()  # so that what the run's folder says isn't about this worker
+        run = worker.run
+        if run.status != "running":
+            run.clear()
+            raise UserError(reason)
+        self._elsewhere.append(run)
+
+    def _bury(self, worker: Worker) -> None:
+        """A worker has ended; if it still had a run, that waits again, or has failed."""
+        self._selector.unregister(worker.pipe)
+        self._workers.remove(worker)
+        self._free.append(worker.share)
+        cause, run = worker.cause_of_death(), worker.run
+        if run is not None:
+            self._tries[run] += 1
+            if self._tries[run] < TRIES:
+                self._display.say(f"{run.label}: {cause}; try {self._tries[run] + 1} of {TRIES} continues it")
+                self._waiting.appendleft(run)
+            else:
+                self._fail(run, f"{cause}, {TRIES} times")
+        elif worker.state == "starting":
+            self._stillborn += 1
+            if self._stillborn >= TRIES:
+                raise RuntimeError(f"workers can't start: {cause}\n{worker.printed()}")
+        worker.close()
+
+    def _stop(self) -> None:
+        """Ends all workers: they save what they are at; whoever takes too long, or a second Ctrl-C, kills."""
+        for worker in self._workers:
+            worker.process.terminate()
+        deadline = time.monotonic() + SECONDS_TO_STOP
+        try:
+            for worker in self._workers:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    worker.process.wait(max(0.0, deadline - time.monotonic()))
+        finally:
+            for worker in self._workers:
+                worker.process.kill()
+                worker.process.wait()
+                worker.close()
+            self._selector.close()

@@ -1,0 +1,196 @@
+"""What an experiment asks for, whatever engine runs it: the plan, what it costs, what is missing of it.
+
+Every run has a folder of its own, named by its identity, so a run is done once however often it is asked for:
+twice in a plan, or by launching again. A folder may hold runs of other plans too (the base was overridden);
+they stay, and plan.json says which ones belong to this plan, so that no law is fitted to the others.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llm_jax import config, records
+from llm_jax.config import Chosen, UserError
+from llm_jax.data import DataConfig, Source
+from llm_jax.models import ModelConfig, counting
+from llm_jax.run import Run
+
+if TYPE_CHECKING:
+    import pandas
+
+LOG = "log.txt"
+FAILURE = "failure.json"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Planned:
+    """One run of a plan: its folder, its name on the screen, its price in FLOPs."""
+
+    run: Run
+    identity: str
+    folder: Path
+    label: str
+    flops: float
+
+    @property
+    def status(self) -> str:
+        """done, diverged, running (in some process), failed (given up by the launcher) or missing."""
+        known = (self.folder / "config.json").exists()
+        status = records.load_run(self.folder)["status"] if known else "missing"
+        return "failed" if status == "missing" and (self.folder / FAILURE).exists() else status
+
+    @property
+    def complete(self) -> bool:
+        return self.status in ("done", "diverged")
+
+    def task(self) -> dict[str, Any]:
+        """All that a worker needs to know, as JSON values."""
+        return {"label": self.label, "folder": str(self.folder), "run": config.to_json(self.run)}
+
+    def record_failure(self, reason: str) -> None:
+        """Says in the run's folder why it was given up; the next launch tries it again."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        failure = {"identity": self.identity, "reason": reason, "time": time.time()}
+        records.write_atomically(self.folder / FAILURE, records.dumps(failure, indent=1) + "\n")
+
+    def forget_failure(self) -> None:
+        (self.folder / FAILURE).unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Removes what a run leaves that was refused before its first record."""
+        if self.folder.is_dir() and not (self.folder / "config.json").exists():
+            (self.folder / LOG).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # somebody put something else there
+                self.folder.rmdir()
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The runs of an experiment: those that laws are fitted to, and those held out to check the forecast."""
+
+    experiment: Chosen
+    folder: Path
+    sweep: tuple[Planned, ...]
+    holdout: tuple[Planned, ...]
+
+    @property
+    def runs(self) -> tuple[Planned, ...]:
+        return self.sweep + self.holdout
+
+    def write(self) -> None:
+        """plan.json: which of the folder's runs this plan is made of."""
+        stages = {"sweep": self.sweep, "holdout": self.holdout}
+        content = {
+            "experiment": self.experiment.module.__file__,
+            "scale": self.experiment.scale,
+            "overrides": dict(self.experiment.overrides),
+            "runs": [
+                {"identity": item.identity, "label": item.label, "stage": stage, "flops": item.flops}
+                | dataclasses.asdict(item.run.cell)
+                for stage, items in stages.items()
+                for item in items
+            ],
+        }
+        self.folder.mkdir(parents=True, exist_ok=True)
+        records.write_atomically(self.folder / "plan.json", records.dumps(content, indent=1) + "\n")
+
+    def table(self, runs: Sequence[Planned]) -> "pandas.DataFrame":
+        """The records of `runs`, one row each as `records.load_sweep` gives them; those that exist."""
+        table = records.load_sweep(self.folder)
+        by_identity = {item.identity: item.run for item in runs}
+        table = table[table["identity"].isin(by_identity)].reset_index(drop=True)
+        # A run may have been trained for another plan, in which it had another place.
+        planned = [by_identity[identity] for identity in table["identity"]]
+        return table.assign(
+            name=[run.name for run in planned],
+            role=[run.cell.role for run in planned],
+            budget_flops=[run.cell.budget_flops for run in planned],
+        )
+
+
+def make_plan(experiment: Chosen, folder: Path) -> Plan:
+    """The plan of an experiment that has `sweep`; raises UserError if one of its runs can't be done."""
+    module, base = experiment.module, experiment.config
+    stages = {"sweep": module.sweep(base), "holdout": []}
+    if hasattr(module, "holdout"):
+        stages["holdout"] = module.holdout(base)
+    if not stages["sweep"]:
+        raise UserError(f"{module.__file__}: sweep(base) returned no runs")
+    unique: dict[str, tuple[str, Run]] = {}
+    for stage, runs in stages.items():
+        for run in runs:
+            config.check(run)
+            unique.setdefault(run.identity(), (stage, run))
+    names = Counter(run.name for _, run in unique.values())
+    planned: dict[str, list[Planned]] = {stage: [] for stage in stages}
+    for identity, (stage, run) in unique.items():
+        label = run.name if run.name and names[run.name] == 1 else f"{run.name or 'run'} {identity}"
+        planned[stage].append(Planned(run, identity, folder / identity, label, flops(run)))
+    return Plan(experiment, folder, tuple(planned["sweep"]), tuple(planned["holdout"]))
+
+
+def flops(run: Run) -> float:
+    """What training `run` costs, counted exactly."""
+    per_step = _flops_per_token(run.resolved_model, run.data) * run.data.tokens_per_step
+    return run.steps * per_step
+
+
+@functools.cache
+def _flops_per_token(model: ModelConfig, data: DataConfig) -> float:
+    return counting.count(model, _source(data).spec, data.tokens_per_step)["flops_exact_per_token"]
+
+
+@functools.cache
+def _source(data: DataConfig) -> Source:
+    """Opened here before any worker does, so that what must be prepared is prepared in the user's sight."""
+    return data.open()
+
+
+# ---- what a user sees of a plan ----
+
+
+def summary(plan: Plan, speed: float | None, said: str) -> str:
+    """The plan as a text: runs by role and budget, what is complete, and the price of the rest.
+
+    speed: FLOP/s at which the whole sweep is expected to run; said: where that number is from.
+    """
+    import pandas
+
+    rows = pandas.DataFrame(
+        {
+            "role": item.run.cell.role,
+            "budget": item.run.cell.budget_flops,
+            "tokens": item.run.steps * item.run.data.tokens_per_step,
+            "flops": item.flops,
+            "complete": item.complete,
+        }
+        for item in plan.runs
+    )
+    lines = [f"{'role':<12} {'budget':>9} {'runs':>5} {'complete':>8} {'tokens each':>21} {'FLOPs':>9}"]
+    for (role, budget), group in rows.groupby(["role", "budget"], dropna=False, sort=False):
+        low, high = group["tokens"].min(), group["tokens"].max()
+        tokens = f"{low:,}" if low == high else f"{low:,} to {high:,}"
+        shown = "" if pandas.isna(budget) else f"{budget:.3g}"
+        lines.append(
+            f"{role:<12} {shown:>9} {len(group):>5} {group['complete'].sum():>8} {tokens:>21} "
+            f"{group['flops'].sum():>9.2e}"
+        )
+    left = rows["flops"][~rows["complete"]].sum()
+    total = f"{len(rows)} runs, {rows['flops'].sum():.2e} FLOPs"
+    if left:
+        total += f"; to do: {(~rows['complete']).sum()} runs, {left:.2e} FLOPs"
+    if left and speed:
+        total += f", about {minutes(left / speed)} at {speed:.2e} FLOP/s ({said})"
+    return "\n".join([*lines, total])
+
+
+def minutes(seconds: float) -> str:
+    """40 s, 12 min, 3.5 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

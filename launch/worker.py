@@ -1,0 +1,94 @@
+"""A worker: one process that trains one run after another, so that imports are paid for once.
+
+    python -m launch.worker --experiment=FILE.py --messages=FD
+
+A task is a JSON line on standard input: {"label", "folder", "run"}. When the input ends (the launcher is
+done, or dead) or SIGTERM comes, a run in flight saves its state and the process ends. Answers are JSON lines
+on the file descriptor FD:
+
+    {"kind": "ready"}                       at the start
+    {"kind": "progress", "status": [...]}   progress.Status, a few times a second
+    {"kind": "finished", "status": "done"}  and the next task is taken
+    {"kind": "refused", "message": ...}     a UserError; the process ends
+    {"kind": "failed", "message": ...}      any other error; the process ends
+
+What a run prints, and the traceback of an error, goes to log.txt in its folder.
+"""
+
+import contextlib
+import io
+import json
+import os
+import queue
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from launch.sweep import LOG
+from llm_jax import config
+from llm_jax.config import UserError
+from llm_jax.progress import Progress
+from llm_jax.run import Run
+from llm_jax.train import train
+
+Say = Callable[..., None]
+
+
+def attempt(task: dict[str, Any], say: Say) -> bool:
+    """Trains one run and says how it ended; False if this process should take no other."""
+    folder = Path(task["folder"])
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOG).open("a") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    try:
+        run = config.from_json(Run, task["run"])
+        write = lambda status: say(kind="progress", status=status)  # noqa: E731
+        result = train(run, folder, progress=Progress(run.steps, task["label"], write))
+    except UserError as error:
+        say(kind="refused", message=str(error))
+        return False
+    except Exception as error:
+        traceback.print_exc()
+        say(kind="failed", message=" ".join(f"{type(error).__name__}: {error}".split())[:300])
+        return False
+    say(kind="finished", status=result["status"])
+    return True
+
+
+def listen(tasks: queue.SimpleQueue) -> None:
+    """Passes tasks on; the end of the input is treated like SIGTERM, which ends a run in flight too."""
+    # Unbuffered: a buffered reader's lock, held by this thread, would break the interpreter's exit.
+    with io.FileIO(0, closefd=False) as lines:
+        for line in lines:
+            tasks.put(json.loads(line))
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def main() -> int:
+    # Between runs the process just ends; during one, train() catches SIGTERM.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    config.load_experiment(flags.FLAGS.experiment)  # registers its kinds of models, data, sweeps ...
+    tasks: queue.SimpleQueue = queue.SimpleQueue()
+    threading.Thread(target=listen, args=(tasks,), daemon=True).start()
+
+    def say(**message: Any) -> None:
+        with contextlib.suppress(BrokenPipeError):  # the launcher has died: SIGTERM is on its way
+            os.write(flags.FLAGS.messages, json.dumps(message).encode() + b"\n")
+
+    say(kind="ready")
+    while attempt(tasks.get(), say):
+        pass
+    return 1
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("experiment", None, "the experiment's file", required=True)
+    flags.DEFINE_integer("messages", None, "file descriptor of the pipe for messages", required=True)
+    config.run_main(main)
