@@ -92,7 +92,7 @@ class Run:
     def validate(self) -> None:
         if self.tokens < 1:
             raise UserError(f"tokens: {self.tokens} is less than 1")
-        self.resolved_model.validate()
+        config.check(self.resolved_model, "config.model")
 
     def identity(self, content: bool = True) -> str:
         return config.identity(self, SCHEMA, content)

@@ -47,6 +47,6 @@ def tiny_run(corpus: str) -> "Run":  # noqa: F821 (imported late: it imports jax
     from llm_jax.optimizers import AdamW
     from llm_jax.run import Run
 
-    data = Text(corpus=Files(corpus), sequence_length=32, batch_size=8)
+    data = Text(corpus=Files((corpus,)), sequence_length=32, batch_size=8)
     model = Transformer(layers=2, width=32, heads=4)
     return Run(model, data, AdamW(learning_rate=3e-3), tokens=40 * 8 * 32)

@@ -220,5 +220,5 @@ def test_what_can_not_be_done_is_refused_before_anything_is_written(tiny_run, tm
 
 
 def test_a_folder_of_another_run_is_refused(finished, tiny_run):
-    with pytest.raises(UserError, match=r"belongs to run .* layers is 2 there and 3 here"):
+    with pytest.raises(UserError, match=r"belongs to run .*: model.layers is 2 there and 3 here"):
         train(changed(tiny_run, model__layers=3, execution__mesh__data=1), finished[0])
