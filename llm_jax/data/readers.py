@@ -6,6 +6,7 @@ A document is an iterable of chunks of text, so that one huge file is never held
 import codecs
 import difflib
 import gzip
+import io
 import json
 import lzma
 import pathlib
@@ -69,9 +70,9 @@ def _open(path: pathlib.Path) -> BinaryIO:
     if path.suffix == ".xz":
         return lzma.open(path, "rb")
     if path.suffix == ".zst":
-        import zstandard
+        import pyarrow
 
-        return zstandard.open(path, "rb")
+        return io.BufferedReader(pyarrow.input_stream(path, compression="zstd"))
     return open(path, "rb")
 
 
@@ -82,7 +83,7 @@ def _readable(path: pathlib.Path, items: Iterable) -> Iterator:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{path}: can't be read: {error}") from error
+        raise UserError(f"{path}: can't be read: {error or type(error).__name__}") from error
 
 
 def _text(path: pathlib.Path, file: BinaryIO, text_field: str, errors: str) -> Iterator[Iterable[str]]:
