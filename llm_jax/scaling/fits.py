@@ -9,12 +9,14 @@ whose scale is 1e-3 and below: absolute tolerances stop early there (Besiroglu e
 import dataclasses
 import itertools
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from llm_jax.config import UserError, nearest
 from llm_jax.scaling import laws, solver
+from llm_jax.scaling.isoflop import IsoflopFit, fit_isoflop
 from llm_jax.scaling.laws import Law
 from llm_jax.scaling.results import Fit
 from llm_jax.scaling.tables import Points, check_points
@@ -42,6 +44,17 @@ def parse_loss(text: str) -> float:
 
 
 def fit(
+    points: pd.DataFrame, law: str | Law = "chinchilla", *, approach: int = 3, **options: Any
+) -> Fit | IsoflopFit:
+    """Fits a table, a row a run: Approach 3 by `fit_law`, Approach 2 by `fit_isoflop`, with their options."""
+    if approach == 3:
+        return fit_law(points, law, **options)
+    if approach == 2:
+        return fit_isoflop(points, **options)
+    raise UserError(f"no approach {approach}; there are 2 (isoFLOP minima) and 3 (a law of the loss)")
+
+
+def fit_law(
     points: pd.DataFrame,
     law: str | Law = "chinchilla",
     *,
@@ -108,6 +121,8 @@ def _problem(
     for name in fixed:
         if name not in place:
             raise UserError(f"--fix: {law.formula} has no parameter {name!r}; {nearest(name, place)}")
+        if name in law.ties:
+            raise UserError(f"--fix: {name} is tied to {law.ties[name]} in {law.formula}; fix that")
     free = [p for p in law.parameters if p.name not in fixed and p.name not in law.ties]
     if not free:
         raise UserError(f"every parameter of {law.formula} is fixed; nothing is left to fit")

@@ -21,11 +21,11 @@ class Estimate(NamedTuple):
 
 
 class Optimum(NamedTuple):
-    """The compute-optimal run at a budget: parameters, tokens, loss."""
+    """The compute-optimal run at a budget: parameters, tokens, and the loss where the fit has a law of it."""
 
     N: Estimate
     D: Estimate
-    loss: Estimate
+    loss: Estimate | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,30 +54,29 @@ class Fit:
     approach: int = 3
 
     @property
+    def free(self) -> int:
+        """How many parameters were fitted, neither fixed nor tied."""
+        return len(self.law.parameters) - len(self.fixed) - len(self.law.ties)
+
+    @property
     def parameters(self) -> dict[str, Estimate]:
         """Every parameter and derived number in its natural units, with interval."""
         best, draws = self._values(self.theta[None]), self._values(self.draws)
         return {name: self._estimate(best[name][0], draws[name]) for name in best}
 
-    def predict(self, noise: bool = False, **inputs: Any) -> Estimate:
-        """The loss at N=..., D=... (or C=...; scalars or arrays [n]) and its interval.
+    def predict(self, **inputs: Any) -> Estimate:
+        """The law's loss at N=..., D=... (or C=...), scalars or arrays [n], and its interval.
 
-        noise=True widens the interval to that of one run's measured loss: residuals, scaled for the
-        parameters spent, are added to the draws.
+        The interval is the law's; one more run scatters around it as well (see forecast.py).
         """
-        missing = set(self.law.inputs) ^ set(inputs)
-        if missing:
+        if set(self.law.inputs) != set(inputs):
             needed, given = ", ".join(self.law.inputs), ", ".join(inputs)
             raise UserError(f"{self.law.formula} is predicted at {needed}; got {given}")
-        x = {name: np.log(np.atleast_1d(np.asarray(value, float))) for name, value in inputs.items()}
+        x = dict(zip(inputs, np.log(np.broadcast_arrays(*map(np.atleast_1d, inputs.values()))), strict=True))
+        draws, best = self.law.log_loss(self.draws, x), self.law.log_loss(self.theta[None], x)[0]
+        predicted = self._estimate(np.exp(best), np.exp(draws))
         scalar = all(np.ndim(value) == 0 for value in inputs.values())
-        draws = self.law.log_loss(self.draws, x)
-        if noise:
-            spent = len(self.residuals) - self._free
-            wider = self.residuals * np.sqrt(len(self.residuals) / max(spent, 1))
-            draws = draws + np.random.default_rng(0).choice(wider, size=draws.shape)
-        estimate = self._estimate(np.exp(self.law.log_loss(self.theta[None], x)[0]), np.exp(draws))
-        return Estimate(*(np.asarray(part)[0] for part in estimate)) if scalar else estimate
+        return Estimate(*(float(part[0]) for part in predicted)) if scalar else predicted
 
     def optimum(self, C: float) -> Optimum:
         """N, D and loss of the best run at C FLOPs (C = flops_per_nd N D, by the fit's conventions)."""
@@ -128,10 +127,6 @@ class Fit:
             f"{self.agreement:.0%} of {self.starts} starts agree; {len(self.draws)} bootstrap refits",
         ]
         return "\n".join(lines + remarks(self.points, self.warnings))
-
-    @property
-    def _free(self) -> int:
-        return len(self.law.parameters) - len(self.fixed) - len(self.law.ties)
 
     def _values(self, theta: np.ndarray) -> dict[str, np.ndarray]:
         values = {p.name: p.natural(theta[:, i]) for i, p in enumerate(self.law.parameters)}

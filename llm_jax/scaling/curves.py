@@ -1,0 +1,127 @@
+"""One budget of an isoFLOP sweep: a curve of ln(loss) over ln(N), its minimum, or the reason it has none."""
+
+import dataclasses
+
+import numpy as np
+import pandas as pd
+from scipy.interpolate import Akima1DInterpolator
+
+METHODS = {
+    "parabola": "parabola through the sizes around the lowest",
+    "akima": "Akima interpolation of all sizes",
+    "full": "parabola through all sizes",
+}
+_AKIMA_POINTS = 25  # per interval (Porian et al. 2024)
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """One budget's runs and the minimum found among them.
+
+    C: geometric mean of the runs' FLOPs (or the budget they were planned for). sizes, tokens, losses: [n] of
+    its runs; used [n]: which of them the curve passes. coefficients: of ln(loss) = c0 + c1 u + c2 u^2 with
+    u = ln N - center (None for Akima). N, D, loss: at the minimum, NaN where `refused` says why not.
+    """
+
+    C: float
+    sizes: np.ndarray
+    tokens: np.ndarray
+    losses: np.ndarray
+    used: np.ndarray
+    center: float
+    coefficients: tuple[float, float, float] | None
+    N: float
+    D: float
+    loss: float
+    refused: str = ""
+
+    def predict(self, N: np.ndarray) -> np.ndarray:
+        """The curve's loss at sizes N, within the range of the runs it passes; NaN outside."""
+        x, passed = np.log(np.asarray(N, float)), np.log(self.sizes[self.used])
+        inside = (x >= passed.min() - 1e-9) & (x <= passed.max() + 1e-9)
+        if self.coefficients is None:
+            y = _akima(np.log(self.sizes), np.log(self.losses))(x)
+        else:
+            y = np.polynomial.polynomial.polyval(x - self.center, self.coefficients)
+        return np.where(inside, np.exp(y), np.nan)
+
+
+def curve_of(group: pd.DataFrame, method: str, window: int) -> Curve:
+    """The curve through one budget's runs (columns N, D, C, loss, perhaps budget_flops), by one of METHODS.
+
+    window: sizes that a local parabola passes, half of them on each side of the lowest.
+    """
+    group = group.sort_values("N", kind="stable")
+    column = "budget_flops" if "budget_flops" in group else "C"
+    sizes, tokens, losses = (group[name].to_numpy(float) for name in ("N", "D", "loss"))
+    means = group.groupby("N")["loss"].mean()  # seeds of one size
+    distinct, lowest = means.index.to_numpy(float), int(np.argmin(means))
+    used = np.ones(len(sizes), bool)
+    if method == "parabola":
+        half = window // 2
+        near = distinct[max(lowest - half, 0) : lowest + half + 1]
+        used = (near[0] <= sizes) & (near[-1] >= sizes)
+    C, center = float(np.exp(np.log(group[column]).mean())), float(np.log(distinct[lowest]))
+    curve = Curve(C, sizes, tokens, losses, used, center, None, np.nan, np.nan, np.nan)
+    if method != "akima":
+        fitted = np.polynomial.polynomial.polyfit(np.log(sizes[used]) - center, np.log(losses[used]), 2)
+        curve = dataclasses.replace(curve, coefficients=tuple(map(float, fitted)))
+    if lowest in (0, len(distinct) - 1):
+        side, beyond = ("smallest", "below") if lowest == 0 else ("largest", "above")
+        reason = f"the {side} size is the best, the minimum may lie {beyond} it"
+        return dataclasses.replace(curve, refused=reason)
+    if curve.coefficients and curve.coefficients[2] <= 0:
+        return dataclasses.replace(curve, refused="the parabola is concave")
+    minimum = redraw(curve, np.zeros((1, len(sizes))))[0]
+    if np.isnan(minimum).any():
+        return dataclasses.replace(curve, refused="the vertex lies outside the sizes it was fitted to")
+    N, D, loss = map(float, np.exp(minimum))
+    return dataclasses.replace(curve, N=N, D=D, loss=loss)
+
+
+def redraw(curve: Curve, noise: np.ndarray) -> np.ndarray:
+    """ln of N, D and loss [S, 3] at the minimum when `noise` [S, n] is added; NaN where there is none."""
+    x, y = np.log(curve.sizes), np.log(curve.losses)
+    if curve.coefficients is None:
+        knots = np.unique(x)
+        at = np.linspace(knots[0], knots[-1], _AKIMA_POINTS * (len(knots) - 1))
+        values = _akima(x, y + noise)(at)  # [grid, S]
+        best = values.argmin(0)
+        where, low = at[best], values.min(0)
+        inside = (best > 0) & (best < len(at) - 1)
+    else:
+        u = x[curve.used] - curve.center
+        solve = np.linalg.pinv(np.vander(u, 3, increasing=True))
+        c0, c1, c2 = np.array(curve.coefficients)[:, None] + solve @ noise[:, curve.used].T
+        with np.errstate(divide="ignore", invalid="ignore"):
+            vertex = -c1 / (2 * c2)
+        inside = (c2 > 0) & (vertex >= u.min()) & (vertex <= u.max())
+        where, low = vertex + curve.center, c0 + c1 * vertex / 2
+    sizes, first = np.unique(x, return_index=True)
+    log_d = np.interp(where, sizes, np.log(curve.tokens)[first])
+    return np.where(inside[:, None], np.stack([where, log_d, low], axis=1), np.nan)
+
+
+def scaled_residuals(curve: Curve, window: int) -> np.ndarray:
+    """Residuals of the curve's parabola (a local one for Akima), scaled up for the coefficients spent."""
+    used = curve.used
+    if curve.coefficients is None:
+        used = localised(curve, window).used
+    u, y = np.log(curve.sizes[used]) - curve.center, np.log(curve.losses[used])
+    design = np.vander(u, 3, increasing=True)
+    hat = design @ np.linalg.pinv(design)
+    left = 1 - np.diagonal(hat)
+    return ((y - hat @ y) / np.sqrt(np.maximum(left, 1e-12)))[left > 1e-6] if len(u) > 3 else np.empty(0)
+
+
+def localised(curve: Curve, window: int) -> Curve:
+    """The same runs under a local parabola."""
+    runs = {"N": curve.sizes, "D": curve.tokens, "C": curve.C, "loss": curve.losses}
+    return curve_of(pd.DataFrame(runs), "parabola", window)
+
+
+def _akima(x: np.ndarray, y: np.ndarray) -> Akima1DInterpolator:
+    """Akima's spline through the means of each size; y [..., n] gives values [grid, ...]."""
+    knots, place = np.unique(x, return_inverse=True)
+    means = np.stack([y[..., place == i].mean(-1) for i in range(len(knots))])
+    return Akima1DInterpolator(knots, means, extrapolate=True)
