@@ -1,0 +1,232 @@
+"""How fast does the core train, and how far is that from the hardware and from eager torch?
+
+    python -m launch.local --config=experiments/throughput.py:cpu        (2 minutes on 2 cores)
+    python -m launch.local --config=experiments/throughput.py:smoke      (10 seconds)
+    python -m launch.local --config=experiments/throughput.py:gpu        (5 minutes on one H100)
+
+Trains GPT-2 (LayerNorm, GELU, learned positions, no biases, tied head) by the project's own train step on
+made-up tokens without document masks, as nanoGPT does, and prints tokens/s, FLOP/s (exact: every product of
+the definition, all T x T scores), MFU, memory and compile seconds. Where torch is installed, the same GPT is
+trained in eager torch in a process of its own; the two take turns, so that both meet the same machine, and
+the ratio is the median over the rounds with its range.
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from llm_jax import optimizers
+from llm_jax.config import UserError
+from llm_jax.kernels import devices
+from llm_jax.losses import NextToken
+from llm_jax.models import Layout, counting
+from llm_jax.models.positions import Learned
+from llm_jax.models.transformer import LayerNorm, Transformer
+from llm_jax.optimizers import AdamW
+from llm_jax.step import make_init, make_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """One model and its batch."""
+
+    name: str
+    layers: int
+    width: int
+    heads: int
+    sequence_length: int
+    batch_size: int
+    vocabulary: int = 65  # characters of Shakespeare, as in nanoGPT's smallest configuration
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    @property
+    def tokens(self) -> int:
+        return self.batch_size * self.sequence_length
+
+    @property
+    def model(self) -> Transformer:
+        return Transformer(
+            layers=self.layers,
+            width=self.width,
+            heads=self.heads,
+            vocabulary=self.vocabulary,
+            positions=Learned(self.sequence_length),
+            norm=LayerNorm(),
+            activation="gelu",
+            dtype=self.dtype,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Throughput:
+    """What is measured: each shape in `rounds` turns of `seconds`, beside torch if that is installed."""
+
+    shapes: tuple[Shape, ...]
+    rounds: int = 5
+    seconds: float = 3.0
+    torch: bool = True
+    layout: Layout = Layout()
+
+    def validate(self) -> None:
+        if self.rounds < 1 or self.seconds <= 0:
+            raise UserError("throughput: rounds is at least 1, seconds are positive")
+
+
+CPU = (
+    Shape("4 x 64", layers=4, width=64, heads=4, sequence_length=128, batch_size=16),
+    Shape("4 x 128", layers=4, width=128, heads=4, sequence_length=256, batch_size=8),
+    Shape("6 x 256", layers=6, width=256, heads=8, sequence_length=256, batch_size=8),
+)
+GPU = tuple(
+    Shape(name, layers, width, heads, 1024, batch_size, vocabulary=50304, dtype="bfloat16")
+    for name, layers, width, heads, batch_size in [
+        ("124M", 12, 768, 12, 32),
+        ("350M", 24, 1024, 16, 16),
+        ("1.3B", 24, 2048, 16, 8),
+    ]
+)
+SCALES = {
+    "smoke": Throughput((Shape("1 x 32", 1, 32, 2, 32, 4),), rounds=1, seconds=0.2, torch=False),
+    "cpu": Throughput(CPU),
+    "gpu": Throughput(GPU, rounds=3, seconds=10.0),
+}
+
+
+def get_config(scale: str) -> Throughput:
+    return SCALES[scale]
+
+
+def measure(base: Throughput, folder: Path) -> dict[str, Any]:
+    """The table, printed and returned: a row for each shape."""
+    rows = []
+    with contextlib.ExitStack() as stack:
+        installed = base.torch and importlib.util.find_spec("torch") is not None
+        torch = stack.enter_context(Torch()) if installed else None
+        print(HEADER)
+        for shape in base.shapes:
+            rows.append(measure_shape(base, shape, torch))
+            print(line(rows[-1]), flush=True)
+    return {"device": jax.devices()[0].device_kind, "cores": os.cpu_count(), "rows": rows}
+
+
+def measure_shape(base: Throughput, shape: Shape, torch: "Torch | None") -> dict[str, Any]:
+    """One row: our rate and torch's over the rounds, in which they take turns."""
+    trainer = Trainer(shape, base.layout)
+    facts = counting.closed_form(shape.model, shape.sequence_length)
+    ours, theirs = [], []
+    for _ in range(base.rounds):
+        ours.append(trainer.rate(base.seconds))
+        if torch is not None:
+            theirs.append(torch.rate(shape, base.seconds, facts["N_total"]))
+    tokens_per_second = statistics.median(ours)
+    flops_per_second = tokens_per_second * facts["flops_exact_per_token"]
+    peak = devices.peak_flops(jax.devices()[0], shape.dtype)
+    ratios = [a / b for a, b in zip(ours, theirs, strict=False)]
+    return {
+        **dataclasses.asdict(shape),
+        "N_total": facts["N_total"],
+        "tokens_per_second": tokens_per_second,
+        "flops_per_second": flops_per_second,
+        "mfu": None if peak is None else flops_per_second / peak,
+        "memory_bytes": trainer.memory_bytes,
+        "compile_seconds": trainer.compile_seconds,
+        "torch_tokens_per_second": statistics.median(theirs) if theirs else None,
+        "ratio": statistics.median(ratios) if ratios else None,
+        "rounds": {"ours": ours, "torch": theirs, "ratio": ratios},
+        "load": os.getloadavg()[0],
+    }
+
+
+class Trainer:
+    """The compiled train step of one shape, its state and a batch."""
+
+    def __init__(self, shape: Shape, layout: Layout) -> None:
+        model, objective, optimizer = shape.model.build(layout), NextToken(), AdamW()
+        key = jax.random.key(0)
+        roles = model.roles(jax.eval_shape(model.init, key))
+        rows = jax.random.randint(key, (shape.batch_size, shape.sequence_length + 1), 0, shape.vocabulary)
+        self.batch = {"tokens": rows[:, :-1], "targets": rows[:, 1:], "mask": np.ones(rows[:, 1:].shape, "f")}
+        self.hyper = {name: column[0] for name, column in optimizers.tables(optimizer, objective, 1).items()}
+        self.state = jax.jit(make_init(model, optimizer, roles))(key)
+        step = jax.jit(make_step(model, objective, optimizer, roles), donate_argnums=0)
+        start = time.perf_counter()
+        self.step = step.lower(self.state, self.batch, self.hyper).compile()
+        self.compile_seconds = time.perf_counter() - start
+
+    def rate(self, seconds: float) -> float:
+        """Tokens per second over about `seconds`, one step in flight, after two steps to warm up."""
+        start, steps, waiting = None, -2, None
+        while start is None or time.perf_counter() - start < seconds:
+            self.state, metrics = self.step(self.state, self.batch, self.hyper)
+            if waiting is not None:
+                float(waiting["loss"])
+            waiting, steps = metrics, steps + 1
+            if steps == 0:
+                float(waiting["loss"])
+                start = time.perf_counter()
+        float(waiting["loss"])
+        return steps * self.batch["tokens"].size / (time.perf_counter() - start)
+
+    @property
+    def memory_bytes(self) -> int:
+        """The most that the device has held; where it doesn't say (CPU), what the compiled step plans."""
+        if stats := jax.devices()[0].memory_stats():
+            return stats["peak_bytes_in_use"]
+        plan = self.step.memory_analysis()
+        return plan.argument_size_in_bytes + plan.temp_size_in_bytes
+
+
+class Torch:
+    """The process of baselines/torch_gpt.py."""
+
+    def __enter__(self) -> "Torch":
+        program = Path(__file__).parent / "baselines" / "torch_gpt.py"
+        self.process = subprocess.Popen(
+            [sys.executable, str(program)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+    def rate(self, shape: Shape, seconds: float, parameters: int) -> float:
+        """Tokens per second; raises ValueError if its model is not as big as ours, `parameters`."""
+        question = dataclasses.asdict(shape) | {"seconds": seconds}
+        self.process.stdin.write(json.dumps(question) + "\n")
+        self.process.stdin.flush()
+        reply = json.loads(self.process.stdout.readline())
+        if reply["parameters"] != parameters:
+            raise ValueError(f"torch's model has {reply['parameters']} parameters, ours {parameters}")
+        return reply["tokens_per_second"]
+
+
+HEADER = (
+    f"{'shape':<8} {'parameters':>13} {'tokens/s':>9} {'GFLOP/s':>8} {'MFU':>6} {'memory':>8} {'compile':>8} "
+    f"{'torch':>9} {'ratio':>6}  range"
+)
+
+
+def line(row: dict[str, Any]) -> str:
+    """One row of the printed table."""
+    mfu = "" if row["mfu"] is None else f"{row['mfu']:.1%}"
+    text = (
+        f"{row['name']:<8} {row['N_total']:>13,} {row['tokens_per_second']:>9,.0f} "
+        f"{row['flops_per_second'] / 1e9:>8,.1f} {mfu:>6} {row['memory_bytes'] / 2**20:>5,.0f} MB "
+        f"{row['compile_seconds']:>6.1f} s "
+    )
+    if row["ratio"] is None:
+        return text
+    low, high = min(row["rounds"]["ratio"]), max(row["rounds"]["ratio"])
+    return f"{text} {row['torch_tokens_per_second']:>9,.0f} {row['ratio']:>6.2f}  {low:.2f} to {high:.2f}"
