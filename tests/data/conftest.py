@@ -1,6 +1,7 @@
 """Each test prepares its data in a cache of its own."""
 
 import pathlib
+import random
 
 import pytest
 
@@ -21,6 +22,6 @@ def corpus(tmp_path) -> pathlib.Path:
     folder = tmp_path / "texts"
     folder.mkdir()
     for number in range(40):
-        words = [WORDS[(number * 7 + place * place) % len(WORDS)] for place in range(20 + 13 * number)]
+        words = random.Random(number).choices(WORDS, k=20 + 13 * number)
         (folder / f"{number:02}.txt").write_text(f"{number}: " + " ".join(words) + "\n")
     return folder
