@@ -1,0 +1,268 @@
+"""Sweeps launched on this machine: nothing lost, nothing done twice, whatever happens to a process."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import types
+
+import pytest
+
+from launch import order, sweep
+from launch.pool import Pool, Share, shares
+from llm_jax import config, records
+from llm_jax.config import Chosen, UserError
+from llm_jax.scaling.forecast import Forecast
+from llm_jax.train import train
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+BITS = pathlib.Path(__file__).parent / "bits.py"
+
+
+@pytest.fixture(scope="module")
+def bits():
+    return config.load_experiment(str(BITS))[0]
+
+
+@pytest.fixture(autouse=True)
+def where_workers_find_things(monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "xla"))
+    monkeypatch.chdir(ROOT)
+
+
+def plan_of(folder, *runs, **functions):
+    """The plan of an experiment whose sweep() returns `runs`."""
+    module = types.SimpleNamespace(__file__=str(BITS), sweep=lambda base: list(runs), **functions)
+    return sweep.make_plan(Chosen(module, "small", runs[0], ()), folder)
+
+
+def trained(plan, workers=1):
+    return Pool(plan.runs, BITS, [Share()] * workers).run()
+
+
+def changed(run, **data):
+    return dataclasses.replace(run, data=dataclasses.replace(run.data, **data))
+
+
+def launched(*arguments):
+    command = [sys.executable, "-m", "launch.local", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def ended(process):
+    out, err = process.communicate(timeout=60)
+    return process.returncode, out, err
+
+
+def wait_for(condition, seconds=40.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.02)
+
+
+# ---- plans ----
+
+
+def test_a_run_that_is_planned_twice_is_done_once(bits, tmp_path):
+    run = bits.get_config("small")
+    plan = plan_of(tmp_path, run, dataclasses.replace(run, name="again"), dataclasses.replace(run, seed=1))
+    assert [item.run.seed for item in plan.runs] == [0, 1]
+
+
+def test_the_table_has_the_runs_of_the_plan_only(bits, tmp_path):
+    ours = dataclasses.replace(bits.get_config("small"), tokens=16 * 5, name="ours")
+    theirs = dataclasses.replace(ours, seed=7)
+    for run in (ours, theirs):
+        train(run, tmp_path / run.identity())
+    renamed = dataclasses.replace(ours, name="renamed")
+    table = plan_of(tmp_path, renamed).table(plan_of(tmp_path, renamed).runs)
+    assert table["name"].tolist() == ["renamed"]
+    assert table["seed"].tolist() == [0]
+
+
+def test_a_forecast_is_on_disk_before_its_hold_out_begins(bits, tmp_path):
+    small = dataclasses.replace(bits.get_config("small"), tokens=16 * 5)
+    large = dataclasses.replace(small, tokens=16 * 20)
+    trained_runs, reports = [], []
+
+    def forecast(table, run):
+        return Forecast(
+            1, run.tokens, 1, 0.1, {0.9: (0.0, 1.0)}, 0.1, "a guess", {"formula": "L"}, 1, "", 1, ""
+        )
+
+    def engine(runs):
+        for item in runs:
+            trained_runs.append((item.run.tokens, (item.folder / "forecast.json").exists()))
+            train(item.run, item.folder)
+        return {}
+
+    plan = plan_of(
+        tmp_path,
+        small,
+        holdout=lambda base: [large],
+        forecast=forecast,
+        report=lambda folder, table, forecasts: reports.append((len(table), len(forecasts))),
+    )
+    assert order.carry_out(plan, engine) == 0
+    assert order.carry_out(plan, engine) == 0
+    assert trained_runs == [(small.tokens, False), (large.tokens, True)]
+    assert reports == [(2, 1), (2, 1)]
+
+
+def test_a_hold_out_waits_for_the_whole_sweep(bits, tmp_path):
+    run = bits.get_config("small")
+    larger = dataclasses.replace(run, tokens=2 * run.tokens)
+    asked = []
+
+    def engine(runs):
+        asked.extend(runs)
+        return {item: "it broke" for item in runs}
+
+    plan = plan_of(tmp_path, run, holdout=lambda base: [larger], forecast=lambda table, run: None)
+    assert order.carry_out(plan, engine) == 1
+    assert [item.run for item in asked] == [run]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("SCALES = {'a': 1}\ndef get_config(scale): ...", "an experiment defines sweep"),
+        ("SCALES = {'a': 1}", "defines get_config"),
+        (
+            "SCALES = {'a': 1}\ndef get_config(scale): ...\ndef sweep(base): ...\ndef holdout(base): ...",
+            "forecast",
+        ),
+    ],
+)
+def test_an_experiment_that_lacks_a_part_is_refused(tmp_path, text, message):
+    (tmp_path / "lacking.py").write_text(text)
+    with pytest.raises(UserError, match=message):
+        module, scale = config.load_experiment(str(tmp_path / "lacking.py"))
+        order.check(Chosen(module, scale, None, ()))
+
+
+def test_each_of_several_workers_has_cores_of_its_own(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {2, 3, 5, 7})
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert [set(share.cores) for share in shares(2, runs=9)] == [{2, 3}, {5, 7}]
+    assert [share.cores for share in shares(2, runs=1)] == [None]
+
+
+def test_workers_take_turns_at_gpus_and_divide_their_memory(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,3")
+    environments = [dict(share.environment) for share in shares(4, runs=9)]
+    assert [each["CUDA_VISIBLE_DEVICES"] for each in environments] == ["0", "3", "0", "3"]
+    assert {each["XLA_PYTHON_CLIENT_MEM_FRACTION"] for each in environments} == {"0.450"}
+
+
+# ---- the command ----
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path):
+    code, out, err = ended(launched(f"--config={BITS}", "--dry_run", f"--folder={tmp_path / 'runs'}"))
+    assert code == 0, err
+    assert re.search(r"grid +3 +0 +1,600", out)
+    assert re.search(r"to do: 3 runs, .* FLOPs, about", out)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_user_error_is_one_line_and_leaves_nothing_half_written(tmp_path):
+    wrong = launched(f"--config={BITS}", "--config.execution.mesh.data=3", f"--folder={tmp_path / 'runs'}")
+    unknown = launched(f"--config={BITS}:tiny", f"--folder={tmp_path / 'runs'}")
+    code, _, err = ended(wrong)
+    assert code == 2
+    assert len(re.findall("^error: .*$", err, re.MULTILINE)) == 1, err
+    assert "Traceback" not in err
+    code, _, err = ended(unknown)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "no scale 'tiny'" in err
+    assert {path.name for path in (tmp_path / "runs").rglob("*")} <= {"plan.json"}
+
+
+def test_what_is_complete_is_skipped_and_what_is_interrupted_continues(tmp_path):
+    command = f"--config={BITS}:slow", f"--folder={tmp_path}", "--workers=1"
+    first = launched(*command)
+    wait_for(lambda: any(tmp_path.glob("*/checkpoints/*.json")))
+    first.send_signal(signal.SIGINT)
+    code, out, err = ended(first)
+    assert code == 130, err
+    assert "to continue: " in out
+    (folder,) = (path.parent for path in tmp_path.glob("*/config.json"))
+    assert records.load_run(folder)["status"] == "missing"
+
+    code, out, err = ended(launched(*command))
+    assert code == 0, err
+    first_start, second_start = records.starts(folder)
+    assert first_start["resume_at"] == 0
+    assert second_start["resume_at"] % 20 != 0  # saved when it was stopped, not by the clock
+
+    code, out, err = ended(launched(*command))
+    assert (code, err) == (0, "")
+    assert re.search(r"grid +1 +1 ", out)
+    assert len(records.starts(folder)) == 2
+
+
+# ---- faults ----
+
+
+def test_a_killed_worker_is_replaced_and_its_run_ends_as_if_undisturbed(bits, tmp_path):
+    run = bits.get_config("slow")
+    plan = plan_of(tmp_path / "killed", run)
+    checkpoints = plan.runs[0].folder / "checkpoints"
+
+    def kill():
+        wait_for(lambda: any(checkpoints.glob("*.json")))
+        children = pathlib.Path(f"/proc/{os.getpid()}/task").glob("*/children")
+        workers = [int(pid) for file in children for pid in file.read_text().split()]
+        for pid in workers:
+            if b"launch.worker" in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes():
+                os.kill(pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    assert trained(plan) == {}
+    killer.join()
+    starts = records.starts(plan.runs[0].folder)
+    assert len(starts) == 2
+    assert starts[1]["resume_at"] > 0
+    undisturbed = train(run, tmp_path / "undisturbed")
+    assert plan.runs[0].status == "done"
+    assert records.load_run(plan.runs[0].folder)["result"]["train_loss"] == undisturbed["train_loss"]
+
+
+def test_runs_that_fail_are_recorded_and_the_sweep_goes_on(bits, tmp_path):
+    run = bits.get_config("small")
+    broken, deadly = changed(run, trouble="error"), changed(run, trouble="kill")
+    wild = dataclasses.replace(run, optimizer=dataclasses.replace(run.optimizer, learning_rate=1e38))
+    plan = plan_of(tmp_path, broken, deadly, wild, run)
+    failures = {item.run.data.trouble: reason for item, reason in trained(plan, workers=2).items()}
+    assert failures == {
+        "error": "RuntimeError: these bits are broken",
+        "kill": "its worker was killed by SIGKILL (out of memory?), 3 times",
+    }
+    assert [item.status for item in plan.runs] == ["failed", "failed", "diverged", "done"]
+    assert "these bits are broken" in (plan.runs[0].folder / sweep.LOG).read_text()
+    assert json.loads((plan.runs[1].folder / sweep.FAILURE).read_text())["reason"] == failures["kill"]
+    assert len(records.starts(plan.runs[1].folder)) == 3
+
+
+def test_two_launchers_share_a_sweep_and_no_run_is_done_twice(bits, tmp_path):
+    run = changed(bits.get_config("small"), seconds=0.001)
+    plan = plan_of(tmp_path, *(dataclasses.replace(run, seed=seed) for seed in range(3)))
+    failures = []
+    launchers = [threading.Thread(target=lambda: failures.append(trained(plan))) for _ in range(2)]
+    for launcher in launchers:
+        launcher.start()
+    for launcher in launchers:
+        launcher.join()
+    assert failures == [{}, {}]
+    assert [item.status for item in plan.runs] == ["done"] * 3
+    assert [len(records.starts(item.folder)) for item in plan.runs] == [1, 1, 1]
