@@ -16,7 +16,7 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -70,6 +70,19 @@ class Check:
     covered: dict[float, bool]
 
 
+class Outcome(NamedTuple):
+    """A forecast, and its check once the hold-out run is done."""
+
+    forecast: Forecast
+    check: Check | None = None
+
+
+def fitted_flops(fit: Fit) -> pd.Series:
+    """C of every fitted run: the table's, or flops_per_nd * N * D where it has none."""
+    points = fit.points.frame
+    return points["C"] if "C" in points else fit.conventions["flops_per_nd"] * points["N"] * points["D"]
+
+
 def make(
     fit: Fit,
     N: float,
@@ -99,7 +112,6 @@ def make(
     draws = np.repeat(fit.law.log_loss(fit.draws, x)[:, 0], 40)
     draws = draws + noise * np.random.default_rng(seed).standard_t(freedom, size=len(draws))
     points = fit.points.frame
-    compute = points["C"] if "C" in points else fit.conventions["flops_per_nd"] * points["N"] * points["D"]
     return Forecast(
         N=float(N),
         D=float(D),
@@ -113,7 +125,7 @@ def make(
         ),
         points=len(points),
         points_hash=hash_points(points),
-        fitted_flops=float(compute.max()),
+        fitted_flops=float(fitted_flops(fit).max()),
         written_utc=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
 

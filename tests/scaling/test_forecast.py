@@ -10,23 +10,10 @@ import synthetic_sweep as sweep
 from llm_jax.config import UserError
 from llm_jax.scaling import forecast
 from llm_jax.scaling.fits import fit
-from llm_jax.scaling.laws import Chinchilla, Parameter
-
-
-class FewStarts(Chinchilla):
-    """The same law from 32 starts near the answer, not 4,500, so that a hundred sweeps are quick to fit."""
-
-    name = ""
-    parameters = tuple(
-        Parameter(p.name, grid, p.log, p.lower, p.upper)
-        for p, grid in zip(
-            Chinchilla.parameters, ((-0.5, 0.5), (2.0, 6.0), (0.2, 0.5), (4.0, 8.0), (0.2, 0.5)), strict=True
-        )
-    )
 
 
 def fitted(table, **options):
-    return fit(table[table["role"] == "grid"], FewStarts(), **({"bootstrap": 200} | options))
+    return fit(table[table["role"] == "grid"], sweep.FewStarts(), **({"bootstrap": 120} | options))
 
 
 @pytest.fixture(scope="module")

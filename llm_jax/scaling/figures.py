@@ -1,0 +1,196 @@
+"""The report's figures: each function takes fits and forecasts and returns a matplotlib Figure.
+
+All take `theme="light"` or `"dark"`. The conventions behind the numbers (what N counts, the loss that was
+minimised) stand below each; `style.png` and `style.svg` turn a figure into a file.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from llm_jax.scaling.forecast import Outcome, fitted_flops
+from llm_jax.scaling.isoflop import METHODS, IsoflopFit
+from llm_jax.scaling.results import Fit
+from llm_jax.scaling.style import (
+    MARKERS,
+    Theme,
+    band,
+    blank,
+    finished,
+    log_axis,
+    loss_axis,
+    number,
+    padded,
+    themed,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SIZES, TOKENS, COMPUTE = "N, parameters", "D, training tokens", "C, training compute [FLOPs]"
+LOSS = "held-out loss [nats/token]"
+
+
+@themed
+def isoflop_curves(isoflop: IsoflopFit, *, look: Theme) -> "Figure":
+    """Loss against size at each budget, the curve through it and its minimum.
+
+    Hollow points are runs the curve leaves out; a curve that was refused is dotted, and the note says why.
+    """
+    figure, (axes,) = blank("IsoFLOP curves", 4.6)
+    curves = sorted(isoflop.curves, key=lambda curve: curve.C)
+    colours = look.colours(len(curves))
+    for curve, colour, marker in zip(curves, colours, _cycled(len(curves)), strict=True):
+        shape = dict(color=colour, markersize=5, linestyle="none", zorder=3)
+        label = f"{number(curve.C)} FLOPs" + (", refused" if curve.refused else "")
+        axes.plot(curve.sizes[curve.used], curve.losses[curve.used], marker, label=label, **shape)
+        axes.plot(curve.sizes[~curve.used], curve.losses[~curve.used], marker, mfc=look.paper, **shape)
+        if curve.refused:
+            order = np.argsort(curve.sizes)
+            axes.plot(curve.sizes[order], curve.losses[order], ":", color=colour, linewidth=1.2)
+            continue
+        sizes = np.geomspace(curve.sizes.min(), curve.sizes.max(), 200)
+        axes.plot(sizes, curve.predict(sizes), color=colour, linewidth=1.4)
+        axes.plot(curve.N, curve.loss, "+", color=look.law, markersize=12, mew=2, zorder=4)
+    axes.plot([], [], "+", color=look.law, markersize=10, mew=2, label="minimum")
+    log_axis(axes.xaxis)
+    loss_axis(axes)
+    axes.set(xlabel=SIZES, ylabel=LOSS)
+    refused = [f"{curve.C:.2g} FLOPs refused: {curve.refused}." for curve in curves if curve.refused]
+    method = f"Curves: {METHODS[isoflop.conventions['method']]}; hollow points are left out."
+    return finished(figure, " ".join([f"N: {isoflop.conventions['N']}.", method, *refused]))
+
+
+@themed
+def frontier(
+    fit: Fit, outcomes: Sequence[Outcome] = (), curves: Sequence[pd.DataFrame] = (), *, look: Theme
+) -> "Figure":
+    """Loss against compute: every run, and the law's frontier with its interval up to the hold-outs.
+
+    curves: a table for each run with its C and loss as training went on. Below, every forecast has a strip of
+    its own: beside the whole range of losses it could not be told from what was measured.
+    """
+    figure, panels = blank("Loss against compute", 3.9 + len(outcomes), (6, *(1 for _ in outcomes)))
+    axes, points = panels[0], fit.points.frame.assign(C=fitted_flops(fit))
+    for index, curve in enumerate(curves):
+        label = "runs in training" if index == 0 else None
+        axes.plot(curve["C"], curve["loss"], color=look.faint, linewidth=0.8, zorder=1, label=label)
+    _runs(axes, points, "C", points["loss"], look)
+    forecasts = [outcome.forecast for outcome in outcomes]
+    budgets = np.geomspace(points["C"].min(), max([points["C"].max(), *(f.C for f in forecasts)]), 60)
+    best = [fit.optimum(budget).loss for budget in budgets]
+    band(axes, budgets, best, look.law, f"law at its best N, D ({fit.level:.0%})")
+    for strip, (made, check) in zip(panels[1:], outcomes, strict=True):
+        axes.plot(made.C, made.loss, "D", color=look.forecast, markersize=7, mfc="none", zorder=5)
+        if check:
+            axes.plot(made.C, check.measured, "*", color=look.ink, markersize=9, zorder=4)
+        _strip(strip, Outcome(made, check), look)
+    axes.set_xlim(*np.exp(padded(np.log(budgets))))
+    held = [check.measured for _, check in outcomes if check]
+    axes.set_ylim(*padded(points["loss"], [f.loss for f in forecasts], held))
+    log_axis(axes.xaxis)
+    loss_axis(axes)
+    axes.set(xlabel=COMPUTE, ylabel=LOSS)
+    return finished(figure, conventions(fit))
+
+
+@themed
+def optima(isoflop: IsoflopFit | None, fit: Fit, *, look: Theme, reach: float = 0.0) -> "Figure":
+    """The best N and D against compute by both approaches, with intervals; up to `reach` FLOPs if larger."""
+    figure, panels = blank("Compute-optimal size and data", 5.6, (1, 1))
+    flops = fitted_flops(fit)
+    budgets = np.geomspace(flops.min(), max(flops.max(), reach), 60)
+    found = isoflop.to_json()["curves"] if isoflop else []
+    for axes, name, exponent, label in zip(panels, "ND", "ab", (SIZES, TOKENS), strict=True):
+        for each, colour, line in ((isoflop, look.forecast, "-"), (fit, look.law, "--")):
+            if each is None or exponent not in each.parameters:
+                continue
+            value, low, high, _ = each.parameters[exponent]
+            text = f"Approach {each.approach}: {name} ∝ C$^{{{value:.2f}}}$"
+            if np.isfinite(low):
+                text += f"  [{low:.2f}, {high:.2f}]"
+            band(axes, budgets, [getattr(each.optimum(b), name) for b in budgets], colour, text, line)
+        for curve in found:
+            if curve["refused"] is None:
+                value, low, high = (curve[name][part] for part in ("value", "low", "high"))
+                ends = None if low is None else [[max(value - low, 0)], [max(high - value, 0)]]
+                axes.errorbar(curve["C"], value, ends, fmt="o", color=look.forecast, capsize=3, markersize=5)
+        axes.set_yscale("log")
+        log_axis(axes.xaxis)
+        log_axis(axes.yaxis)
+        axes.set(ylabel=label)
+        axes.legend(loc="upper left", handlelength=2.4)
+    panels[-1].set_xlabel(COMPUTE)
+    return finished(figure, conventions(fit) + f" Bands and bars: {fit.level:.0%} bootstrap intervals.")
+
+
+@themed
+def residuals(fit: Fit, outcomes: Sequence[Outcome] = (), *, look: Theme) -> "Figure":
+    """What the law leaves unexplained, against N and against D: a trend means that the law is wrong."""
+    figure, panels = blank("Residuals of the law", 4.9, (1, 1))
+    left, spread = 100 * fit.residuals, 100 * np.sqrt(np.mean(fit.residuals**2))
+    for axes, column, label in zip(panels, "ND", (SIZES, TOKENS), strict=True):
+        axes.axhline(0.0, color=look.ink, linewidth=0.8)
+        _runs(axes, fit.points.frame, column, left, look)
+        axes.axhspan(-spread, spread, color=look.law, alpha=0.15, linewidth=0, label=f"rms {spread:.2g}%")
+        for made, check in outcomes:
+            if check:
+                error = 100 * np.log(check.measured / made.loss)
+                axes.plot(getattr(made, column), error, "*", color=look.ink, markersize=11, label="hold-out")
+        log_axis(axes.xaxis)
+        bound = 1.15 * max(np.abs(axes.get_ylim()))
+        axes.set(xlabel=label, ylabel="residual [%]", ylim=(-bound, bound))
+    return finished(figure, conventions(fit) + " Residual: ln measured − ln fitted.")
+
+
+def conventions(fit: Fit) -> str:
+    """What a figure's numbers mean, in a line or two."""
+    terms = fit.conventions
+    law = f"{pretty(fit.law.formula)}, {terms['loss']} on ln L"
+    return f"N: {terms['N']}. {law}; best N and D at C = {terms['flops_per_nd']:g} N D."
+
+
+def pretty(formula: str) -> str:
+    """A law's formula with its exponents raised, as plain text."""
+    for power, raised in (("^alpha", "ᵅ"), ("^beta", "ᵝ"), ("^a", "ᵃ")):
+        formula = formula.replace(power, raised)
+    return formula
+
+
+def _cycled(count: int) -> list[str]:
+    return [MARKERS[index % len(MARKERS)] for index in range(count)]
+
+
+def _runs(axes: "Axes", points: pd.DataFrame, column: str, y: np.ndarray, look: Theme) -> None:
+    """The fitted runs, a colour and a shape for each budget where the table tells budgets."""
+    if "budget_flops" not in points:
+        axes.plot(points[column], y, "o", color=look.colours(1)[0], markersize=5, label="runs", zorder=3)
+        return
+    budgets = np.unique(points["budget_flops"])
+    for budget, colour, marker in zip(
+        budgets, look.colours(len(budgets)), _cycled(len(budgets)), strict=True
+    ):
+        mine = (points["budget_flops"] == budget).to_numpy()
+        shape = dict(color=colour, markersize=5.5, mec=look.paper, mew=0.5, zorder=3)
+        axes.plot(points[column][mine], y[mine], marker, label=f"{number(budget)} FLOPs", **shape)
+
+
+def _strip(axes: "Axes", outcome: Outcome, look: Theme) -> None:
+    """Forecast and hold-out on a line of their own: a bar for each level, the widest thinnest."""
+    made, check = outcome
+    levels = sorted(made.intervals)
+    for level, width in zip(levels, (7.0, 3.0, 1.5), strict=False):
+        axes.hlines(0, *made.intervals[level], color=look.forecast, linewidth=width, alpha=0.55)
+    label = f"forecast ({' and '.join(f'{level:.0%}' for level in levels)})"
+    shape = dict(color=look.forecast, markersize=8, mfc=look.paper, linestyle="none")
+    axes.plot(made.loss, 0, "D", label=label, **shape)
+    if check:
+        axes.plot(check.measured, 0, "*", color=look.ink, markersize=11, label="hold-out, measured", zorder=5)
+    title = f"{number(made.C)} FLOPs, {made.extrapolation:.3g}× the largest fitted budget"
+    axes.set_title(title, loc="left", fontsize=9.5)
+    shown = padded(made.intervals[levels[-1]], [check.measured] if check else [], share=0.2)
+    axes.set(yticks=[], xlim=shown, xlabel="loss [nats/token]")
+    axes.spines["left"].set_visible(False)

@@ -1,0 +1,194 @@
+"""How figures look: two themes, narrow pages, tick labels, one legend and the conventions below.
+
+Figures are drawn narrow, so that text stays readable on a phone. Colours are told apart by colour-blind
+readers (viridis for budgets, Okabe and Ito's for the rest), and shapes differ wherever colours do.
+matplotlib is imported on the first drawing; nothing here touches pyplot or a display.
+"""
+
+import dataclasses
+import functools
+import io
+import math
+import re
+import textwrap
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WIDTH = 4.8  # inches: 345 points, about a phone's width
+MARKERS = "osD^vPX<>h"
+
+
+@dataclasses.dataclass(frozen=True)
+class Theme:
+    """Colours of one look. budgets: the stretch of viridis that shows on `paper`."""
+
+    paper: str
+    ink: str
+    faint: str
+    law: str
+    forecast: str
+    budgets: tuple[float, float]
+
+    def colours(self, count: int) -> list[Any]:
+        """A colour for each of `count` budgets, in order."""
+        from matplotlib import colormaps
+
+        return list(colormaps["viridis"](np.linspace(*self.budgets, max(count, 2))[:count]))
+
+
+THEMES = {
+    "light": Theme("#ffffff", "#1d2530", "#c9ced6", "#d55e00", "#0072b2", (0.0, 0.85)),
+    "dark": Theme("#14181f", "#e4e8ee", "#3a424e", "#ff9143", "#56b4e9", (0.28, 1.0)),
+}
+
+
+def themed(draw: Callable[..., "Figure"]) -> Callable[..., "Figure"]:
+    """Draws with the settings of `theme=` ("light" or "dark") and no others."""
+
+    @functools.wraps(draw)
+    def drawn(*args: Any, theme: str = "light", **kwargs: Any) -> "Figure":
+        import matplotlib
+
+        look = THEMES[theme]
+        with matplotlib.rc_context():
+            matplotlib.rcdefaults()
+            matplotlib.rcParams.update(_settings(look))
+            return draw(*args, look=look, **kwargs)
+
+    return drawn
+
+
+def blank(title: str, height: float, rows: Sequence[float] = (1,)) -> tuple["Figure", list["Axes"]]:
+    """An empty figure of `height` inches with panels of the given relative heights under each other."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.08, w_pad=0.06)
+    panels = figure.subplots(len(rows), 1, squeeze=False, height_ratios=rows)[:, 0]
+    panels[0].set_title(title, loc="left", fontsize=12, fontweight="bold", pad=8)
+    return figure, list(panels)
+
+
+def finished(figure: "Figure", note: str) -> "Figure":
+    """The conventions at the bottom, and above them one legend of all panels (each label once)."""
+    entries: dict[str, Any] = {}
+    for axes in figure.axes:
+        if axes.get_legend() is None:
+            for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+                entries.setdefault(label, handle)
+    longest = max((len(re.sub(r"[$^{}]|\\times", "", label)) for label in entries), default=0)
+    columns = 2 if longest > 16 else 3
+    lines = textwrap.wrap(note, 72)
+    height = figure.get_figheight()
+    foot = (0.17 * len(lines) + 0.08) / height
+    room = foot + (0.2 * math.ceil(len(entries) / columns) + 0.1) / height
+    figure.get_layout_engine().set(rect=(0, room, 1, 1 - room))
+    figure.text(0.02, 0.06 / height, "\n".join(lines), fontsize=8.5, alpha=0.8, linespacing=1.25)
+    if entries:
+        place = dict(loc="lower left", bbox_to_anchor=(0, foot), borderaxespad=0.3)
+        figure.legend(entries.values(), entries.keys(), ncols=columns, columnspacing=1.2, **place)
+    return figure
+
+
+def png(figure: "Figure", dpi: int = 200) -> bytes:
+    """The figure as a PNG file."""
+    return _saved(figure, format="png", dpi=dpi)
+
+
+def svg(figure: "Figure") -> bytes:
+    """The figure as an SVG file, letters as outlines; the same bytes for the same figure."""
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.hashsalt": "llm_jax", "svg.fonttype": "path"}):
+        return _saved(figure, format="svg", metadata={"Date": None})
+
+
+def band(
+    axes: "Axes", x: np.ndarray, estimates: Sequence[Any], colour: str, label: str, line: str = "-"
+) -> None:
+    """A line with its interval; a line alone where nothing was resampled."""
+    axes.plot(x, [e.value for e in estimates], line, color=colour, linewidth=1.6, label=label, zorder=2)
+    low, high = ([getattr(e, side) for e in estimates] for side in ("low", "high"))
+    if np.isfinite(low).all():
+        axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0, zorder=1)
+
+
+def log_axis(axis: Any) -> None:
+    """Log scale, labelled at 1 and 3 of each decade, or at 1 alone where there are many."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    (axis.axes.set_xscale if axis is axis.axes.xaxis else axis.axes.set_yscale)("log")
+    low, high = axis.get_view_interval()
+    subs = (1.0, 3.0) if np.log10(high / low) < 2.6 else (1.0,)
+    axis.set_major_locator(LogLocator(subs=subs))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def loss_axis(axes: "Axes") -> None:
+    """Log scale for losses: they span less than a decade, so its ticks are round numbers."""
+    from matplotlib.ticker import FixedLocator, FormatStrFormatter, MaxNLocator, NullLocator
+
+    low, high = axes.get_ylim()
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(FixedLocator(MaxNLocator(6).tick_values(low, high)))
+    axes.yaxis.set_major_formatter(FormatStrFormatter("%.4g"))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.set_ylim(low, high)
+
+
+def padded(*values: Any, share: float = 0.06) -> tuple[float, float]:
+    """Limits that hold all values and a little room."""
+    every = np.concatenate([np.ravel(np.asarray(part, float)) for part in values])
+    room = share * np.ptp(every)
+    return every.min() - room, every.max() + room
+
+
+def number(value: float) -> str:
+    """1e13 as ten to the 13th, 30000 as 30k: what is short enough for a tick."""
+    if 1 <= value < 1e12:
+        size, unit = next(
+            pair for pair in ((1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, "")) if value >= pair[0]
+        )
+        return f"{value / size:.3g}{unit}"
+    exponent = math.floor(math.log10(value) + 1e-9)
+    mantissa = f"{value / 10.0**exponent:.2g}"
+    return f"$10^{{{exponent}}}$" if mantissa == "1" else f"${mantissa}{{\\times}}10^{{{exponent}}}$"
+
+
+def _saved(figure: "Figure", **options: Any) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, **options)
+    return file.getvalue()
+
+
+def _settings(look: Theme) -> dict[str, Any]:
+    paper = ("figure.facecolor", "axes.facecolor", "savefig.facecolor")
+    ink = ("text.color", "xtick.color", "ytick.color", "axes.edgecolor", "axes.labelcolor")
+    return (
+        dict.fromkeys(paper, look.paper)
+        | dict.fromkeys(ink, look.ink)
+        | {
+            "axes.linewidth": 0.8,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "axes.axisbelow": True,
+            "grid.color": look.faint,
+            "grid.linewidth": 0.5,
+            "grid.alpha": 0.6,
+            "font.size": 10.0,
+            "axes.labelsize": 10.0,
+            "xtick.labelsize": 9.5,
+            "ytick.labelsize": 9.5,
+            "legend.fontsize": 9.0,
+            "legend.frameon": False,
+            "mathtext.default": "regular",
+        }
+    )
