@@ -21,8 +21,8 @@ A source of your own is one small class and one config:
 """
 
 import dataclasses
-import math
-from collections.abc import Callable, Iterator
+import types
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -54,6 +54,7 @@ class Source:
 
     spec: dict[str, jax.ShapeDtypeStruct]  # the global batch of one step
     available_tokens: int | None = None  # what may be trained on without repeating (None: no limit)
+    record: Mapping[str, Any] = types.MappingProxyType({})  # JSON facts for the run's record: hashes, counts
 
     def rows(self, seed: int, indices: np.ndarray) -> Batch:
         """Arrays whose leading axis runs over `indices`; a pure function, so any step can be asked for."""
@@ -62,11 +63,6 @@ class Source:
     def held_out(self) -> "HeldOut | None":
         """The documents that are never trained on (None: this data has none)."""
         return None
-
-    @property
-    def record(self) -> dict[str, Any]:
-        """JSON facts for the run's record: hashes and counts."""
-        return {}
 
     def epochs(self, rows: int) -> dict[str, float]:
         """How often each source has been seen after `rows` global rows."""
@@ -78,31 +74,11 @@ class HeldOut:
     """A fixed list of documents that every run on this data is scored on, in full.
 
     `batches(batch_size)` yields dicts like `Source.spec` of exactly `batch_size` rows, the last one filled
-    up with rows of mask 0. Where `documents` is given, a batch also has int32 `document` [B, T]: which
-    document each target belongs to, so that losses can be summed by document.
+    up with rows of mask 0. A batch also has int32 `document` [B, T]: which of range(documents) each target
+    belongs to, so that losses can be summed by document; rows without documents count as one each.
     """
 
     batches: Callable[[int], Iterator[Batch]]
-    tokens: int  # targets in all
-    bytes: int | None = None  # of UTF-8 text behind them
-    documents: int | None = None
-
-    def summary(self, nats: np.ndarray, tokens: np.ndarray) -> dict[str, float]:
-        """Loss and bits per byte from sums by document, with standard errors.
-
-        nats, tokens: [documents], the summed loss and the number of targets of each document. The loss is a
-        ratio of two sums, so its error is that of the residuals nats - loss * tokens over documents
-        (Cochran, Sampling Techniques, 1977, section 2.11).
-        """
-        nats, tokens = np.asarray(nats, np.float64), np.asarray(tokens, np.float64)
-        if round(tokens.sum()) != self.tokens:
-            raise ValueError(f"{tokens.sum():.0f} targets were scored, not all {self.tokens}")
-        loss = nats.sum() / tokens.sum()
-        count = len(nats)
-        spread = np.sum((nats - loss * tokens) ** 2) * count / max(count - 1, 1)
-        error = math.sqrt(spread) / tokens.sum() if count > 1 else math.nan
-        out = {"loss": loss, "loss_standard_error": error}
-        if self.bytes:
-            per_byte = tokens.sum() / self.bytes / math.log(2)
-            out |= {"bits_per_byte": loss * per_byte, "bits_per_byte_standard_error": error * per_byte}
-        return {name: float(value) for name, value in out.items()}
+    tokens: int  # targets in all, each an end of a document too
+    bytes: int  # of UTF-8 text behind them (0: none)
+    documents: int

@@ -9,7 +9,7 @@ import pytest
 
 from llm_jax import config
 from llm_jax.config import UserError
-from llm_jax.data import Bytes, Files, HeldOut, Markov, Mixture, Text, Weighted
+from llm_jax.data import Bytes, Files, Markov, Mixture, Text, Weighted
 from llm_jax.data.catalogue import catalogue, split
 from llm_jax.data.prefetch import dataset
 from llm_jax.data.store import tokenize
@@ -122,21 +122,6 @@ def test_held_out_documents_are_scored_in_full(text, batch_size):
     np.testing.assert_array_equal(documents[mask], owner)
     assert documents.max() == held.documents - 1
     assert held.tokens == mask.sum() and held.bytes == held.tokens - held.documents
-
-
-def test_the_standard_error_is_that_of_resampled_documents():
-    generator = np.random.default_rng(0)
-    tokens = generator.integers(50, 500, 300).astype(float)
-    nats = tokens * generator.normal(2.0, 0.3, 300)
-    held = HeldOut(lambda batch_size: iter(()), int(tokens.sum()), bytes=int(tokens.sum()) * 3)
-    found = held.summary(nats, tokens)
-    assert found["loss"] == pytest.approx(nats.sum() / tokens.sum())
-    draws = generator.integers(0, 300, (4000, 300))
-    resampled = nats[draws].sum(1) / tokens[draws].sum(1)
-    assert found["loss_standard_error"] == pytest.approx(resampled.std(), rel=0.1)
-    assert found["bits_per_byte"] == pytest.approx(found["loss"] / 3 / np.log(2))
-    with pytest.raises(ValueError, match="were scored"):
-        held.summary(nats[:-1], tokens[:-1])
 
 
 # ---- mixtures ----

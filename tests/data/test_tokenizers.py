@@ -83,7 +83,7 @@ def test_training_is_deterministic_and_fits_the_vocabulary(corpus, cache, monkey
         again = trained(corpus, algorithm=algorithm, vocabulary=size).codec
         assert first.fingerprint == again.fingerprint
         assert first.vocabulary == size
-        assert len(first.encode("the quick brown fox")) < 15
+        assert len(first.encode("the quick brown fox")) < 19
 
 
 def test_the_held_out_documents_are_not_trained_on(tmp_path):
