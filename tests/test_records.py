@@ -1,0 +1,295 @@
+import json
+import math
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llm_jax import records
+from llm_jax.config import UserError
+from llm_jax.environment import environment, git_revision
+from llm_jax.events import EventFile
+from llm_jax.records import Record, dumps, load_run, load_sweep, metrics
+
+CONFIG = {
+    "identity": "abc",
+    "schema": 1,
+    "scientific": {"model": {"kind": "transformer", "layers": 6}},
+    "config": {"model": {"kind": "transformer", "layers": 6, "width": 64}, "seed": 3, "betas": [0.9, 0.95]},
+    "cell": {"role": "fit", "budget_flops": 1e15},
+}
+FACTS = {"git_revision": "f00"}
+
+
+def started(folder, resume_at=0, **kwargs):
+    record = Record(folder, tensorboard=False, **kwargs)
+    record.start(CONFIG, FACTS)
+    record.resume_at(resume_at)
+    return record
+
+
+def test_a_run_is_written_and_read(tmp_path):
+    with started(tmp_path) as record:
+        record.log(1, {"loss": jnp.float32(2.5), "rate": np.int64(3)})
+        record.log(2, {"loss": 2.25})
+        record.log(2, {"held_out/loss": 2.0})
+        assert load_run(tmp_path)["status"] == "running"
+        record.finish({"status": "done", "loss": 2.0})
+    run = load_run(tmp_path)
+    assert run["status"] == "done" and run["result"] == {"status": "done", "loss": 2.0}
+    assert run["config"] == CONFIG["config"] and run["git_revision"] == "f00"
+    table = metrics(tmp_path)
+    assert table["step"].tolist() == [1, 2] and table["loss"].tolist() == [2.5, 2.25]
+    assert table["held_out/loss"].tolist()[1] == 2.0 and math.isnan(table["held_out/loss"][0])
+
+
+def test_rows_past_the_restored_step_are_dropped_and_later_values_win(tmp_path):
+    with started(tmp_path) as record:
+        for step in range(1, 11):
+            record.log(step, {"loss": 1.0, "first": step})
+    with started(tmp_path, resume_at=6) as record:
+        record.log(7, {"loss": 2.0})
+    with started(tmp_path, resume_at=6) as record:
+        record.log(7, {"loss": 3.0})
+        record.log(8, {"loss": 3.0})
+    table = metrics(tmp_path)
+    assert table["step"].tolist() == list(range(1, 9))
+    assert table["loss"].tolist() == [1.0] * 6 + [3.0] * 2
+    assert table["first"].isna().tolist() == [False] * 6 + [True] * 2
+    assert [start["resume_at"] for start in records.starts(tmp_path)] == [0, 6, 6]
+    assert records.starts(tmp_path)[2]["facts"] == FACTS
+
+
+def test_a_restart_from_nothing_drops_all_rows(tmp_path):
+    with started(tmp_path) as record:
+        record.log(5, {"loss": 1.0})
+    with started(tmp_path):
+        pass
+    assert len(metrics(tmp_path)) == 0 and "step" in metrics(tmp_path)
+
+
+def test_a_half_written_last_line_is_ignored(tmp_path):
+    with started(tmp_path) as record:
+        record.log(1, {"loss": 1.0})
+        record.log(2, {"loss": 2.0})
+    part = tmp_path / "metrics" / "00000.jsonl"
+    whole = part.read_bytes()
+    for length in range(whole.rindex(b'{"step": 2'), len(whole)):
+        part.write_bytes(whole[:length])
+        assert metrics(tmp_path)["step"].tolist() == [1]
+
+
+def test_a_new_part_begins_after_so_many_rows_and_at_each_start(tmp_path):
+    with started(tmp_path, rows_per_part=2) as record:
+        for step in range(1, 6):
+            record.log(step, {"loss": step})
+    with started(tmp_path, resume_at=5) as record:
+        record.log(6, {"loss": 6})
+    names = sorted(path.name for path in (tmp_path / "metrics").iterdir())
+    assert names == ["00000.jsonl", "00001.jsonl", "00002.jsonl", "00003.jsonl"]
+    assert metrics(tmp_path)["loss"].tolist() == [1, 2, 3, 4, 5, 6]
+
+
+def test_numbers_that_are_not_finite_are_valid_json_and_come_back(tmp_path):
+    with started(tmp_path) as record:
+        record.log(1, {"loss": jnp.float32("nan"), "x": math.inf, "y": np.float32("-inf")})
+        record.finish({"status": "diverged", "loss": math.nan, "nested": {"x": [math.inf]}})
+
+    def strict(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    for path in [tmp_path / "result.json", *(tmp_path / "metrics").iterdir()]:
+        for line in [path.read_text()] if path.suffix == ".json" else path.read_text().splitlines():
+            json.loads(line, parse_constant=strict)
+    result = load_run(tmp_path)["result"]
+    assert math.isnan(result["loss"]) and result["nested"]["x"] == [math.inf]
+    row = metrics(tmp_path).iloc[0]
+    assert math.isnan(row.loss) and row.x == math.inf and row.y == -math.inf
+    assert math.isnan(load_sweep(tmp_path)["loss"][0])
+
+
+def test_floats_are_written_exactly(tmp_path):
+    values = np.random.default_rng(0).standard_normal(50).astype(np.float32)
+    with started(tmp_path) as record:
+        for step, value in enumerate(values):
+            record.log(step, {"loss": jnp.asarray(value)})
+    assert np.array_equal(metrics(tmp_path)["loss"].to_numpy(np.float32), values)
+
+
+def test_another_config_is_refused_with_both_identities_and_the_first_difference(tmp_path):
+    started(tmp_path).close()
+    before = sorted(tmp_path.rglob("*"))
+    other = CONFIG | {"identity": "def", "scientific": {"model": {"kind": "transformer"}}}
+    other["config"] = {"model": {"kind": "transformer", "layers": 4}}
+    with pytest.raises(UserError) as error:
+        Record(tmp_path).start(other, FACTS)
+    assert "run abc, not def: model.layers is 6 there and 4 here" in str(error.value)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+    assert sorted(tmp_path.rglob("*")) == before
+    with pytest.raises(UserError, match="schema is 1 there and 2 here"):
+        Record(tmp_path).start(CONFIG | {"identity": "def", "schema": 2}, FACTS)
+
+
+WRITER = """
+import sys, time
+from llm_jax.records import Record
+record = Record(sys.argv[1], tensorboard=False)
+record.start({"identity": "abc"}, {})
+record.resume_at(0)
+step = 0
+print("ready", flush=True)
+while True:
+    step += 1
+    record.log(step, {"loss": step / 3})
+"""
+
+
+def test_a_run_in_use_is_refused_and_free_again_after_a_kill(tmp_path):
+    """And the killed writer's rows are there, each of them whole."""
+    writer = subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    assert writer.stdout.readline() == "ready\n"
+    assert load_run(tmp_path)["status"] == "running"
+    with pytest.raises(UserError, match="another process"):
+        started(tmp_path)
+    time.sleep(0.05)
+    writer.send_signal(signal.SIGKILL)
+    writer.wait()
+    assert load_run(tmp_path)["status"] == "missing"
+    table = metrics(tmp_path)
+    assert len(table) > 0 and table["step"].tolist() == list(range(1, len(table) + 1))
+    started(tmp_path, resume_at=len(table)).close()
+
+
+def test_looking_at_a_run_does_not_set_it_free(tmp_path):
+    with started(tmp_path):
+        assert load_run(tmp_path)["status"] == "running"
+        program = f"from llm_jax.records import load_run; print(load_run({str(tmp_path)!r})['status'])"
+        look = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+        assert look.stdout == "running\n"
+
+
+def test_result_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    record = started(tmp_path)
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError):
+        record.finish({"status": "done"})
+    record.close()
+    assert not (tmp_path / "result.json").exists() and load_run(tmp_path)["status"] == "missing"
+
+
+def test_other_processes_of_a_run_write_nothing(tmp_path):
+    record = started(tmp_path, writes=False)
+    record.log(1, {"loss": 1.0})
+    record.finish({"status": "done"})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_sweep_is_one_table_with_the_unfinished_runs_in_it(tmp_path):
+    for number in range(3):
+        with started(tmp_path / "runs" / f"{number:03d}") as record:
+            if number != 1:
+                record.finish({"status": "done", "loss": 3.0 - number, "seed": 3})
+    with started(tmp_path / "runs" / "003"):
+        (tmp_path / "runs" / "report").mkdir()
+        table = load_sweep(tmp_path)
+    assert table["run"].tolist() == ["runs/000", "runs/001", "runs/002", "runs/003"]
+    assert table["status"].tolist() == ["done", "missing", "done", "running"]
+    assert table["loss"].isna().tolist() == [False, True, False, True]
+    assert set(table["model.width"]) == {64} and set(table["budget_flops"]) == {1e15}
+    assert set(table["role"]) == {"fit"} and table["betas"][0] == (0.9, 0.95)
+    assert load_sweep(tmp_path / "runs" / "002")["loss"].tolist() == [1.0]
+
+
+def test_a_thousand_runs_load_in_a_moment(tmp_path):
+    for number in range(1000):
+        folder = tmp_path / f"{number:04d}"
+        folder.mkdir()
+        (folder / "config.json").write_text(dumps(CONFIG))
+        (folder / "result.json").write_text(dumps({"status": "done", "loss": number / 7}))
+    begin = time.perf_counter()
+    table = load_sweep(tmp_path)
+    assert len(table) == 1000 and table["loss"].tolist() == [number / 7 for number in range(1000)]
+    assert time.perf_counter() - begin < 5  # a quarter of a second on an idle core
+
+
+def test_what_is_no_run_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="no runs here"):
+        load_sweep(tmp_path)
+    with pytest.raises(UserError, match="no run here"):
+        load_run(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json: not valid JSON"):
+        load_run(tmp_path)
+
+
+def test_reading_records_imports_no_jax():
+    program = "import sys, llm_jax.records; sys.exit('jax' in sys.modules or 'pandas' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_the_environment_names_versions_device_and_revision():
+    facts = environment()
+    assert {"python", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint"} <= facts["versions"].keys()
+    assert all(facts["versions"].values()) and facts["device"] == "cpu"
+    assert json.loads(dumps(facts)) == facts
+    revision = git_revision()
+    assert revision is None or len(revision.removesuffix("+dirty")) == 40
+
+
+# ---- TensorBoard events ----
+
+
+def events(folder):
+    """Reads event files as TensorBoard does, with the protocol buffers of another implementation."""
+    Event = pytest.importorskip("tensorboardX.proto.event_pb2").Event
+    crc32c = pytest.importorskip("tensorboardX.crc32c").crc32c
+
+    def masked(data):
+        crc = crc32c(data)
+        return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
+
+    files = []
+    for path in sorted(folder.iterdir()):
+        content, out = path.read_bytes(), []
+        while content:
+            (length,) = struct.unpack("<Q", content[:8])
+            event = content[12 : 12 + length]
+            assert content[8:12] == masked(content[:8])
+            assert content[12 + length : 16 + length] == masked(event)
+            out.append(Event.FromString(event))
+            content = content[16 + length :]
+        files.append(out)
+    return files
+
+
+def test_event_files_are_those_of_tensorboard(tmp_path):
+    file = EventFile(tmp_path)
+    scalars = {"loss": 2.5, "gradient_norm/query": 1e-30, "big": 1e300, "nan": math.nan, "inf": math.inf}
+    file.add(300, scalars)
+    file.add(0, {})
+    file.close()
+    version, event, _ = events(tmp_path)[0]
+    assert version.file_version == "brain.Event:2" and abs(version.wall_time - time.time()) < 60
+    assert event.step == 300
+    shown = {value.tag: value.simple_value for value in event.summary.value}
+    assert shown == {"loss": 2.5, "gradient_norm/query": float(np.float32(1e-30))}
+
+
+def test_events_past_the_restored_step_are_superseded(tmp_path):
+    for resume_at in (0, 6):
+        with Record(tmp_path) as record:
+            record.start(CONFIG, FACTS)
+            record.resume_at(resume_at)
+            record.log(resume_at + 1, {"loss": jnp.float32(2.5), "x": math.nan})
+    first, second = events(tmp_path / "tensorboard")
+    assert not any(event.HasField("session_log") for event in first)
+    assert second[1].session_log.status == 1 and second[1].step == 7  # viewers drop steps from 7 on
+    assert [(value.tag, value.simple_value) for value in second[2].summary.value] == [("loss", 2.5)]
