@@ -41,8 +41,8 @@ class Context:
 def linear(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None, inputs: int = 1) -> jax.Array:
     """x [..., *I] times weight [*I, *O] plus bias [*O], in x's dtype; `inputs` is the number of dimensions I.
 
-    As one product of two plain matrices: left to einsum, the gradient with respect to the weight sums over two
-    dimensions, for which XLA copies both factors transposed on a CPU (2.7 times slower).
+    As one product of two plain matrices: left to einsum, the weight's gradient sums over two dimensions, and
+    XLA on a CPU copies both factors transposed for that (2.7 times slower).
     """
     lead, size = x.shape[: x.ndim - inputs], math.prod(weight.shape[:inputs])
     y = x.reshape(-1, size) @ weight.reshape(size, -1).astype(x.dtype)

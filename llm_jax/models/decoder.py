@@ -210,7 +210,9 @@ class Decoder:
     def unembed(self, params: Params, hidden: jax.Array) -> jax.Array:
         """Float32 logits [..., V] of hidden states [..., D], capped as softcap * tanh(logits / softcap)."""
         table_DV = params["embed"]["embedding"].T if self.head is None else params["head"]["head"]
-        logits = jnp.matmul(hidden, table_DV.astype(self.dtype), preferred_element_type=jnp.float32)
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        logits = jnp.matmul(rows, table_DV.astype(self.dtype), preferred_element_type=jnp.float32)
+        logits = logits.reshape(*hidden.shape[:-1], -1)
         return logits if self.softcap is None else self.softcap * jnp.tanh(logits / self.softcap)
 
     def init_state(self, batch: int, length: int) -> Any:
