@@ -184,6 +184,16 @@ def test_damage_in_any_file_falls_back_and_says_so(opened, said):
     assert opened().restore(abstract(state_at(20)))[0] == 20 and not said
 
 
+def test_a_flipped_bit_anywhere_in_the_manifest_falls_back(opened, said):
+    checkpoints = saved(opened, 10, 20)
+    path = checkpoints.folder / "00000020.json"
+    before = path.read_bytes()
+    for position in range(0, len(before), 31):
+        path.write_bytes(before[:position] + bytes([before[position] ^ 1]) + before[position + 1 :])
+        assert opened().restore(abstract(state_at(10)))[0] == 10, position
+        assert "00000020 (its manifest is damaged)" in said.pop()
+
+
 def test_a_checkpoint_without_its_manifest_does_not_count(opened, said):
     """What a kill leaves: orbax's folder is in place, or still a temporary one; the manifest isn't."""
     checkpoints = saved(opened, 10, 20)
@@ -257,6 +267,9 @@ def test_a_save_that_failed_is_raised_by_the_next_call(opened):
     checkpoints.save(20, state_at(20))
     with pytest.raises(OSError):
         checkpoints.wait()
+    (checkpoints.folder / "00000020.json").rmdir()
+    checkpoints.save(20, state_at(20), wait=True)
+    assert same_bits(opened().restore(abstract(state_at(20)))[1], state_at(20))
 
 
 def test_orbax_is_silent_when_all_else_logs(tmp_path):
