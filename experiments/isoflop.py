@@ -1,21 +1,22 @@
 """Does loss on Python's own source follow L(N, D), and does the law hold beyond what it was fitted to?
 
-Models of several sizes are trained at each of a few compute budgets (Hoffmann et al. 2022, approaches 2 and
+Models of several sizes are trained at each of a few compute budgets (Hoffmann et al. 2022, Approaches 2 and
 3). A law is fitted, a forecast for a larger budget is written down, and only then is that run trained.
 
     make quickstart
     python -m launch.local --config=experiments/isoflop.py:cpu --workers=2
     python -m launch.local --config=experiments/isoflop.py:smoke --workers=2
 
-Compute is C = 6 N D, where N counts the matrices of the body and of the logits, as Porian et al. 2024 do. All
-runs, the hold-out too, see every byte at most once.
+Compute is C = 6 N D, where N counts the matrices of the body and of the logits, as Porian et al. 2024 do.
+Every run, the hold-out too, sees each byte of the corpus at most once, and its decay ends at its own D.
 """
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from llm_jax.config import UserError
@@ -24,52 +25,71 @@ from llm_jax.models import counting
 from llm_jax.models.transformer import Transformer
 from llm_jax.optimizers import AdamW
 from llm_jax.run import Cell, Run, Sweep
-from llm_jax.scaling import grids
+from llm_jax.scaling import fits, grids, isoflop
+from llm_jax.scaling import forecast as forecasting
+from llm_jax.scaling import report as reports
+from llm_jax.scaling.rates import RateCheck, check_rates
 from llm_jax.schedules import Cosine
+
+COUNTING = "matrices of the body and of the logits (norms and the input table don't count)"
+MULTIPLES = (0.5, 1.0, 2.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Isoflop(Sweep, kind="isoflop"):
-    """The grid: `sizes` models at every budget, around the N that `tokens_per_parameter` expects.
+    """The grid: `sizes` models at every budget, from 1/`span` to `span` times the expected optimum.
 
-    shapes: (width, layers) of the candidates. The learning rate is the optimizer's at `rate_width`, and
-    falls with the width to the power `rate_exponent`; it is checked with `rate_seeds` seeds.
+    shapes: (width, layers) of the candidates. tokens_per_parameter: D/N expected at the optimum. The learning
+    rate is the optimizer's at width 64 and goes with the width to the power `rate_exponent`; the smallest and
+    the largest model check it with `rate_seeds` seeds.
     """
 
-    budgets_flops: tuple[float, ...] = (5e10, 1e11, 2e11, 4e11)
-    holdout_flops: float = 1.6e12
-    shapes: tuple[tuple[int, int], ...] = ((16, 2), (24, 2), (32, 2), (48, 2), (48, 3), (64, 3), (96, 3), (128, 4))
+    budgets_flops: tuple[float, ...] = (2e10, 4e10, 8e10, 1.6e11)
+    holdout_flops: float = 6.4e11
+    shapes: tuple[tuple[int, int], ...] = (
+        (8, 2),
+        (12, 2),
+        (16, 2),
+        (24, 2),
+        (32, 2),
+        (40, 2),
+        (48, 2),
+        (64, 3),
+    )
     sizes: int = 5
     span: float = 4.0
-    tokens_per_parameter: float = 20.0
-    rate_width: int = 64
+    tokens_per_parameter: float = 65.0
     rate_exponent: float = -0.5
     rate_seeds: int = 2
     minimum_steps: int = 100
-    draws: int = 1000
+    bootstrap: int = 1000
 
     def validate(self) -> None:
-        if self.holdout_flops < 4 * max(self.budgets_flops):
+        if self.holdout_flops < 4 * max(self.budgets_flops, default=0):
             raise UserError(
-                f"sweep.holdout_flops is {self.holdout_flops:.3g}; a check of the law lies at least 4 times above "
-                f"the largest budget, {max(self.budgets_flops):.3g}"
+                f"sweep.holdout_flops is {self.holdout_flops:.3g}; a check of the law lies at least 4 times "
+                f"above the largest budget, {max(self.budgets_flops):.3g}"
             )
 
 
+# The first is what --config=experiments/isoflop.py means.
 SCALES = {
     "quickstart": Isoflop(),
     "smoke": Isoflop(
-        budgets_flops=(3e8, 6e8, 1.2e9), holdout_flops=4.8e9, shapes=((4, 1), (6, 1), (8, 1), (12, 1), (16, 1), (24, 1)),
-        minimum_steps=4, draws=200,
+        budgets_flops=(1e9, 2e9, 4e9),
+        holdout_flops=1.6e10,
+        shapes=((4, 1), (6, 1), (8, 1), (12, 1), (16, 1), (20, 1)),
+        minimum_steps=20,
+        bootstrap=200,
     ),
-}  # fmt: skip
+}
 
 
 def get_config(scale: str) -> Run:
     """The run that the sweep varies: its width, its depth, its tokens and its rate."""
     return Run(
         model=Transformer(layers=3, width=64, heads=4),
-        data=Text(Python(), sequence_length=128, batch_size=8, held_out_bytes=2**18),
+        data=Text(Python(), sequence_length=128, batch_size=4, held_out_bytes=2**18),
         optimizer=AdamW(learning_rate=6e-3, schedule=Cosine(warmup_fraction=0.05, final_fraction=0.0)),
         tokens=2**19,
         name=f"isoflop-{scale}",
@@ -77,63 +97,143 @@ def get_config(scale: str) -> Run:
     )
 
 
+# ---- the runs ----
+
+
 def sweep(base: Run) -> list[Run]:
-    """The grid, and the runs that check the rate: the smallest and the largest model at half and double."""
-    cells = plan(base).cells
-    grid = [_run(base, cell) for _, cell in cells[cells["role"] == "grid"].iterrows()]
-    checks = []
-    for size in (min, max):
-        N = size(cells["N"][cells["role"] == "grid"])
-        cell = cells[(cells["N"] == N) & (cells["role"] == "grid")].iloc[0]
-        for multiple in (0.5, 1.0, 2.0):
-            for seed in range(base.seed, base.seed + base.sweep.rate_seeds):
-                checks.append(_run(base, cell, "rate", multiple, seed))
-    return grid + checks
+    """The grid, and the runs that check the rate at its smallest and its largest model."""
+    grid = cells(base, "grid")
+    runs = [run_of(base, cell) for cell in grid]
+    for end in (min, max):
+        cell = end(grid, key=lambda c: (c["N"], -end(1, -1) * c["budget_flops"]))
+        runs += [
+            run_of(base, cell, multiple, base.seed + extra)
+            for extra in range(base.sweep.rate_seeds)
+            for multiple in MULTIPLES
+            if (multiple, extra) != (1.0, 0)
+        ]
+    return runs
 
 
 def holdout(base: Run) -> list[Run]:
     """The run that the forecast is for."""
-    cells = plan(base).cells
-    return [_run(base, cell) for _, cell in cells[cells["role"] == "holdout"].iterrows()]
+    return [run_of(base, cell) for cell in cells(base, "holdout")]
 
 
+def plan_notes(base: Run) -> list[str]:
+    """What the plan says beyond its table."""
+    available = source_tokens(base)
+    largest = max(cell["D"] for cell in plan(base).cells.to_dict("records"))
+    return [
+        f"vocabulary {base.data.vocabulary:,}; one epoch has {available:,} tokens, the longest run takes "
+        f"{largest:,} ({largest / available:.0%})",
+        *plan(base).notes,
+    ]
+
+
+@functools.cache
 def plan(base: Run) -> grids.Grid:
     """The grid and the hold-out as numbers, within one epoch of the corpus."""
-    settings, limits = base.sweep, grids.Limits(base.data.open().available_tokens, base.sweep.minimum_steps)
+    settings = base.sweep
     rows = []
     for width, layers in settings.shapes:
-        numbers = counting.closed_form(_model(base, width, layers).resolve(base.data), base.data.sequence_length)
-        rows.append({"width": width, "layers": layers, "N": numbers["N_matmul"]})
-    candidates = pd.DataFrame(rows)
-    candidates = candidates.assign(
-        flops_per_token=6 * candidates["N"], tokens_per_step=base.data.tokens_per_step
-    )
+        model = model_of(base, width, layers).resolve(base.data)
+        N = counting.closed_form(model, base.data.sequence_length)["N_matmul"]
+        rows.append({"N": N, "flops_per_token": 6 * N, "width": width, "layers": layers})
+    candidates = pd.DataFrame(rows).assign(tokens_per_step=base.data.tokens_per_step)
+    limits = grids.Limits(source_tokens(base), settings.minimum_steps)
     optimum = grids.ratio_optimum(candidates, settings.tokens_per_parameter)
-    grid = grids.isoflop(
-        candidates, settings.budgets_flops, optimum, limits, settings.sizes, settings.span
-    )
+    budgets = settings.budgets_flops
+    grid = grids.isoflop(candidates, budgets, optimum, limits, settings.sizes, settings.span)
     return grid + grids.holdout(candidates, settings.holdout_flops, optimum, limits)
 
 
-def _model(base: Run, width: int, layers: int) -> Transformer:
-    heads = max(1, width // 16)
-    return dataclasses.replace(base.model, width=width, layers=layers, heads=heads)
+@functools.cache
+def source_tokens(base: Run) -> int:
+    return base.data.open().available_tokens
+
+
+def cells(base: Run, role: str) -> list[dict[str, Any]]:
+    table = plan(base).cells
+    return table[table["role"] == role].to_dict("records")
+
+
+def model_of(base: Run, width: int, layers: int) -> Transformer:
+    return dataclasses.replace(base.model, width=width, layers=layers, heads=max(1, width // 16))
 
 
 def rate(base: Run, width: float) -> float:
     """The learning rate that the rule gives a model of `width`."""
-    return base.optimizer.learning_rate * (width / base.sweep.rate_width) ** base.sweep.rate_exponent
+    return base.optimizer.learning_rate * (width / 64) ** base.sweep.rate_exponent
 
 
-def _run(base: Run, cell: pd.Series, role: str | None = None, multiple: float = 1.0, seed: int | None = None) -> Run:
-    rule = rate(base, cell["width"])
+def run_of(base: Run, cell: Mapping[str, Any], multiple: float = 1.0, seed: int | None = None) -> Run:
+    """The run of a planned cell, at a multiple of the rule's rate."""
+    checks = seed is not None
     return dataclasses.replace(
         base,
-        model=_model(base, int(cell["width"]), int(cell["layers"])),
-        optimizer=dataclasses.replace(base.optimizer, learning_rate=multiple * rule),
-        tokens=int(cell["D"]),
-        seed=base.seed if seed is None else seed,
-        name=cell["name"] if role is None else f"{role}-{cell['N']}-{multiple:g}x-seed{seed}",
-        cell=Cell(role or cell["role"], float(cell["budget_flops"])),
-
+        model=model_of(base, cell["width"], cell["layers"]),
+        optimizer=dataclasses.replace(base.optimizer, learning_rate=multiple * rate(base, cell["width"])),
+        tokens=cell["D"],
+        seed=seed if checks else base.seed,
+        name=f"rate-{cell['N']}-{multiple:g}x-seed{seed}" if checks else cell["name"],
+        cell=Cell("rate" if checks else cell["role"], cell["budget_flops"]),
     )
+
+
+# ---- the law ----
+
+
+def points(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs' table with N, D and C by this experiment's convention."""
+    return runs.assign(N=runs["N_matmul"], C=runs["flops_6nd_matmul"])
+
+
+def fit_law(base: Run, runs: pd.DataFrame) -> fits.Fit:
+    """Approach 3 on the grid."""
+    grid = points(runs[runs["role"] == "grid"])
+    return fits.fit(grid, "chinchilla", bootstrap=base.sweep.bootstrap, counting=COUNTING)
+
+
+def rate_checks(base: Run, runs: pd.DataFrame) -> list[RateCheck]:
+    """The smallest and the largest model at half and double the rule's rate."""
+    table = points(runs[runs["role"].isin(["grid", "rate"])])
+    return check_rates(table, [rate(base, width) for width in table["model.width"]], MULTIPLES)
+
+
+def forecast(base: Run, runs: pd.DataFrame, run: Run) -> forecasting.Forecast:
+    """The loss that `run` will reach, from the grid's law; written before it starts."""
+    cell = next(cell for cell in cells(base, "holdout") if cell["D"] == run.tokens)
+    noise = max(check.relative_spread for check in rate_checks(base, runs))
+    return forecasting.make(fit_law(base, runs), N=cell["N"], D=cell["D"], C=cell["flops"], seed_noise=noise)
+
+
+def report(base: Run, folder: Path, runs: pd.DataFrame, forecasts: Mapping[str, Any]) -> dict[str, Any]:
+    """Fits, prints and writes the report; returns its numbers."""
+    grid = points(runs[runs["role"] == "grid"])
+    warnings, minima = [], None
+    try:
+        minima = isoflop.fit_isoflop(grid, bootstrap=base.sweep.bootstrap, counting=COUNTING)
+    except UserError as error:
+        warnings.append(f"Approach 2: {error}")
+    outcomes = []
+    for identity, made in forecasts.items():
+        measured = runs[(runs["identity"] == identity) & (runs["status"] == "done")]["loss"]
+        check = forecasting.check(made, measured.item(), grid) if len(measured) else None
+        outcomes.append(forecasting.Outcome(made, check))
+    result = reports.Report(
+        title=f"IsoFLOP sweep: {base.name}",
+        question=__doc__.splitlines()[0],
+        runs=points(runs),
+        law=fit_law(base, runs),
+        isoflop=minima,
+        outcomes=outcomes,
+        rates=rate_checks(base, runs),
+        warnings=warnings,
+        notes=plan_notes(base),
+        curves=reports.training_curves(folder, grid),
+    )
+    page = reports.write(folder, result)
+    print(reports.summary(result))
+    print(f"\nreport: {page}")
+    return reports.facts(result)

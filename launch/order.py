@@ -7,9 +7,9 @@ An experiment file has `SCALES`, `get_config(scale) -> base`, and
 
     sweep(base) -> list[Run]                the runs that laws are fitted to
     holdout(base) -> list[Run]              optional: larger runs that check the law
-    forecast(runs, run) -> Forecast         with holdout: what `run` will reach, from the sweep's table of records
-    report(folder, runs, forecasts)         optional: writes and prints the result; forecasts by identity. What
-                                            it returns, a dict, goes to result.json
+    forecast(base, runs, run) -> Forecast   with holdout: what `run` will reach, from the sweep's table
+    report(base, folder, runs, forecasts)   optional: writes and prints the result, and returns a dict for
+                                            result.json; forecasts are found by their run's identity
     plan_notes(base) -> list[str]           optional: lines to print with the plan
 
 or, where it measures instead of training a sweep, `measure(base, folder) -> dict`, which goes to result.json.
@@ -34,12 +34,14 @@ def check(experiment: Chosen) -> None:
     if not hasattr(module, "sweep") and not hasattr(module, "measure"):
         raise UserError(f"{module.__file__}: an experiment defines sweep(base) or measure(base, folder)")
     if hasattr(module, "holdout") and not hasattr(module, "forecast"):
-        raise UserError(f"{module.__file__}: holdout(base) comes with forecast(runs, run), which it checks")
+        raise UserError(
+            f"{module.__file__}: holdout(base) comes with forecast(base, runs, run), its check"
+        )
 
 
 def carry_out(plan: Plan, engine: Engine) -> int:
     """All that follows the plan; returns the exit code: 0, or 1 if runs failed."""
-    module = plan.experiment.module
+    experiment, module = plan.experiment, plan.experiment.module
     plan.write()
     failures = train_missing(plan.sweep, engine)
     forecasts = {}
@@ -48,11 +50,11 @@ def carry_out(plan: Plan, engine: Engine) -> int:
     elif plan.holdout:
         table = plan.table(plan.sweep)
         for item in plan.holdout:
-            made = module.forecast(table, item.run)
+            made = module.forecast(experiment.config, table, item.run)
             forecasts[item.identity] = forecast.write(made, item.folder / "forecast.json", item.folder)
         failures |= train_missing(plan.holdout, engine)
     if hasattr(module, "report"):
-        result = module.report(plan.folder, plan.table(plan.runs), forecasts)
+        result = module.report(experiment.config, plan.folder, plan.table(plan.runs), forecasts)
         write_result(plan.folder, plan.experiment, result or {})
     for run, reason in failures.items():
         print(f"failed: {run.label}: {reason}")

@@ -92,7 +92,7 @@ def test_a_forecast_is_on_disk_before_its_hold_out_begins(bits, tmp_path):
     large = dataclasses.replace(small, tokens=16 * 20)
     trained_runs, reports = [], []
 
-    def forecast(table, run):
+    def forecast(base, table, run):
         return Forecast(
             1, run.tokens, 1, 0.1, {0.9: (0.0, 1.0)}, 0.1, "a guess", {"formula": "L"}, 1, "", 1, ""
         )
