@@ -70,13 +70,13 @@ def frontier(
 ) -> "Figure":
     """Loss against compute: every run, and the law's frontier with its interval up to the hold-outs.
 
-    curves: a table for each run with its C and loss as training went on. Below, every forecast has a strip of
-    its own: beside the whole range of losses it could not be told from what was measured.
+    curves: a table for each run with its C and training loss as it went on. Below, every forecast has a
+    strip of its own: in the whole range of losses it could not be told from what was measured.
     """
     figure, panels = blank("Loss against compute", 3.9 + len(outcomes), (6, *(1 for _ in outcomes)))
     axes, points = panels[0], fit.points.frame.assign(C=fitted_flops(fit))
     for index, curve in enumerate(curves):
-        label = "runs in training" if index == 0 else None
+        label = "training loss" if index == 0 else None
         axes.plot(curve["C"], curve["loss"], color=look.faint, linewidth=0.8, zorder=1, label=label)
     _runs(axes, points, "C", points["loss"], look)
     forecasts = [outcome.forecast for outcome in outcomes]

@@ -150,16 +150,24 @@ def padded(*values: Any, share: float = 0.06) -> tuple[float, float]:
     return every.min() - room, every.max() + room
 
 
-def number(value: float) -> str:
-    """1e13 as ten to the 13th, 30000 as 30k: what is short enough for a tick."""
+def short(value: float) -> str:
+    """A count or a number of FLOPs in a few letters: 30.3k, 1.5M, 9.00e13."""
     if 1 <= value < 1e12:
         size, unit = next(
             pair for pair in ((1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, "")) if value >= pair[0]
         )
         return f"{value / size:.3g}{unit}"
-    exponent = math.floor(math.log10(value) + 1e-9)
-    mantissa = f"{value / 10.0**exponent:.2g}"
-    return f"$10^{{{exponent}}}$" if mantissa == "1" else f"${mantissa}{{\\times}}10^{{{exponent}}}$"
+    return f"{value:.2e}".replace("e+", "e")
+
+
+def number(value: float) -> str:
+    """`short` for figures: 1e13 as ten to the 13th."""
+    text = short(value)
+    if "e" not in text:
+        return text
+    mantissa, exponent = text.split("e")
+    power = f"10^{{{int(exponent)}}}"
+    return f"${power}$" if float(mantissa) == 1 else f"${float(mantissa):.2g}{{\\times}}{power}$"
 
 
 def _saved(figure: "Figure", **options: Any) -> bytes:

@@ -1,0 +1,361 @@
+"""The report of a sweep: one self-contained page, its figures as PNGs beside it, and the same as text.
+
+    result = report.Report(title, runs, law, isoflop, outcomes, rates)
+    print(report.summary(result))
+    path = report.write(folder, result)
+
+The page needs no network, fits a phone, and follows the reader's light or dark setting.
+"""
+
+import base64
+import dataclasses
+import math
+import pathlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from llm_jax import records
+from llm_jax.scaling import figures, style
+from llm_jax.scaling.forecast import Outcome
+from llm_jax.scaling.isoflop import METHODS, IsoflopFit
+from llm_jax.scaling.rates import RateCheck
+from llm_jax.scaling.results import Estimate, Fit
+
+GREEK = {"alpha": "α", "beta": "β"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """All that a report tells.
+
+    runs: every run of the sweep, those that no fit used too, with the columns name, role, status, N, D, C,
+    loss and whatever else result.json has. isoflop: None where no budget had a minimum (say why in
+    `warnings`). rates: checks of the learning rate. conventions, notes: lines of the plan. curves: a table a
+    run of C and loss as it trained (`training_curves`).
+    """
+
+    title: str
+    runs: pd.DataFrame
+    law: Fit
+    isoflop: IsoflopFit | None = None
+    outcomes: Sequence[Outcome] = ()
+    rates: Sequence[RateCheck] = ()
+    question: str = ""
+    conventions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    warnings: Sequence[str] = ()
+    notes: Sequence[str] = ()
+    curves: Sequence[pd.DataFrame] = ()
+
+    @property
+    def fits(self) -> list[Fit | IsoflopFit]:
+        return [self.law, *([self.isoflop] if self.isoflop else [])]
+
+    @property
+    def rate_doubts(self) -> list[str]:
+        """What the rate checks object to; the exponents are marked with it."""
+        return [str(check) for check in self.rates if check.better]
+
+    @property
+    def all_warnings(self) -> list[str]:
+        """The caller's, the rate checks', then the fits', each once."""
+        fitted = (f"Approach {fit.approach}: {text}" for fit in self.fits for text in fit.warnings)
+        doubts = (f"{text}. The exponents are marked †." for text in self.rate_doubts)
+        return list(dict.fromkeys([*self.warnings, *doubts, *fitted]))
+
+
+class Table(NamedTuple):
+    """Text cells under a header; `texts` are the columns that align left."""
+
+    header: list[str]
+    rows: list[list[str]]
+    texts: tuple[int, ...] = (0,)
+
+    def __str__(self) -> str:
+        widths = [max(map(len, column)) for column in zip(self.header, *self.rows, strict=True)]
+        pads = [str.ljust if index in self.texts else str.rjust for index in range(len(widths))]
+        lines = (
+            [pad(*cell) for pad, *cell in zip(pads, row, widths, strict=True)]
+            for row in (self.header, *self.rows)
+        )
+        return "\n".join("  ".join(line).rstrip() for line in lines)
+
+
+def write(folder: str | pathlib.Path, report: Report) -> pathlib.Path:
+    """Writes report.html and a PNG of every figure to `folder`; returns the page's path."""
+    import jinja2
+
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = []
+    for name, caption, draw in drawings(report):
+        figure = draw("light")
+        (folder / f"{name}.png").write_bytes(style.png(figure))
+        inlined = {"light": _inline(figure), "dark": _inline(draw("dark"))}
+        drawn.append({"name": name, "caption": caption, **inlined})
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    page = environment.get_template("report.html.j2").render(
+        report=report,
+        tiles=list(tiles(report)),
+        outcomes=[(*verdict(o), o.check is None or any(o.check.covered.values())) for o in report.outcomes],
+        warnings=report.all_warnings,
+        figures=drawn,
+        fits=list(fit_tables(report)),
+        tables=list(tables(report)),
+        excluded=excluded_table(report),
+        conventions=conventions(report),
+    )
+    records.write_atomically(folder / "report.html", page)
+    return folder / "report.html"
+
+
+def summary(report: Report) -> str:
+    """The report as text for a terminal: runs, fits, forecasts against measured, checks, warnings."""
+    parts = [report.title, str(runs_table(report, TERMINAL))]
+    parts += [fit.table() for fit in report.fits]
+    parts += ["\n".join(verdict(outcome)) for outcome in report.outcomes]
+    parts += ["\n".join(map(str, report.rates))] if report.rates else []
+    parts += ["\n".join(f"WARNING: {text}" for text in report.warnings)] if report.warnings else []
+    return "\n\n".join(parts)
+
+
+def facts(report: Report) -> dict[str, Any]:
+    """The report's numbers as JSON values, for result.json."""
+    return {
+        "law": report.law.to_json(),
+        "isoflop": report.isoflop.to_json() if report.isoflop else None,
+        "forecasts": [
+            {"forecast": dataclasses.asdict(made), "check": check and dataclasses.asdict(check)}
+            for made, check in report.outcomes
+        ],
+        "rates": [str(check) for check in report.rates],
+        "warnings": report.all_warnings,
+    }
+
+
+def training_curves(folder: str | pathlib.Path, runs: pd.DataFrame) -> list[pd.DataFrame]:
+    """C and training loss of every run of `runs` (columns run, steps, C) as its records in `folder` tell.
+
+    The loss is the mean over the last twentieth of the run so far, as one batch says little.
+    """
+    out = []
+    for run in runs.itertuples():
+        rows = records.metrics(pathlib.Path(folder) / run.run)
+        if "loss" not in rows:
+            continue
+        rows = rows.dropna(subset="loss")
+        window = max(1, len(rows) // 20)
+        smooth = rows["loss"].rolling(window).mean()
+        every = max(1, len(rows) // 200)
+        curve = pd.DataFrame({"C": run.C * rows["step"] / run.steps, "loss": smooth}).dropna()
+        out.append(curve.iloc[::every])
+    return out
+
+
+def verdict(outcome: Outcome) -> tuple[str, str]:
+    """How a forecast fared, in a line, and what it said when it was written, in another."""
+    made, check = outcome
+    beyond = f"{made.extrapolation:.3g}x the largest fitted budget"
+    if check:
+        measured = f"measured {check.measured:.4f}, forecast {made.loss:.4f} ({check.relative_error:+.2%})"
+        headline = f"Hold-out at {beyond}: {measured}, {coverage(outcome)}."
+    else:
+        headline = f"Hold-out at {beyond}: forecast {made.loss:.4f}, {coverage(outcome)}."
+    ranges = ", ".join(
+        f"{q:.0%} [{low:.4f}, {high:.4f}]" for q, (low, high) in sorted(made.intervals.items())
+    )
+    at = f"C {style.short(made.C)}, N {style.short(made.N)}, D {style.short(made.D)}"
+    return (
+        headline,
+        f"Forecast of {made.written_utc} at {at}: {made.loss:.4f} nats/token, {ranges}; {made.method}.",
+    )
+
+
+def coverage(outcome: Outcome) -> str:
+    """Which of the forecast's intervals holds the measured loss."""
+    if outcome.check is None:
+        return "not measured yet"
+    inside = [level for level, covered in sorted(outcome.check.covered.items()) if covered]
+    return f"inside the {inside[0]:.0%} interval" if inside else "OUTSIDE every interval"
+
+
+# ---- the parts of the page ----
+
+
+def drawings(report: Report) -> Iterator[tuple[str, str, Callable[[str], Any]]]:
+    """Every figure: its file's name, its caption, and what draws it in a theme."""
+    law, isoflop, outcomes = report.law, report.isoflop, report.outcomes
+    reach = max((made.C for made, _ in outcomes), default=0.0)
+    if isoflop:
+        yield (
+            "isoflop",
+            "Every budget's runs by size; the curve's minimum is the best size there.",
+            lambda theme: figures.isoflop_curves(isoflop, theme=theme),
+        )
+    yield (
+        "frontier",
+        "Every run's loss by its compute, the best the law allows, and the held-out forecast.",
+        lambda theme: figures.frontier(law, outcomes, report.curves, theme=theme),
+    )
+    yield (
+        "optima",
+        "How the best size and the best number of tokens grow with compute.",
+        lambda theme: figures.optima(isoflop, law, reach=reach, theme=theme),
+    )
+    yield (
+        "residuals",
+        "What the law leaves unexplained; points should scatter without a trend.",
+        lambda theme: figures.residuals(law, outcomes, theme=theme),
+    )
+
+
+def tiles(report: Report) -> Iterator[tuple[str, str, str]]:
+    """The numbers to see first: value, label, detail."""
+    mark = "†" if report.rate_doubts else ""
+    for fit in reversed(report.fits):
+        if "a" in fit.parameters:
+            a = fit.parameters["a"]
+            yield f"{a.value:.3f}{mark}", f"N_opt ∝ C^a, Approach {fit.approach}", _interval(a, fit.level)
+    if "E" in report.law.parameters:
+        E = report.law.parameters["E"]
+        yield f"{E.value:.3f}", "irreducible loss E [nats/token]", _interval(E, report.law.level)
+    for made, check in report.outcomes:
+        label = f"hold-out at {made.extrapolation:.3g}x, against its forecast"
+        value = f"{check.relative_error:+.2%}" if check else f"{made.loss:.3f}"
+        yield value, label, coverage(Outcome(made, check))
+
+
+def fit_tables(report: Report) -> Iterator[tuple[str, Table, str]]:
+    """Each fit's parameters with their intervals."""
+    mark = "†" if report.rate_doubts else ""
+    for fit in report.fits:
+        rows = []
+        for name, estimate in fit.parameters.items():
+            shown = GREEK.get(name, name) + (mark if name in ("a", "b", "alpha", "beta") else "")
+            rows.append([shown, *(_digits(part) for part in estimate)])
+        header = ["", "value", f"{fit.level:.0%} low", "high", "std. error"]
+        if fit.approach == 3:
+            heading = f"Approach 3: {figures.pretty(fit.law.formula)}"
+            rms = np.sqrt(np.mean(fit.residuals**2))
+            note = f"{len(fit.residuals)} runs, residuals {rms:.2%} rms; N_opt ∝ C^a, D_opt ∝ C^b."
+        else:
+            heading, note = (
+                "Approach 2: N_opt = k_N C^a, D_opt = k_D C^b",
+                f"{METHODS[fit.conventions['method']]}.",
+            )
+        yield heading, Table(header, rows), note
+
+
+def tables(report: Report) -> Iterator[tuple[str, Table]]:
+    """The other tables of the page: minima, rate checks, runs."""
+    if report.isoflop:
+        header = ["C", "runs", "N_opt", "low", "high", "D_opt", "loss", ""]
+        rows = []
+        for curve in report.isoflop.to_json()["curves"]:
+            found = (
+                [style.short(curve["N"][part]) for part in ("value", "low", "high")]
+                + [style.short(curve["D"]["value"]), _digits(curve["loss"]["value"])]
+                if not curve["refused"]
+                else [""] * 5
+            )
+            rows.append([style.short(curve["C"]), str(curve["runs"]), *found, curve["refused"] or ""])
+        yield "Minima of the isoFLOP curves", Table(header, rows, (0, 7))
+    if report.rates:
+        multiples = sorted({m for check in report.rates for m in check.losses})
+        header = ["N", "D", *(f"{m:g}x the rate" for m in multiples), "seed spread", ""]
+        rows = [
+            [
+                style.short(c.N),
+                style.short(c.D),
+                *(_digits(np.mean(c.losses[m])) for m in multiples),
+                f"{c.spread:.4f}",
+                "rate not optimal" if c.better else "rate confirmed",
+            ]
+            for c in report.rates
+        ]
+        yield "Learning-rate checks", Table(header, rows, (0, len(header) - 1))
+    yield f"All {len(report.runs)} runs", runs_table(report)
+
+
+COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "name": ("run", str),
+    "N": ("N", style.short),
+    "D": ("D", style.short),
+    "ratio": ("D/N", lambda v: f"{v:.3g}"),
+    "C": ("C", style.short),
+    "loss": ("loss", lambda v: f"{v:.4f}"),
+    "loss_standard_error": ("± s.e.", lambda v: f"{v:.4f}"),
+    "residual": ("vs law", lambda v: f"{v:+.2%}"),
+    "bits_per_byte": ("bits/byte", lambda v: f"{v:.4f}"),
+    "width": ("width", lambda v: f"{v:.0f}"),
+    "layers": ("layers", lambda v: f"{v:.0f}"),
+    "learning_rate": ("rate", lambda v: f"{v:.2e}"),
+    "seed": ("seed", lambda v: f"{v:.0f}"),
+    "steps": ("steps", lambda v: f"{v:,.0f}"),
+    "tokens_per_second": ("tokens/s", lambda v: f"{v:,.0f}"),
+    "wall_seconds": ("seconds", lambda v: f"{v:,.0f}"),
+    "role": ("role", str),
+    "status": ("status", str),
+}
+TERMINAL = (
+    "name",
+    "status",
+    "N",
+    "D",
+    "ratio",
+    "loss",
+    "residual",
+    "learning_rate",
+    "tokens_per_second",
+    "wall_seconds",
+)
+
+
+def runs_table(report: Report, columns: Sequence[str] = tuple(COLUMNS)) -> Table:
+    """The runs, in the columns that the table has; what a run doesn't know is empty."""
+    runs = report.runs.assign(ratio=report.runs["D"] / report.runs["N"])
+    law = report.law.predict(N=runs["N"].astype(float), D=runs["D"].astype(float)).value
+    runs["residual"] = runs["loss"].astype(float) / law - 1
+    shown = [name for name in columns if name in runs and runs[name].notna().any()]
+    cells = [["" if pd.isna(v) else COLUMNS[name][1](v) for v in runs[name]] for name in shown]
+    texts = tuple(index for index, name in enumerate(shown) if name in ("name", "role", "status"))
+    return Table([COLUMNS[name][0] for name in shown], [list(row) for row in zip(*cells, strict=True)], texts)
+
+
+def excluded_table(report: Report) -> Table | None:
+    """Runs that the fits left out, with the reason."""
+    rows = {(run.run, run.reason) for fit in report.fits for run in fit.points.excluded}
+    return Table(["run", "reason"], [list(row) for row in sorted(rows)], (0, 1)) if rows else None
+
+
+def conventions(report: Report) -> dict[str, str]:
+    """The plan's own, then what was fitted how, and on which machine."""
+    law = report.law.conventions
+    told = dict(report.conventions) | {
+        "N counts": str(law["N"]),
+        "C": f"{law['flops_per_nd']:g} N D where the law chooses N and D",
+        "loss minimised": f"{law['loss']} on {law['on']}, {law['reduction']}",
+        "intervals": f"{report.law.level:.0%}, {len(report.law.draws)} bootstrap refits",
+    }
+    for column in ("device", "git_revision"):
+        if column in report.runs:
+            told[column.replace("_", " ")] = ", ".join(sorted({str(v) for v in report.runs[column].dropna()}))
+    return told
+
+
+def _inline(figure: Any) -> str:
+    return base64.b64encode(style.svg(figure)).decode()
+
+
+def _digits(value: Any) -> str:
+    return "" if value is None or not math.isfinite(value) else f"{value:.5g}"
+
+
+def _interval(number: Estimate, level: float) -> str:
+    return f"{level:.0%}: {number.low:.3f} to {number.high:.3f}" if math.isfinite(number.low) else ""
