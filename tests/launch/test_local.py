@@ -108,7 +108,7 @@ def test_a_forecast_is_on_disk_before_its_hold_out_begins(bits, tmp_path):
         small,
         holdout=lambda base: [large],
         forecast=forecast,
-        report=lambda folder, table, forecasts: reports.append((len(table), len(forecasts))),
+        report=lambda base, folder, table, forecasts: reports.append((len(table), len(forecasts))),
     )
     assert order.carry_out(plan, engine) == 0
     assert order.carry_out(plan, engine) == 0
