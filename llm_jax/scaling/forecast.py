@@ -188,7 +188,9 @@ def check(forecast: Forecast, measured: float, points: pd.DataFrame | None = Non
 
 
 def hash_points(points: pd.DataFrame) -> str:
-    """A hash of N, D and loss of every run, in whatever order they stand."""
+    """A hash of N, D and loss of every run that is done, in whatever order they stand."""
+    if "status" in points:
+        points = points[points["status"] == "done"]
     rows = points[["N", "D", "loss"]].astype(float).sort_values(["N", "D", "loss"])
     return _hash(rows.to_numpy().tolist())
 

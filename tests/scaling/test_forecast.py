@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import synthetic_sweep as sweep
 
@@ -109,6 +110,14 @@ def test_a_check_states_error_and_coverage_and_knows_other_points(table, made):
         forecast.check(made, 2.0, changed)
     with pytest.raises(UserError, match="loss is nan"):
         forecast.check(made, np.nan)
+
+
+def test_the_hash_of_the_points_knows_neither_their_order_nor_diverged_runs(table):
+    grid = table[table["role"] == "grid"]
+    diverged = grid.iloc[:1].assign(status="diverged", loss=np.nan, seed=1)
+    shuffled = pd.concat([grid.sample(frac=1, random_state=0), diverged])
+    assert forecast.hash_points(shuffled) == forecast.hash_points(grid)
+    assert forecast.hash_points(grid.iloc[1:]) != forecast.hash_points(grid)
 
 
 def test_a_fit_without_refits_or_residuals_makes_no_forecast(table):
