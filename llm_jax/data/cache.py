@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pathlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -38,7 +39,11 @@ def once(path: pathlib.Path, build: Callable[[pathlib.Path], None]) -> pathlib.P
             lock = stack.enter_context(open(path.with_name(path.name + ".lock"), "w"))
         except OSError as error:
             raise UserError(f"can't write the cache ({error}); set LLM_JAX_CACHE to another folder") from None
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process that prepares {path}", file=sys.stderr)
+            fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():
             partial = path.with_name(path.name + ".partial")
             build(partial)

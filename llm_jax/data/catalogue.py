@@ -5,6 +5,7 @@ this order are held out; the rest is the order of training, so that any beginnin
 a fair and nested sample. Equal texts have equal hashes and can't stand on both sides.
 """
 
+import array
 import dataclasses
 import hashlib
 import pathlib
@@ -68,17 +69,17 @@ def catalogue(corpus: Corpus) -> Catalogue:
 
 
 def _scan(corpus: Corpus, longest: int) -> Catalogue:
-    hashes, sizes, numbers = [], [], set()
+    hashes, sizes, uncut, latest = array.array("Q"), array.array("q"), 0, -1
     with progress("reading " + corpus.name) as bar:
         for number, text in texts(corpus, longest):
             data = text.encode()
             hashes.append(int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little"))
             sizes.append(len(data))
-            numbers.add(number)
+            uncut, latest = uncut + (number != latest), number
             bar.update(len(data))
     if not hashes:
         raise UserError(f"the corpus {corpus.name} is empty: it has no text")
-    return Catalogue(np.array(hashes, np.uint64), np.array(sizes, np.int64), longest, len(numbers))
+    return Catalogue(np.array(hashes, np.uint64), np.array(sizes, np.int64), longest, uncut)
 
 
 def split(hashes: np.ndarray, sizes_bytes: np.ndarray, fraction: float, most_bytes: int) -> list[np.ndarray]:

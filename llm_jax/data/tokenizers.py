@@ -10,6 +10,7 @@ import itertools
 import os
 import pathlib
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, Protocol
 
@@ -126,6 +127,7 @@ class SentencePiece(Tokenizer, kind="sentencepiece"):
         """The trained model. Raises UserError where the texts support only another size of vocabulary."""
         import sentencepiece
 
+        print(f"training a {self.algorithm} tokenizer of {self.vocabulary:,} tokens", file=sys.stderr)
         written = io.BytesIO()
         try:
             sentencepiece.SentencePieceTrainer.train(
@@ -138,7 +140,7 @@ class SentencePiece(Tokenizer, kind="sentencepiece"):
                 model_type=self.algorithm,
                 vocab_size=self.vocabulary,
                 character_coverage=self.character_coverage,
-                seed_sentencepiece_size=20 * self.vocabulary,  # unigram's first vocabulary, pruned from there
+                seed_sentencepiece_size=10 * self.vocabulary,  # unigram's first vocabulary, pruned from there
                 byte_fallback=True,
                 normalization_rule_name="identity",
                 add_dummy_prefix=False,
