@@ -4,13 +4,15 @@
     python -m launch.local --config=experiments/isoflop.py --config.optimizer.learning_rate=3e-3 --dry_run
 
 The same command again continues: what is complete is skipped. Exit code 0: all runs are complete; 1: some
-failed, as the last lines say; 2: something the user has to put right, said in one line.
+failed, as the last lines say; 2: something the user has to put right, said in one line; 130: stopped.
 """
 
 import shlex
 import signal
+import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import jax
@@ -18,54 +20,74 @@ import numpy as np
 from absl import flags
 
 from launch import order, sweep
-from launch.pool import Pool, shares
+from launch.pool import Pool, gpus, shares
 from launch.sweep import Plan
 from llm_jax import config, records
-from llm_jax.config import UserError
+from llm_jax.config import Chosen
+from llm_jax.kernels import devices
 
-USUAL_EFFICIENCY = 0.25  # what whole steps of small models reach of the speed of bare matrix products
+# What whole steps of small models reach of the speed of bare matrix products.
+CPU_EFFICIENCY, GPU_EFFICIENCY = 0.25, 0.1
 
 
 def main() -> int:
     experiment = config.chosen()
     order.check(experiment)
     folder = Path(flags.FLAGS.folder or sweep.folder_of(experiment))
-    if hasattr(experiment.module, "measure"):
-        print(f"{experiment.module.__file__}:{experiment.scale} measures; its result goes to {folder}")
-        return 0 if flags.FLAGS.dry_run else order.measure(experiment, folder)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        if hasattr(experiment.module, "measure"):
+            return measure(experiment, folder)
+        return launch(experiment, folder)
+    except KeyboardInterrupt:
+        command = [sys.executable, "-m", "launch.local", *sys.argv[1:]]
+        print(f"\nstopped; to continue: {shlex.join(command)}")
+        return 130
+
+
+def measure(experiment: Chosen, folder: Path) -> int:
+    print(f"{folder}: {experiment.module.__file__}:{experiment.scale} measures, it trains no sweep")
+    return 0 if flags.FLAGS.dry_run else order.measure(experiment, folder)
+
+
+def launch(experiment: Chosen, folder: Path) -> int:
     # This process plans and draws; devices are for the workers (a GPU's memory would be taken twice).
     jax.config.update("jax_platforms", "cpu")
     plan = sweep.make_plan(experiment, folder)
     print(f"{folder}: the plan of {experiment.module.__file__}:{experiment.scale}")
     print(sweep.summary(plan, *expected_speed(plan)))
-    for note in getattr(experiment.module, "plan_notes", lambda base: [])(experiment.config):
-        print(note)
-    sys.stdout.flush()
+    notes = getattr(experiment.module, "plan_notes", lambda base: [])(experiment.config)
+    print(*notes, sep="\n", end="\n" if notes else "", flush=True)
     if flags.FLAGS.dry_run:
         return 0
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    experiment_file = Path(experiment.module.__file__)
-    try:
-        return order.carry_out(
-            plan, lambda runs: Pool(runs, experiment_file, shares(flags.FLAGS.workers, len(runs))).run()
-        )
-    except KeyboardInterrupt:
-        print(f"\nstopped; to continue: {shlex.join([sys.executable, '-m', 'launch.local', *sys.argv[1:]])}")
-        return 130
+    file = Path(experiment.module.__file__)
+    return order.carry_out(plan, lambda runs: Pool(runs, file, shares(flags.FLAGS.workers, len(runs))).run())
 
 
-def expected_speed(plan: Plan) -> tuple[float, str]:
-    """FLOP/s of the whole sweep, and what that expectation rests on."""
-    done = [run for run in plan.runs if run.status == "done"]
-    if done:
+# ---- how long it will take ----
+
+
+def expected_speed(plan: Plan) -> tuple[float | None, str]:
+    """FLOP/s of the whole sweep (None: nobody knows), and what that expectation rests on."""
+    workers = len(shares(flags.FLAGS.workers, len(plan.runs)))
+    if done := [run for run in plan.runs if run.status == "done"]:
         seconds = sum(records.load_run(run.folder)["result"]["wall_seconds"] for run in done)
-        workers = len(shares(flags.FLAGS.workers, len(plan.runs)))
-        return workers * sum(run.flops for run in done) / seconds, f"as the {len(done)} complete runs did"
-    return USUAL_EFFICIENCY * matmul_speed(), "a quarter of this machine's matrix products"
+        return workers * sum(run.flops for run in done) / seconds, f"like the {len(done)} done"
+    if not gpus():
+        return CPU_EFFICIENCY * matmul_speed(), f"{CPU_EFFICIENCY:.0%} of bare matrix products here"
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        kind = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split("\n")[0]
+    except (OSError, subprocess.SubprocessError):
+        return None, ""
+    peak = devices.peak_flops(types.SimpleNamespace(device_kind=kind), "bfloat16")
+    if peak is None:
+        return None, ""
+    return GPU_EFFICIENCY * peak * len(gpus()), f"{GPU_EFFICIENCY:.0%} of the data sheet of {kind}"
 
 
 def matmul_speed(size: int = 1024, seconds: float = 0.3) -> float:
-    """FLOP/s of a float32 matrix product on all cores: the best of several."""
+    """FLOP/s of float32 matrix products on all cores: the best of several."""
     matrix, best, end = np.ones((size, size), np.float32), float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:
         start = time.perf_counter()

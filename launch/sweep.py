@@ -113,6 +113,11 @@ class Plan:
         )
 
 
+def folder_of(experiment: Chosen) -> Path:
+    """Where an experiment's runs go if nobody says otherwise: runs/<experiment>-<scale>."""
+    return Path("runs") / f"{Path(experiment.module.__file__).stem}-{experiment.scale}"
+
+
 def make_plan(experiment: Chosen, folder: Path) -> Plan:
     """The plan of an experiment that has `sweep`; raises UserError if one of its runs can't be done."""
     module, base = experiment.module, experiment.config

@@ -1,0 +1,58 @@
+# Everything a fresh machine needs: make, and a Python from 3.11 on. `make help` lists the targets.
+
+EXTRAS ?= dev
+JOBS ?= 2
+SCALE ?= quickstart
+
+VENV := .venv
+BIN := $(VENV)/bin
+comma := ,
+STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test lint format smoke clean
+
+help:  ## what there is
+	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## /  make \1\t/'
+	@echo '  EXTRAS=gpu,dev installs other extras of pyproject.toml, SCALE=cpu picks another scale of the sweep.'
+
+setup: $(STAMP)  ## .venv with the package and its dependencies
+
+quickstart: $(STAMP)  ## a scaling sweep on real text, the law it shows, and the report (8 minutes on 2 cores)
+	$(BIN)/python -m launch.local --config=experiments/isoflop.py:$(SCALE)
+
+test: $(STAMP)  ## the test suite
+	$(BIN)/python -m pytest -n $(JOBS) --dist=worksteal
+
+smoke: $(STAMP)  ## every experiment at its smoke scale
+	@for file in experiments/*.py; do \
+	  echo "== $$file:smoke" && $(BIN)/python -m launch.local --config=$$file:smoke || exit; \
+	done
+
+lint: $(STAMP)  ## style: ruff's rules and its format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMP)  ## puts the style right where that can be done by a machine
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## removes .venv and caches, but no runs
+	rm -rf $(VENV) .cache .pytest_cache .ruff_cache build *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# ---- set-up: a virtual environment, made again only when pyproject.toml or the extras change ----
+
+$(STAMP): pyproject.toml | $(BIN)/pip
+	@echo "installing llm-jax[$(EXTRAS)]: minutes the first time"
+	@$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS)]'
+	@touch $@
+
+# The versions that are tested come first.
+$(BIN)/pip:
+	@for python in python3.12 python3.11 python3.13 python3; do \
+	  if $$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	    echo "setting up $(VENV) with $$($$python --version)" && exec $$python -m venv $(VENV); \
+	  fi; \
+	done; \
+	echo "error: no Python 3.11 or newer with venv; on Debian: apt-get install python3 python3-venv" >&2; exit 2
