@@ -132,15 +132,15 @@ def _table(path: pathlib.Path, file: BinaryIO, text_field: str, errors: str) -> 
             raise UserError(
                 f"{path}: no column {text_field!r}; there are: {', '.join(table.schema_arrow.names)}"
             )
+        kind = table.schema_arrow.field(text_field).type
+        kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+        if not any(word in str(kind) for word in ("string", "binary")):
+            raise UserError(f"{path}: the column {text_field!r} holds {kind}, not text")
         row = 0
         for batch in table.iter_batches(batch_size=64, columns=[text_field]):
-            column = batch.column(0)
-            if not pyarrow.types.is_large_binary(column.type) and not pyarrow.types.is_binary(column.type):
-                column = column.cast(pyarrow.large_string()).cast(pyarrow.large_binary())
-            for value in column:
-                data = value.as_py() or b""
+            for value in batch.column(0).cast(kind).cast(pyarrow.large_binary()):
                 try:
-                    yield (data.decode("utf-8", errors),)
+                    yield ((value.as_py() or b"").decode("utf-8", errors),)
                 except UnicodeDecodeError as error:
                     raise _not_utf8(f"{path}: row {row}", error.start) from None
                 row += 1

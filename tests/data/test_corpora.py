@@ -215,6 +215,10 @@ def test_faults_in_parquet_are_named(tmp_path):
     assert read(Files((str(path),), text_field="body")) == ["a"]
     pyarrow.parquet.write_table(pyarrow.table({"text": [b"fine", b"\xff"]}), path)
     says(Files((str(path),)), "row 1", "byte 0 ")
+    pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2]}), path)
+    says(Files((str(path),)), "holds int64, not text")
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", None, "b"]}), path)
+    assert read(Files((str(path),))) == ["a", "", "b"]
     path.write_bytes(b"PAR1 not really")
     says(Files((str(path),)), str(path), "can't be read")
 
