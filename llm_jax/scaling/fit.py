@@ -7,13 +7,17 @@ fit.json. The library behind it is llm_jax.scaling.fits.
 """
 
 import json
+import math
 import pathlib
 from collections.abc import Mapping
 
 from absl import flags
 
 from llm_jax.config import UserError, run_main
+from llm_jax.records import write_atomically
+from llm_jax.scaling.curves import METHODS
 from llm_jax.scaling.fits import fit
+from llm_jax.scaling.isoflop import IsoflopFit
 from llm_jax.scaling.laws import Law
 from llm_jax.scaling.results import Estimate, Fit, plain, row
 from llm_jax.scaling.tables import read_points
@@ -22,19 +26,25 @@ from llm_jax.scaling.tables import read_points
 def define_flags() -> None:
     """The command's flags; in a function, so that importing this module claims no names."""
     flags.DEFINE_string("points", None, "table with columns N, D, loss (.csv, .parquet, .json, .jsonl)")
-    flags.DEFINE_string("law", "chinchilla", f"one of {', '.join(Law.members)}")
-    flags.DEFINE_string("loss", "huber:1e-3", "huber:DELTA, lad or l2, of ln of the loss")
+    flags.DEFINE_integer("approach", 3, "3: a law of the loss; 2: minima of isoFLOP curves (needs C too)")
+    flags.DEFINE_string("law", "chinchilla", f"Approach 3: one of {', '.join(Law.members)}")
+    flags.DEFINE_string("loss", "huber:1e-3", "Approach 3: huber:DELTA, lad or l2, of ln of the loss")
     flags.DEFINE_float("delta", None, "short for --loss=huber:DELTA")
-    flags.DEFINE_integer("bootstrap", 1000, "refits to runs drawn with replacement", lower_bound=0)
+    flags.DEFINE_string("fix", "", "Approach 3: parameters that are given, as in E=1.69")
+    flags.DEFINE_float("flops_per_nd", 6.0, "Approach 3: C / (N D), for the optimum at a budget", 1e-9)
+    flags.DEFINE_string("method", "parabola", f"Approach 2: one of {', '.join(METHODS)}")
+    flags.DEFINE_integer("window", 5, "Approach 2: sizes that a local parabola passes")
+    flags.DEFINE_integer("bootstrap", 1000, "refits that the intervals come from", lower_bound=0)
     flags.DEFINE_float("level", 0.9, "what share of the refits an interval holds", 0.01, 0.999)
     flags.DEFINE_integer("seed", 0, "of the bootstrap")
     flags.DEFINE_string("columns", "", "names of your columns, as in N=params,D=tokens,loss=final_loss")
     flags.DEFINE_string("where", None, "which rows to fit, as in 'D > 20*N and width < 512'")
-    flags.DEFINE_string("fix", "", "parameters that are given, as in E=1.69")
-    flags.DEFINE_multi_string("predict", [], "loss at N=1e9,D=2e10 or optimum at C=1e21; may be repeated")
     flags.DEFINE_string("counting", "as given in the table", "what N counts; kept with the result")
-    flags.DEFINE_float("flops_per_nd", 6.0, "C / (N D), for the optimum at a budget", 1e-9)
+    flags.DEFINE_multi_string("predict", [], "loss at N=1e9,D=2e10 or optimum at C=1e21; may be repeated")
     flags.DEFINE_string("out", None, "folder for fit.json")
+
+
+APPROACH_FLAGS = {3: ("law", "loss", "delta", "fix", "flops_per_nd"), 2: ("method", "window")}
 
 
 def main() -> None:
@@ -42,24 +52,24 @@ def main() -> None:
     f = flags.FLAGS
     if f.points is None:
         raise UserError("--points is missing, for example --points=points.csv (columns N, D, loss)")
-    questions = [_pairs(text, "predict") for text in f.predict]
-    result = fit(
-        read_points(f.points),
-        f.law,
-        loss=f.loss if f.delta is None else f"huber:{f.delta}",
-        fixed={name: _number(text, "fix") for name, text in _pairs(f.fix, "fix").items()},
-        bootstrap=f.bootstrap,
-        level=f.level,
-        seed=f.seed,
-        columns=_pairs(f.columns, "columns"),
-        where=f.where,
-        counting=f.counting,
-        flops_per_nd=f.flops_per_nd,
-    )
-    answers = [
-        answer(result, {name: _number(text, "predict") for name, text in question.items()})
-        for question in questions
-    ]
+    questions = [_numbers(text, "predict") for text in f.predict]
+    options = {name: f[name].value for name in ("bootstrap", "level", "seed", "where", "counting")}
+    options["columns"] = _pairs(f.columns, "columns")
+    for name in APPROACH_FLAGS.get(5 - f.approach, ()):
+        if f[name].present:
+            raise UserError(f"--{name} belongs to Approach {5 - f.approach}, this is --approach={f.approach}")
+    if f.approach == 2:
+        options |= {"method": f.method, "window": f.window}
+    else:
+        loss = f.loss if f.delta is None else f"huber:{f.delta}"
+        options |= {
+            "law": f.law,
+            "loss": loss,
+            "fixed": _numbers(f.fix, "fix"),
+            "flops_per_nd": f.flops_per_nd,
+        }
+    result = fit(read_points(f.points), approach=f.approach, **options)
+    answers = [answer(result, question) for question in questions]
     print(result.table())
     for asked, numbers in answers:
         print(f"\nat {asked}")
@@ -67,20 +77,21 @@ def main() -> None:
     if f.out:
         folder = pathlib.Path(f.out)
         folder.mkdir(parents=True, exist_ok=True)
-        predictions = [
-            {"at": asked, **{k: e._asdict() for k, e in numbers.items()}} for asked, numbers in answers
-        ]
+        predictions = [{"at": asked} | {k: e._asdict() for k, e in found.items()} for asked, found in answers]
         text = json.dumps(result.to_json() | {"predictions": plain(predictions)}, indent=1)
-        (folder / "fit.json").write_text(text + "\n")
+        write_atomically(folder / "fit.json", text + "\n")
         print(f"\nwritten: {folder / 'fit.json'}")
 
 
-def answer(result: Fit, question: Mapping[str, float]) -> tuple[str, dict[str, Estimate]]:
+def answer(result: Fit | IsoflopFit, question: Mapping[str, float]) -> tuple[str, dict[str, Estimate]]:
     """The optimum at a budget C, or the loss at the inputs of the law."""
     asked = ", ".join(f"{name}={value:g}" for name, value in question.items())
-    if set(question) == {"C"} and "C" not in result.law.inputs:
-        return asked, result.optimum(question["C"])._asdict()
-    return asked, {"loss": result.predict(**question)}
+    if isinstance(result, IsoflopFit):
+        if set(question) != {"C"}:
+            raise UserError("Approach 2 has no law of the loss: ask for an optimum, --predict=C=1e21")
+    elif set(question) != {"C"} or "C" in result.law.inputs:
+        return asked, {"loss": result.predict(**question)}
+    return asked, {name: e for name, e in result.optimum(question["C"])._asdict().items() if e}
 
 
 def _pairs(text: str, flag: str) -> dict[str, str]:
@@ -92,14 +103,17 @@ def _pairs(text: str, flag: str) -> dict[str, str]:
     return {name.strip(): value.strip() for name, _, value in pairs}
 
 
-def _number(text: str, flag: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        raise UserError(f"--{flag}: {text!r} is not a number") from None
-    if flag == "predict" and not 0 < value < float("inf"):
-        raise UserError(f"--predict: {text} is not a positive number")
-    return value
+def _numbers(text: str, flag: str) -> dict[str, float]:
+    """{"N": 1e9} from N=1e9; predictions are asked at positive numbers."""
+    numbers = {}
+    for name, value in _pairs(text, flag).items():
+        try:
+            numbers[name] = float(value)
+        except ValueError:
+            numbers[name] = math.nan
+        if not math.isfinite(numbers[name]) or (flag == "predict" and numbers[name] <= 0):
+            raise UserError(f"--{flag}={text}: {value!r} is not a {'positive ' * (flag == 'predict')}number")
+    return numbers
 
 
 if __name__ == "__main__":

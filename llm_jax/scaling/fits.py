@@ -92,7 +92,7 @@ def fit_law(
     draws = _bootstrap(problem, end.free, bootstrap, seed)
     theta = problem.theta(end.free)[0]
     residuals = problem.y - law.log_loss(theta[None], problem.x)[0]
-    condition = _condition(problem, end.free, ones)
+    condition = _condition(problem, end.free)
     warnings += _judge(law, problem, end.free[0], draws, names, condition, agree)
     objective = float(np.abs(residuals).sum()) if loss == "lad" else float(end.objective[0])
     conventions = {
@@ -193,9 +193,11 @@ def _bootstrap(problem: solver.Problem, best: np.ndarray, count: int, seed: int)
     return _narrow(wide, problem.delta, np.repeat(best, count, axis=0), weights.astype(float)).free
 
 
-def _condition(problem: solver.Problem, best: np.ndarray, weights: np.ndarray) -> float:
+def _condition(problem: solver.Problem, best: np.ndarray) -> float:
     """Condition number of the curvature at the optimum, scaled to unit diagonal (least-squares weights)."""
-    curvature = dataclasses.replace(problem, delta=np.inf).evaluate(best, weights).newton[0]
+    curvature = (
+        dataclasses.replace(problem, delta=np.inf).evaluate(best, np.ones((1, len(problem.y)))).newton[0]
+    )
     scale = np.sqrt(np.diagonal(curvature))
     if not (scale > 0).all():
         return float("inf")

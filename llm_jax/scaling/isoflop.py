@@ -158,7 +158,8 @@ def fit_isoflop(
     if len(accepted) < 2:
         reasons = "; ".join(f"C={curve.C:.3g}: {curve.refused}" for curve in curves if curve.refused)
         reasons = reasons or "no budget has 3 sizes"
-        raise UserError(f"{len(accepted)} budgets with a minimum, power laws need 2 ({reasons})")
+        found = f"{len(accepted)} of {len(groups)} budgets"
+        raise UserError(f"{found} have a minimum within their sizes, power laws need 2 ({reasons})")
     refused = len(curves) - len(accepted)
     warnings = [f"{refused} of {len(curves)} budgets are refused"] if refused else []
     if len(accepted) == 2:
@@ -205,7 +206,10 @@ def fit_isoflop(
 
 def power_law(C: np.ndarray, value: np.ndarray, weights: np.ndarray | None = None) -> tuple[float, float]:
     """Exponent and coefficient of value = k C^exponent by (weighted) least squares of logarithms."""
-    slope, intercept = _lines(np.log(C), np.log(value)[None], weights)[0]
+    weights = None if weights is None else np.asarray(weights, float)
+    slope, intercept = _lines(np.log(np.asarray(C, float)), np.log(np.asarray(value, float))[None], weights)[
+        0
+    ]
     return float(slope), float(np.exp(intercept))
 
 

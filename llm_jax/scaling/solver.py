@@ -13,7 +13,7 @@ import numpy as np
 
 from llm_jax.scaling.laws import Inputs, Law
 
-_BLOCK = 2**14  # members times points whose Jacobians stay in the processor's cache
+_BLOCK = 2**13  # members times points whose Jacobians stay in the processor's cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,15 @@ class Problem:
         return free @ self.spread + self.offset
 
     def evaluate(self, free: np.ndarray, weights: np.ndarray) -> "Local":
-        """Objective, gradient and both curvatures at `free` [S, F] with `weights` [S, n]."""
+        """Objective, gradient and both curvatures at `free` [S, F] with `weights` [S or 1, n]."""
+        size = max(_BLOCK // len(self.y), 1)
+        parts = [
+            self._evaluate(free[i : i + size], weights[i : i + size] if len(weights) > 1 else weights)
+            for i in range(0, len(free), size)
+        ]
+        return Local(*map(np.concatenate, zip(*parts, strict=True)))
+
+    def _evaluate(self, free: np.ndarray, weights: np.ndarray) -> "Local":
         fitted, jacobian = self.law.with_jacobian(self.theta(free), self.x)
         jacobian = self.spread @ jacobian
         residual = fitted - self.y
@@ -76,39 +84,28 @@ class Solution(NamedTuple):
 
 
 def minimise(problem: Problem, starts: np.ndarray, weights: np.ndarray, steps: int = 200) -> Solution:
-    """Descends from every row of `starts` [S, F] under `weights` [S, n] or [n]."""
-    weights = np.broadcast_to(weights, (len(starts), len(problem.y)))
-    size = max(_BLOCK // len(problem.y), 1)
-    parts = [
-        _minimise(problem, starts[i : i + size], weights[i : i + size], steps)
-        for i in range(0, len(starts), size)
-    ]
-    return Solution(*(np.concatenate(column) for column in zip(*parts, strict=True)))
-
-
-def _minimise(problem: Problem, free: np.ndarray, weights: np.ndarray, steps: int) -> Solution:
-    free = np.clip(free, problem.lower, problem.upper)
-    converged, damping = np.zeros(len(free), bool), np.ones(len(free))
-    active = np.arange(len(free))
+    """Descends from every row of `starts` [S, F] under `weights`: [S, n], or [n] for all alike."""
+    weights = np.atleast_2d(weights)
+    free = np.clip(starts, problem.lower, problem.upper)
+    objective, converged = np.empty(len(free)), np.zeros(len(free), bool)
+    damping, active = np.ones(len(free)), np.arange(len(free))
     here = problem.evaluate(free, weights)
-    objective = here.objective.copy()
     for _ in range(steps):
-        step = _step(problem, free[active], here, damping[active])
-        moved = np.clip(free[active] + step, problem.lower, problem.upper)
-        there = problem.evaluate(moved, weights[active])
-        better = there.objective < here.objective
+        moved = np.clip(
+            free[active] + _step(problem, free[active], here, damping), problem.lower, problem.upper
+        )
         gain = -(here.gradient * (moved - free[active])).sum(-1)
-        # Relative to the objective, whose scale may be 1e-3 or 1e-25; the last term is for an exact 0.
-        tiny = gain <= 1e-13 * here.objective + 1e-300
+        there = problem.evaluate(moved, weights[active] if len(weights) > 1 else weights)
+        better = there.objective < here.objective
         free[active[better]] = moved[better]
         here = Local(*(np.where(_like(better, new), new, old) for new, old in zip(there, here, strict=True)))
         objective[active] = here.objective
-        damping[active] = np.where(better, damping[active] / 4, np.maximum(damping[active], 1e-6) * 8)
-        damping[active] = np.where(damping[active] < 1e-9, 0.0, damping[active])
-        converged[active] = tiny
-        stay = ~tiny & (damping[active] < 1e12)
-        active = active[stay]
-        here = Local(*(part[stay] for part in here))
+        # Relative to the objective, whose scale may be 1e-3 or 1e-25; the last term is for an exact 0.
+        converged[active] = gain <= 1e-13 * here.objective + 1e-300
+        damping = np.where(better, damping / 4, np.maximum(damping, 1e-6) * 8)
+        damping = np.where(damping < 1e-9, 0.0, damping)
+        stay = ~converged[active] & (damping < 1e12)
+        active, damping, here = active[stay], damping[stay], Local(*(part[stay] for part in here))
         if not len(active):
             break
     return Solution(free, objective, converged)

@@ -17,7 +17,8 @@ import pandas as pd
 
 from llm_jax.config import UserError, nearest
 
-LIMITS = {"N": 1e30, "D": 1e30, "C": 1e60, "loss": 1e6}  # beyond these a cell is a slip, not a measurement
+# A cell beyond these is a slip, not a measurement.
+LIMITS = {"N": 1e30, "D": 1e30, "C": 1e60, "budget_flops": 1e60, "loss": 1e6}
 
 
 class Excluded(NamedTuple):
@@ -43,7 +44,7 @@ def read_points(path: str | pathlib.Path) -> pd.DataFrame:
     """
     path = pathlib.Path(path)
     if not path.is_file():
-        near = [str(p) for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = [str(p) for p in path.parent.iterdir() if p.is_file()] if path.parent.is_dir() else []
         raise UserError(f"no table at {str(path)!r}; {nearest(str(path), near)}")
     try:
         if path.suffix == ".parquet":
@@ -96,7 +97,7 @@ def check_points(
         frame = frame[kept]
     if not len(frame):
         raise UserError("no runs are left to fit" + (f" where {where}" if where else ""))
-    for name in needs:
+    for name in (*needs, "budget_flops") if "C" in needs and "budget_flops" in frame else needs:
         frame[name] = _numbers(frame, name)
     _refuse_repeats(frame, [name for name in needs if name != "loss"])
     return Points(frame, tuple(excluded), tuple(notes))
@@ -115,8 +116,8 @@ def filter_rows(frame: pd.DataFrame, expression: str) -> np.ndarray:
         ) from None
     try:
         kept = _evaluate(tree, frame)
-    except TypeError as error:
-        raise UserError(f"--where={expression!r}: {error}") from None
+    except TypeError:
+        raise UserError(f"--where={expression!r} puts a number and a text together") from None
     kept = np.broadcast_to(np.asarray(kept), len(frame))
     if kept.dtype != bool:
         raise UserError(f"--where={expression!r} is a number, not a condition such as 'D > 20*N'")

@@ -1,0 +1,56 @@
+"""The command: a table in, a law and fit.json out; one line and exit code 2 for what a user got wrong."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from known_laws import TRUTH, sweep
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "llm_jax.scaling.fit", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture
+def points(tmp_path):
+    path = tmp_path / "points.csv"
+    sweep(noise=0.002).rename(columns={"N": "params"}).to_csv(path, index=False)
+    return path
+
+
+def test_a_table_becomes_a_law_with_predictions_and_a_json(points, tmp_path):
+    given = f"--fix=E={TRUTH['E']},alpha={TRUTH['alpha']}"
+    asked = ("--predict=C=1e23", "--predict=N=1e10,D=1e11", "--bootstrap=100", "--where=C > 1e17")
+    done = run(f"--points={points}", "--columns=N=params", given, *asked, f"--out={tmp_path / 'out'}")
+    assert done.returncode == 0, done.stderr
+    assert "L = E + A/N^alpha + B/D^beta" in done.stdout and "fixed" in done.stdout
+    content = json.loads((tmp_path / "out" / "fit.json").read_text())
+    beta = content["parameters"]["beta"]
+    assert beta["low"] < TRUTH["beta"] < beta["high"]
+    assert [set(p) for p in content["predictions"]] == [{"at", "N", "D", "loss"}, {"at", "loss"}]
+    assert content["conventions"]["columns"] == {"N": "params"}
+
+
+def test_approach_2_prints_every_budget(points):
+    done = run(
+        f"--points={points}", "--columns=N=params", "--approach=2", "--bootstrap=50", "--predict=C=1e23"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "N_opt = k_N C^a" in done.stdout and done.stdout.count("\n") > 10
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ([], "--points is missing"),
+        (["--points=POINTS"], "no column 'N'"),
+        (["--points=POINTS", "--columns=N=params", "--approach=2", "--law=power"], "belongs to Approach 3"),
+        (["--points=POINTS", "--predict=N=many"], "not a positive number"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(points, arguments, said):
+    done = run(*(argument.replace("POINTS", str(points)) for argument in arguments))
+    assert done.returncode == 2 and said in done.stderr
+    assert done.stderr.count("\n") == 1 and done.stdout == ""

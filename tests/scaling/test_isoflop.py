@@ -1,0 +1,162 @@
+"""Approach 2: published minima, refused curves, exponents of known laws."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from known_laws import TRUTH, few_starts, sweep
+
+from llm_jax.config import UserError
+from llm_jax.scaling.fits import fit, fit_law
+from llm_jax.scaling.isoflop import fit_isoflop, power_law
+from llm_jax.scaling.laws import PowerLaw
+
+EXPONENT = TRUTH["beta"] / (TRUTH["alpha"] + TRUTH["beta"])
+# Porian et al. 2024, three configurations; SOURCE.md beside the points
+CONFIGS = (
+    "rw/base/long/kaplan/kaplan/train",
+    "rw/base/short/chinchilla/standard/val",
+    "rw/tuned/short/const/standard/val",
+)
+WEIGHTED = dict(zip(CONFIGS, (0.835300, 0.571495, 0.496895), strict=True))
+AKIMA = dict(zip(CONFIGS, (0.8348, 0.5715, 0.4970), strict=True))
+LOCAL = dict(zip(CONFIGS, (0.8648, 0.5518, 0.5012), strict=True))
+
+
+@pytest.fixture(scope="module")
+def porian(reference_data):
+    folder = reference_data / "scaling" / "porian_rw"
+    if not folder.is_dir():
+        pytest.skip(f"no {folder}")
+    return {
+        name: pd.read_csv(folder / f"{name}.csv").rename(columns={"flops": "C"})
+        for name in ("isoflop_points", "optimal_pairs")
+    }
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_published_minima_and_exponents_come_back(porian, config):
+    pairs = porian["optimal_pairs"].query("config == @config").sort_values("C")
+    weighted = power_law(pairs["C"], pairs["n"], 1 / pairs["n_star_std"] ** 2)
+    assert weighted[0] == pytest.approx(WEIGHTED[config], abs=1e-6)
+    points = porian["isoflop_points"].query("config == @config")
+    akima = fit_isoflop(points, method="akima", bootstrap=0)
+    assert akima.parameters["a"].value == pytest.approx(AKIMA[config], abs=5e-5)
+    error = np.abs([c.N for c in akima.curves] / pairs["n"] - 1)
+    assert error.median() < 1e-9 and error.max() < 0.02  # all but one budget equal theirs to rounding
+    local = fit_isoflop(points, bootstrap=0)
+    assert local.parameters["a"].value == pytest.approx(LOCAL[config], abs=5e-5)
+
+
+def test_a_full_parabola_where_curves_are_none_is_refused_or_warned_of(porian):
+    points = porian["isoflop_points"].query("config == @CONFIGS[0]")
+    full = fit_isoflop(points, method="full", bootstrap=0)
+    assert sum(bool(curve.refused) for curve in full.curves) == 5
+    assert any("no parabolas over their full range" in warning for warning in full.warnings)
+    assert not any("full range" in w for w in fit_isoflop(points, bootstrap=0).warnings)
+
+
+@pytest.mark.parametrize("truth", [TRUTH, dict(E=1.69, A=406.4, alpha=0.34, B=410.7, beta=0.28)])
+def test_noise_free_sweeps_give_the_exponents_within_a_thousandth(truth):
+    found = fit(sweep(truth), approach=2, bootstrap=0).parameters
+    exact = truth["beta"] / (truth["alpha"] + truth["beta"])
+    assert found["a"].value == pytest.approx(exact, rel=1e-3)
+    assert found["a"].value + found["b"].value == pytest.approx(1, abs=1e-6)
+
+
+def test_minima_lie_at_the_optimum_and_not_at_the_best_run():
+    frame = sweep(sizes=8)  # an even number: no run stands at the optimum itself
+    fitted = fit_isoflop(frame, bootstrap=0)
+    for curve in fitted.curves:
+        best = frame.loc[np.isclose(frame["C"], curve.C, rtol=1e-6), "N"].to_numpy()
+        assert pytest.approx(np.sqrt(best[0] * best[-1]), rel=0.03) == curve.N  # the grid is centred there
+        assert pytest.approx(curve.C, rel=1e-6) == curve.N * curve.D * 6
+        assert curve.predict(curve.N) == pytest.approx(curve.loss)
+        assert np.isnan(curve.predict(best[-1] * 2))
+
+
+@pytest.mark.parametrize("method", ["parabola", "akima", "full"])
+def test_intervals_cover_the_exponent_about_as_often_as_they_say(method):
+    covered = []
+    for seed in range(40):
+        points = sweep(noise=0.002, seed=seed, sizes=6)
+        found = fit_isoflop(points, method=method, bootstrap=200, seed=seed).parameters["a"]
+        covered.append(found.low <= EXPONENT <= found.high)
+    assert np.mean(covered) >= 0.75
+
+
+def curves_with(change) -> list[str]:
+    """Why each of five budgets is refused after `change` of the first budget's losses."""
+    frame = sweep()
+    first = frame["C"] == frame["C"].iloc[0]
+    frame.loc[first, "loss"] = change(frame.loc[first, "loss"].to_numpy())
+    return [curve.refused for curve in fit_isoflop(frame, bootstrap=0).curves]
+
+
+def test_a_curve_without_a_minimum_of_its_own_is_refused_with_the_reason():
+    falling = curves_with(lambda loss: np.linspace(4.0, 3.0, len(loss)))
+    assert "largest size is the best" in falling[0] and falling[1:] == [""] * 4
+    rising = curves_with(lambda loss: np.linspace(3.0, 4.0, len(loss)))
+    assert "smallest size is the best" in rising[0]
+    concave = curves_with(lambda loss: np.array([3.2, 3.0, 3.3, 2.99, 3.3, 3.0, 3.2]))
+    assert "concave" in concave[0]
+    outside = curves_with(lambda loss: np.array([3.4, 3.0, 3.25, 2.7, 2.71, 2.705, 2.8]))
+    assert "outside" in outside[0]
+
+
+def test_refused_budgets_move_nothing_and_are_told():
+    frame = sweep()
+    whole = fit_isoflop(frame[frame["C"] > 2e18], bootstrap=0)
+    frame.loc[frame["C"] < 2e18, "loss"] = np.linspace(4.0, 3.0, 7)
+    fitted = fit_isoflop(frame, bootstrap=50)
+    assert fitted.parameters["a"].value == pytest.approx(whole.parameters["a"].value, rel=1e-12)
+    assert "1 of 5 budgets are refused" in fitted.warnings
+    assert "refused: the largest size is the best" in fitted.table()
+    assert json.loads(json.dumps(fitted.to_json(), allow_nan=False))["curves"][0]["N"]["value"] is None
+    assert len(fitted.frontier) == 4
+
+
+def test_fewer_than_two_minima_are_an_error_that_says_why():
+    frame = sweep(budgets=(1e18, 1e19))
+    frame.loc[:6, "loss"] = np.linspace(4.0, 3.0, 7)
+    with pytest.raises(UserError, match=r"1 of 2 budgets have a minimum.*largest size is the best"):
+        fit_isoflop(frame)
+    with pytest.raises(UserError, match="no budget has 3 sizes"):
+        fit_isoflop(sweep(sizes=2))
+
+
+def test_steps_rounded_differently_are_still_one_budget():
+    frame = sweep()
+    frame["D"] *= 1 + 0.01 * np.random.default_rng(0).uniform(-1, 1, len(frame))
+    frame["C"] = 6 * frame["N"] * frame["D"]
+    assert len(fit_isoflop(frame, bootstrap=0).curves) == 5
+
+
+def test_the_planned_budget_counts_where_it_is_known():
+    frame = sweep().assign(budget_flops=lambda f: f["C"])
+    frame["C"] *= np.tile(np.geomspace(0.8, 1.3, 7), 5)  # exact FLOPs differ by size
+    fitted = fit_isoflop(frame, bootstrap=0)
+    assert [curve.C for curve in fitted.curves] == pytest.approx([1e18, 1e19, 1e20, 1e21, 1e22])
+
+
+def test_the_frontier_has_the_irreducible_loss_of_the_law():
+    frontier = fit_isoflop(sweep(), bootstrap=0).frontier
+    found = fit_law(frontier, few_starts(PowerLaw), bootstrap=0).parameters
+    gamma = TRUTH["alpha"] * TRUTH["beta"] / (TRUTH["alpha"] + TRUTH["beta"])
+    assert found["E"].value == pytest.approx(TRUTH["E"], rel=1e-3)
+    assert found["a"].value == pytest.approx(gamma, rel=1e-3)
+
+
+def test_three_sizes_a_budget_leave_no_interval_and_say_so():
+    fitted = fit_isoflop(sweep(sizes=3, noise=0.001), bootstrap=100)
+    assert np.isnan(fitted.parameters["a"].low)
+    assert any("no intervals" in warning for warning in fitted.warnings)
+
+
+def test_wrong_settings_are_named():
+    for options, said in ((dict(method="spline"), "no method"), (dict(window=2), "needs 3 sizes")):
+        with pytest.raises(UserError, match=said):
+            fit_isoflop(sweep(), **options)
+    with pytest.raises(UserError, match="no approach 1"):
+        fit(sweep(), approach=1)

@@ -1,0 +1,137 @@
+"""Tables: what is read, what is filtered, and the one line for each table that can't be fitted."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from known_laws import few_starts, sweep
+
+from llm_jax.config import UserError
+from llm_jax.scaling.fits import fit_law
+from llm_jax.scaling.tables import check_points, filter_rows, read_points
+
+NEEDS = ("N", "D", "loss")
+
+
+def changed(column: str, value: float) -> pd.DataFrame:
+    frame = sweep()
+    frame[column] = frame[column].astype(object)
+    frame.loc[3, column] = value
+    return frame
+
+
+BAD = {
+    "a missing column": (sweep().rename(columns={"D": "tokens"}), "no column 'D'; .*--columns=D=YOURS"),
+    "a NaN cell": (changed("loss", np.nan), "row 3: loss is missing"),
+    "a text cell": (changed("N", "7B"), "row 3: N is '7B', not a number"),
+    "a negative loss": (changed("loss", -1.0), "row 3: loss is -1; it must be positive"),
+    "a zero": (changed("D", 0.0), "row 3: D is 0; it must be positive"),
+    "an infinite cell": (changed("loss", np.inf), "row 3: loss is inf"),
+    "a value of 1e300": (changed("N", 1e300), "row 3: N is 1e.300; nothing above 1e.30"),
+    "a repeated point": (
+        pd.concat([sweep(), sweep().iloc[:1]], ignore_index=True),
+        "rows 0 and 35 repeat the point N=",
+    ),
+    "a constant D": (sweep().assign(D=1e9), "D is 1e.09 in every run"),
+    "three points": (sweep().iloc[:3], "too few points: 3 for the 5"),
+    "runs that all diverged": (sweep().assign(status="diverged"), "no runs are left"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_table_that_cannot_be_fitted_gets_one_line(case):
+    frame, said = BAD[case]
+    with pytest.raises(UserError, match=said) as error:
+        fit_law(frame, few_starts())
+    assert "\n" not in str(error.value)
+
+
+def test_a_wrong_column_name_is_answered_with_the_nearest():
+    with pytest.raises(UserError, match="did you mean 'loss'"):
+        check_points(sweep(), NEEDS, columns={"loss": "los"})
+
+
+def test_files_that_are_no_tables_are_named(tmp_path):
+    with pytest.raises(UserError, match="no table at"):
+        read_points(tmp_path / "absent.csv")
+    (tmp_path / "points.csv").write_text("N,D,loss\n")
+    with pytest.raises(UserError, match="no rows"):
+        read_points(tmp_path / "points.csv")
+    with pytest.raises(UserError, match=r"did you mean '.*points\.csv'"):
+        read_points(tmp_path / "point.csv")
+    (tmp_path / "empty.csv").write_text("")
+    (tmp_path / "binary.csv").write_bytes(bytes(range(256)))
+    (tmp_path / "torn.json").write_text('{"N": [1, 2')
+    for name in ("empty.csv", "binary.csv", "torn.json"):
+        with pytest.raises(UserError, match="not a readable"):
+            read_points(tmp_path / name)
+
+
+def test_a_csv_parquet_and_json_table_are_the_same(tmp_path):
+    frame = sweep().head(4)
+    frame.to_csv(tmp_path / "a.csv", index=False)
+    frame.to_parquet(tmp_path / "a.parquet")
+    frame.to_json(tmp_path / "a.json", orient="records", double_precision=15)
+    for name in ("a.csv", "a.parquet", "a.json"):
+        assert np.allclose(read_points(tmp_path / name).to_numpy(), frame.to_numpy(), rtol=1e-9)
+
+
+def test_a_bad_cell_of_a_file_is_named_by_its_line(tmp_path):
+    (tmp_path / "a.csv").write_text("N,D,loss\n1e6,1e8,3.5\n1e7,1e8,-3.1\n")
+    with pytest.raises(UserError, match=r"line 3: loss is -3\.1"):
+        check_points(read_points(tmp_path / "a.csv"), NEEDS)
+
+
+def test_columns_can_have_other_names_and_c_follows_from_n_and_d():
+    frame = sweep().rename(columns={"N": "params", "D": "tokens"}).drop(columns="C")
+    points = check_points(frame, ("N", "D", "C", "loss"), columns={"N": "params", "D": "tokens"})
+    assert np.allclose(points.frame["C"], sweep()["C"]) and points.notes == ("no column C: it is 6 N D",)
+
+
+def test_diverged_runs_are_left_out_and_told():
+    frame = sweep().assign(status="done", name=[f"run{i}" for i in range(35)])
+    frame.loc[3, ["status", "loss"]] = ["diverged", np.nan]
+    points = check_points(frame, NEEDS)
+    assert len(points.frame) == 34 and points.excluded == (("run3", "status diverged"),)
+
+
+def test_repeats_with_seeds_are_no_duplicates():
+    frame = pd.concat([sweep().assign(seed=0), sweep(noise=0.01).assign(seed=1)], ignore_index=True)
+    assert len(check_points(frame, NEEDS).frame) == 70
+    with pytest.raises(UserError, match="repeat"):
+        check_points(frame.assign(seed=0), NEEDS)
+
+
+@pytest.mark.parametrize(
+    "expression, kept",
+    [
+        ("D > 20*N", lambda f: f["D"] > 20 * f["N"]),
+        ("1e18 < C <= 1e20 and not N > 1e9", lambda f: (f["C"] > 1e18) & (f["C"] <= 1e20) & (f["N"] <= 1e9)),
+        ("name == 'a' or loss < 2.5", lambda f: (f["name"] == "a") | (f["loss"] < 2.5)),
+        ("-N / 2 ** 2 > -1e9", lambda f: f["N"] < 4e9),
+    ],
+)
+def test_filters_select_what_they_say(expression, kept):
+    frame = sweep().assign(name=["a", "b", "c", "d", "e"] * 7)
+    assert (filter_rows(frame, expression) == kept(frame)).all()
+
+
+@pytest.mark.parametrize(
+    "expression, said",
+    [
+        ("__import__('os').system('true') == 0", "is neither|is no column"),
+        ("N.max() > 3", "is neither|is no column"),
+        ("[x for x in (1,)] == 1", "is neither|is no column"),
+        ("D >", "is no "),
+        ("D + N", "is a number, not a condition"),
+        ("tokens > 3", "no column 'tokens'"),
+        ("D > 'much'", "a number and a text"),
+    ],
+)
+def test_a_filter_is_never_run_as_python(expression, said):
+    with pytest.raises(UserError, match=said):
+        filter_rows(sweep(), expression)
+
+
+def test_a_filter_that_leaves_nothing_says_so():
+    with pytest.raises(UserError, match="no runs are left to fit where N > 1e29"):
+        check_points(sweep(), NEEDS, where="N > 1e29")
