@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any
 
 from llm_jax.config import UserError
 from llm_jax.environment import environment
-from llm_jax.events import EventFile
 
 if TYPE_CHECKING:
     import pandas
@@ -90,7 +89,9 @@ class Record:
         self._part.write(dumps({"step": int(step), **row}) + "\n")
         self._rows += 1
         if self._events is not None:
-            self._events.add(step, {name: float(value) for name, value in row.items()})
+            for name, value in row.items():
+                if math.isfinite(value):
+                    self._events.add_scalar(name, float(value), step)
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """Writes result.json, whole or not at all, and gives the folder free."""
@@ -120,8 +121,12 @@ class Record:
         if self._part is None:
             head |= {"resume_at": self._resumed, "time": time.time(), "facts": self._facts}
             if self._tensorboard:
-                purge_step = self._resumed + 1 if number else None
-                self._events = EventFile(self.folder / "tensorboard", purge_step)
+                from tensorboardX import SummaryWriter  # late: it imports torch where there is one
+
+                # Viewers drop what earlier files say of steps from purge_step on.
+                purge = {"purge_step": self._resumed + 1} if number else {}
+                place, suffix = str(self.folder / "tensorboard"), f".{number:05d}"
+                self._events = SummaryWriter(place, flush_secs=10, filename_suffix=suffix, **purge)
         else:
             self._part.close()
         self._part = (folder / f"{number:05d}.jsonl").open("x", buffering=1)

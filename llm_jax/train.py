@@ -303,7 +303,8 @@ def main() -> None:
     name = f"{Path(picked.module.__file__).stem}-{picked.scale}"
     folder = Path(flags.FLAGS.folder or Path("runs") / name / run.identity())
     print(f"{folder}: {run.steps:,} steps of {run.data.tokens_per_step:,} tokens")
-    result = train(run, folder, progress=Progress(run.steps, run.name or run.identity()))
+    with contextlib.closing(Progress(run.steps, run.name or run.identity())) as progress:
+        result = train(run, folder, progress=progress)
     for key in ("status", "loss", "loss_standard_error", "bits_per_byte", "train_loss", "tokens_per_second"):
         print(f"{key:>22}  {result.get(key)}")
     print(f"{'records':>22}  {folder}")

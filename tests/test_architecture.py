@@ -8,7 +8,7 @@ ROWS = [
     ["config"],
     ["kernels", "sharding"],
     ["models", "data"],
-    ["checkpoints", "manifest", "records", "environment", "events", "progress"],
+    ["checkpoints", "manifest", "records", "environment", "progress"],
     ["optimizers", "schedules", "losses", "interop"],
     ["pack", "train", "step", "run", "held_out", "inference"],
     ["scaling", "posttraining", "evaluation"],
