@@ -100,7 +100,14 @@ DEFAULT_LAYOUT = Layout()
 
 
 class ModelConfig(Tagged):
-    """Root of the union of models: `--config.model.kind=…`."""
+    """Root of the union of models: `--config.model.kind=transformer`, `--config.model=gpt2-124m`."""
+
+    @classmethod
+    def parse(cls, text: str) -> "ModelConfig":
+        """A preset of `models/presets.py`, or the member `text` with its defaults."""
+        from llm_jax.models.presets import PRESETS
+
+        return PRESETS[text] if text in PRESETS else super().parse(text)
 
     def resolve(self, data: Any) -> "ModelConfig":
         """The same model with what only the data knows filled in (`data.vocabulary`: number of token ids)."""

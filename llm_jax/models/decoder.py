@@ -37,7 +37,7 @@ class Embed(nn.Module):
         if isinstance(self.positions, Learned):
             x_BTD += constrain(self.position, None, None)[positions_BT]
         elif isinstance(self.positions, Sinusoidal):
-            x_BTD += sinusoids(positions_BT, self.width, self.positions.theta)
+            x_BTD = x_BTD * self.width**0.5 + sinusoids(positions_BT, self.width, self.positions.theta)
         return constrain(x_BTD.astype(dtype), "batch", "time", "embed")
 
 
@@ -204,8 +204,9 @@ class Decoder:
 
     def unembed_params(self, params: Params) -> Params:
         """The subtree that `unembed` reads."""
-        name = "embed" if self.head is None else "head"
-        return {name: params[name]}
+        if self.head is None:
+            return {"embed": {"embedding": params["embed"]["embedding"]}}
+        return {"head": params["head"]}
 
     def unembed(self, params: Params, hidden: jax.Array) -> jax.Array:
         """Float32 logits [..., V] of hidden states [..., D], capped as softcap * tanh(logits / softcap)."""

@@ -12,6 +12,11 @@ class Positions(Tagged):
     """Root of the union: `--config.model.positions=rotary`, `--config.model.positions.theta=5e5`."""
 
 
+def _check_theta(theta: float) -> None:
+    if theta <= 0:
+        raise UserError(f"positions.theta={theta} must be positive, such as 10000: wavelengths grow to it")
+
+
 @dataclasses.dataclass(frozen=True)
 class Rotary(Positions, kind="rotary"):
     """Queries and keys turned by angles that grow with position (RoFormer, arXiv:2104.09864).
@@ -22,10 +27,7 @@ class Rotary(Positions, kind="rotary"):
     theta: float = 10_000.0
 
     def validate(self) -> None:
-        if self.theta <= 0:
-            raise UserError(
-                f"positions.theta={self.theta}: rotary positions need a positive base such as 10000"
-            )
+        _check_theta(self.theta)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,9 +43,12 @@ class Learned(Positions, kind="learned"):
 
 @dataclasses.dataclass(frozen=True)
 class Sinusoidal(Positions, kind="sinusoidal"):
-    """Fixed sines and cosines added to the embedding (Attention Is All You Need, section 3.5)."""
+    """Fixed sines and cosines added to the embedding times sqrt(width) (arXiv:1706.03762, 3.4 and 3.5)."""
 
     theta: float = 10_000.0
+
+    def validate(self) -> None:
+        _check_theta(self.theta)
 
 
 @dataclasses.dataclass(frozen=True)

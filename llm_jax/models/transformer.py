@@ -9,7 +9,7 @@ from llm_jax.config import Tagged, UserError
 from llm_jax.models import DEFAULT_LAYOUT, Layout, Model, ModelConfig
 from llm_jax.models.blocks import GATED, MLP, Attention, Block, Norm
 from llm_jax.models.decoder import Decoder, Embed, Head
-from llm_jax.models.positions import Learned, Positions, Rotary
+from llm_jax.models.positions import Learned, Positions, Rotary, Sinusoidal
 
 
 class Normalisation(Tagged):
@@ -18,11 +18,15 @@ class Normalisation(Tagged):
 
 @dataclasses.dataclass(frozen=True)
 class RMSNorm(Normalisation, kind="rms"):
+    """x / rms(x), times a scale (arXiv:1910.07467)."""
+
     epsilon: float = 1e-5
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerNorm(Normalisation, kind="layer"):
+    """(x - mean) / deviation, times a scale and, if the model has biases, plus a shift (arXiv:1607.06450)."""
+
     epsilon: float = 1e-5
 
 
@@ -84,8 +88,12 @@ class Transformer(ModelConfig, kind="transformer"):
             )
         if isinstance(self.positions, Rotary) and self.size_of_head % 2:
             raise UserError(f"a head of {self.size_of_head} can't be rotary: the head width must be even")
+        if isinstance(self.positions, Sinusoidal) and self.width % 2:
+            raise UserError(f"model.width={self.width} must be even for sinusoidal positions")
         if not self.windows or any(w is not None and w < 1 for w in self.windows):
             raise UserError(f"model.windows={self.windows}: one window of at least 1 (or none) per block")
+        if self.norm.epsilon <= 0:
+            raise UserError(f"model.norm.epsilon={self.norm.epsilon} must be positive, such as 1e-5")
         if not 0 <= self.dropout < 1:
             raise UserError(f"model.dropout={self.dropout} must be at least 0 and below 1")
         if self.softcap is not None and self.softcap <= 0:
@@ -96,19 +104,18 @@ class Transformer(ModelConfig, kind="transformer"):
         return min(divisors, key=lambda heads: abs(heads - self.heads))
 
     def resolve(self, data: Any) -> "Transformer":
-        """With the data's vocabulary; raises UserError if this model has fewer token ids than the data."""
-        if self.vocabulary is None:
-            return dataclasses.replace(self, vocabulary=data.vocabulary)
-        if self.vocabulary < data.vocabulary:
+        """With the data's vocabulary; raises UserError where the data needs more token ids or positions."""
+        vocabulary = data.vocabulary if self.vocabulary is None else self.vocabulary
+        if vocabulary < data.vocabulary:
             raise UserError(
-                f"model.vocabulary={self.vocabulary} is smaller than the data's {data.vocabulary} token ids"
+                f"model.vocabulary={vocabulary} is smaller than the data's {data.vocabulary} token ids"
             )
         length = getattr(data, "sequence_length", 0)
         if isinstance(self.positions, Learned) and self.positions.length < length:
             raise UserError(
                 f"model.positions.length={self.positions.length} is shorter than sequences of {length}"
             )
-        return self
+        return dataclasses.replace(self, vocabulary=vocabulary)
 
     def build(self, layout: Layout = DEFAULT_LAYOUT) -> Model:
         """The functions of this model; `vocabulary` must be known (`resolve`)."""
