@@ -6,16 +6,19 @@ micro-batches add up to the gradient of the big batch however unevenly their mas
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from llm_jax import sharding
 from llm_jax.config import Tagged, UserError
 from llm_jax.models import Batch, Model, Params, Term
 
 # Logits of one time slice, per device: what stays in a CPU's cache; elsewhere, what keeps matrix units busy.
-SLICE_BYTES = {"cpu": 2**20, "other": 2**28}
+SLICE_BYTES = {"cpu": 2**21, "other": 2**28}
 
 
 class Objective(Tagged):
@@ -33,8 +36,8 @@ class Objective(Tagged):
         raise NotImplementedError
 
     def weights(self) -> dict[str, float]:
-        """The weight of each term; they become columns `weights/<term>` of the per-step tables."""
-        raise NotImplementedError
+        """Weights that may change from step to step; they become columns `weights/<term>` of the tables."""
+        return {}
 
 
 def total(terms: Mapping[str, Term], counts: Mapping[str, jax.Array] | None = None) -> jax.Array:
@@ -92,7 +95,7 @@ def token_losses(model: Model, params: Params, batch: Batch) -> jax.Array:
     def one(_: None, part: tuple) -> tuple[None, jax.Array]:
         hidden, targets = part
         nats, _ = _nats(model.unembed, head, hidden, targets)
-        return None, nats.reshape(hidden.shape[:2])
+        return None, nats.reshape(targets.shape)
 
     _, nats = jax.lax.scan(one, None, _slices(length, hidden_BTD, batch["targets"]))
     return _join(nats, hidden_BTD.shape[1]) * batch["mask"]
@@ -136,14 +139,18 @@ def _sums_forward(
         sums = _slice_sums(unembed, head, hidden, targets, mask)
         return sums @ direction, sums
 
-    def one(carry: tuple, part: tuple) -> tuple[tuple, jax.Array]:
-        sums, head_gradient = carry
-        (_, more), (of_head, of_hidden) = jax.value_and_grad(weighted, (0, 1), has_aux=True)(head, *part)
-        return (sums + more, jax.tree.map(jnp.add, head_gradient, of_head)), of_hidden
+    gradient = jax.value_and_grad(weighted, (0, 1), has_aux=True)
 
-    start = (jnp.zeros(2), jax.tree.map(jnp.zeros_like, head))
-    (sums, head_gradient), of_hidden = jax.lax.scan(one, start, _slices(length, hidden, targets, mask))
-    return sums, (head_gradient, _join(of_hidden, hidden.shape[1]), direction)
+    def one(carry: tuple, part: tuple) -> tuple[tuple, jax.Array]:
+        (_, sums), (of_head, of_hidden) = _by_group(gradient, head, *part)
+        return jax.tree.map(jnp.add, carry, (sums, of_head)), of_hidden
+
+    parts = _slices(length, hidden, targets, mask)
+    # Each group of rows adds up on its own devices; over the mesh they are added once, after the loop.
+    start = jax.tree.map(lambda x: jnp.zeros((parts[0].shape[1], *x.shape), x.dtype), (direction, head))
+    by_group, of_hidden = jax.lax.scan(one, start, parts)
+    sums, of_head = jax.tree.map(lambda x: x.sum(0), by_group)
+    return sums, (of_head, _join(of_hidden, hidden.shape[1]), direction)
 
 
 def _sums_backward(unembed: Callable, length: int, kept: tuple, cotangent: jax.Array) -> tuple:
@@ -190,20 +197,34 @@ def _slice_length(unembed: Callable, head: Params, hidden: jax.Array) -> int:
 
 
 def _slices(length: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """[B, T, ...] as [slices, B, length, ...], the last slice filled with zeros (masked out)."""
+    """[B, T, ...] as [slices, groups, B / groups, length, ...], the last slice filled with zeros.
+
+    A group is the rows that lie together on the mesh.
+    """
+    mesh, rows = jax.sharding.get_abstract_mesh(), arrays[0].shape[0]
+    ways = math.prod(mesh.shape.get(axis, 1) for axis in sharding.TABLE["batch"])
+    groups = ways if rows % ways == 0 else 1
 
     def cut(x: jax.Array) -> jax.Array:
         missing = -x.shape[1] % length
         x = jnp.pad(x, ((0, 0), (0, missing)) + ((0, 0),) * (x.ndim - 2)) if missing else x
-        return jnp.moveaxis(x.reshape(x.shape[0], -1, length, *x.shape[2:]), 1, 0)
+        return jnp.moveaxis(x.reshape(groups, rows // groups, -1, length, *x.shape[2:]), 2, 0)
 
     return tuple(cut(x) for x in arrays)
 
 
+def _by_group(function: Callable, head: Params, *part: jax.Array) -> Any:
+    """function(head, ...) for each group; a lone one without vmap, whose products are slower on CPU."""
+    if part[0].shape[0] > 1:
+        return jax.vmap(functools.partial(function, head))(*part)
+    return jax.tree.map(lambda x: x[None], function(head, *(x[0] for x in part)))
+
+
 def _join(parts: jax.Array, time: int) -> jax.Array:
-    """The inverse of `_slices`: [slices, B, length, ...] as [B, T, ...]."""
-    joined = jnp.moveaxis(parts, 0, 1)
-    return joined.reshape(joined.shape[0], -1, *joined.shape[3:])[:, :time]
+    """The inverse of `_slices`: [slices, groups, B / groups, length, ...] as [B, T, ...]."""
+    joined = jnp.moveaxis(parts, 0, 2)
+    groups, rows, slices, length = joined.shape[:4]
+    return joined.reshape(groups * rows, slices * length, *joined.shape[4:])[:, :time]
 
 
 def _head(model: Model, params: Params) -> Params:
