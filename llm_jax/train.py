@@ -57,19 +57,17 @@ def train(run: Run, folder: str | Path, hooks: Sequence[Hook] = (), progress: An
     tables = optimizers.tables(run.optimizer, run.objective, steps)
     held_out = source.held_out()
 
-    # ---- records ----
     folder = Path(folder)
     record = Record(folder, writes=jax.process_index() == 0)
-    record.start(described(run, source), execution_facts(run, mesh, roles))
-    if (finished := load_run(folder)["result"]) is not None:
-        record.close()
-        return finished
-    checkpoints = Checkpoints(
-        folder / "checkpoints", execution.checkpoint.keep_last, execution.checkpoint.keep_steps
-    )
+    with record, jax.set_mesh(mesh), catching_sigterm() as terminated:
+        record.start(described(run, source), execution_facts(run, mesh, roles))
+        if (finished := load_run(folder)["result"]) is not None:
+            return finished
 
-    with jax.set_mesh(mesh), catching_sigterm() as terminated:
         # ---- the state, new or restored ----
+        checkpoints = Checkpoints(
+            folder / "checkpoints", execution.checkpoint.keep_last, execution.checkpoint.keep_steps
+        )
         init = make_init(model, run.optimizer, roles)
         abstract = jax.eval_shape(init, key)
         placed = state_shardings(abstract, roles, mesh)
@@ -171,8 +169,8 @@ def train(run: Run, folder: str | Path, hooks: Sequence[Hook] = (), progress: An
             "tokens_per_second": stopwatch.tokens_per_second,
             "resumes": resumes(run, mesh),
         }
-    result = facts | speeds(facts, run, mesh) | environment()
-    record.finish(result)
+        result = facts | speeds(facts, run, mesh) | environment()
+        record.finish(result)
     return result
 
 
@@ -223,7 +221,7 @@ def described(run: Run, source: Source) -> dict[str, Any]:
 
 
 def counts(run: Run, source: Source) -> dict[str, Any]:
-    """N by every counting, D, and FLOPs by every convention, per token and of the whole run (6ND, exact ...)."""
+    """N by every counting, D, and FLOPs by every convention, per token and of the run (6ND, exact ...)."""
     tokens = run.steps * run.data.tokens_per_step
     facts = counting.count(run.resolved_model, source.spec, run.data.tokens_per_step)
     whole = {
