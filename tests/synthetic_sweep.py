@@ -62,7 +62,7 @@ def runs(seed=0, noise=0.003, budgets=BUDGETS, sizes=6, holdout_factor=4.0):
         bits_per_byte=measured / np.log(2) / 3.1,
         train_loss=measured * 0.99,
         N_total=cells["N"] + 1024 * cells["width"],
-        N_non_embedding=cells["N"],
+        N_matmul=cells["N"],
         C=cells["flops"],
         flops_6nd=cells["flops"],
         flops_exact=cells["flops"] * 1.1,
@@ -73,7 +73,7 @@ def runs(seed=0, noise=0.003, budgets=BUDGETS, sizes=6, holdout_factor=4.0):
         mfu=np.nan,
         device="cpu",
         seed=0,
-        learning_rate=0.1 / cells["width"] ** 0.5,
+        **{"optimizer.learning_rate": 0.1 / cells["width"] ** 0.5},
     )
 
 
@@ -85,7 +85,8 @@ def write_records(folder, table):
         (run / "metrics").mkdir(parents=True)
         config = {"identity": row["identity"], "schema": 1, "config": {"seed": row["seed"]}, "cell": {}}
         (run / "config.json").write_text(json.dumps(config))
-        (run / "result.json").write_text(json.dumps(row))
+        recorded = {key: value for key, value in row.items() if key not in ("N", "C")}
+        (run / "result.json").write_text(json.dumps(recorded))
         marks = np.unique(np.linspace(1, row["steps"], 20).astype(int))
         lines = [{"step": int(s), "loss": float(loss(row["N"], row["D"] * s / row["steps"]))} for s in marks]
         (run / "metrics" / "00000.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

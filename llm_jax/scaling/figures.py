@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from llm_jax.scaling.curves import METHODS, Curve
 from llm_jax.scaling.forecast import Outcome, fitted_flops
-from llm_jax.scaling.isoflop import METHODS, IsoflopFit
+from llm_jax.scaling.isoflop import IsoflopFit
 from llm_jax.scaling.results import Fit
 from llm_jax.scaling.style import (
     MARKERS,
@@ -21,8 +22,8 @@ from llm_jax.scaling.style import (
     finished,
     log_axis,
     loss_axis,
-    number,
     padded,
+    power,
     themed,
 )
 
@@ -35,17 +36,19 @@ LOSS = "held-out loss [nats/token]"
 
 
 @themed
-def isoflop_curves(isoflop: IsoflopFit, *, look: Theme) -> "Figure":
+def isoflop_curves(curves: Sequence[Curve], counting: str, method: str, *, look: Theme) -> "Figure":
     """Loss against size at each budget, the curve through it and its minimum.
+
+    counting: what N counts. method: how the curves were drawn, one of `curves.METHODS`.
 
     Hollow points are runs the curve leaves out; a curve that was refused is dotted, and the note says why.
     """
     figure, (axes,) = blank("IsoFLOP curves", 4.6)
-    curves = sorted(isoflop.curves, key=lambda curve: curve.C)
+    curves = sorted(curves, key=lambda curve: curve.C)
     colours = look.colours(len(curves))
     for curve, colour, marker in zip(curves, colours, _cycled(len(curves)), strict=True):
         shape = dict(color=colour, markersize=5, linestyle="none", zorder=3)
-        label = f"{number(curve.C)} FLOPs" + (", refused" if curve.refused else "")
+        label = f"{power(curve.C)} FLOPs" + (", refused" if curve.refused else "")
         axes.plot(curve.sizes[curve.used], curve.losses[curve.used], marker, label=label, **shape)
         axes.plot(curve.sizes[~curve.used], curve.losses[~curve.used], marker, mfc=look.paper, **shape)
         if curve.refused:
@@ -59,9 +62,11 @@ def isoflop_curves(isoflop: IsoflopFit, *, look: Theme) -> "Figure":
     log_axis(axes.xaxis)
     loss_axis(axes)
     axes.set(xlabel=SIZES, ylabel=LOSS)
-    refused = [f"{curve.C:.2g} FLOPs refused: {curve.refused}." for curve in curves if curve.refused]
-    method = f"Curves: {METHODS[isoflop.conventions['method']]}; hollow points are left out."
-    return finished(figure, " ".join([f"N: {isoflop.conventions['N']}.", method, *refused]))
+    reasons = dict.fromkeys(curve.refused for curve in curves if curve.refused)
+    at = {reason: ", ".join(f"{c.C:.2g}" for c in curves if c.refused == reason) for reason in reasons}
+    refused = [f"Refused at {budgets} FLOPs: {reason}." for reason, budgets in at.items()]
+    drawn = f"Curves: {METHODS[method]}; hollow points are left out."
+    return finished(figure, " ".join([f"N: {counting}.", drawn, *refused]))
 
 
 @themed
@@ -91,7 +96,7 @@ def frontier(
     axes.set_xlim(*np.exp(padded(np.log(budgets))))
     held = [check.measured for _, check in outcomes if check]
     axes.set_ylim(*padded(points["loss"], [f.loss for f in forecasts], held))
-    log_axis(axes.xaxis)
+    log_axis(axes.xaxis, power)
     loss_axis(axes)
     axes.set(xlabel=COMPUTE, ylabel=LOSS)
     return finished(figure, conventions(fit))
@@ -105,6 +110,7 @@ def optima(isoflop: IsoflopFit | None, fit: Fit, *, look: Theme, reach: float = 
     budgets = np.geomspace(flops.min(), max(flops.max(), reach), 60)
     found = isoflop.to_json()["curves"] if isoflop else []
     for axes, name, exponent, label in zip(panels, "ND", "ab", (SIZES, TOKENS), strict=True):
+        shown = []
         for each, colour, line in ((isoflop, look.forecast, "-"), (fit, look.law, "--")):
             if each is None or exponent not in each.parameters:
                 continue
@@ -112,14 +118,20 @@ def optima(isoflop: IsoflopFit | None, fit: Fit, *, look: Theme, reach: float = 
             text = f"Approach {each.approach}: {name} ∝ C$^{{{value:.2f}}}$"
             if np.isfinite(low):
                 text += f"  [{low:.2f}, {high:.2f}]"
-            band(axes, budgets, [getattr(each.optimum(b), name) for b in budgets], colour, text, line)
+            best = [getattr(each.optimum(budget), name) for budget in budgets]
+            band(axes, budgets, best, colour, text, line)
+            shown += [estimate.value for estimate in best]
         for curve in found:
             if curve["refused"] is None:
                 value, low, high = (curve[name][part] for part in ("value", "low", "high"))
                 ends = None if low is None else [[max(value - low, 0)], [max(high - value, 0)]]
                 axes.errorbar(curve["C"], value, ends, fmt="o", color=look.forecast, capsize=3, markersize=5)
-        axes.set_yscale("log")
-        log_axis(axes.xaxis)
+                shown.append(value)
+        # By the lines alone: an interval may span many decades. The legend has the upper third to itself.
+        low, high = np.log(min(shown)), np.log(max(shown))
+        span = max(high - low, np.log(4))
+        axes.set_ylim(np.exp(low - 0.15 * span), np.exp(high + 0.45 * span))
+        log_axis(axes.xaxis, power)
         log_axis(axes.yaxis)
         axes.set(ylabel=label)
         axes.legend(loc="upper left", handlelength=2.4)
@@ -155,8 +167,8 @@ def conventions(fit: Fit) -> str:
 
 def pretty(formula: str) -> str:
     """A law's formula with its exponents raised, as plain text."""
-    for power, raised in (("^alpha", "ᵅ"), ("^beta", "ᵝ"), ("^a", "ᵃ")):
-        formula = formula.replace(power, raised)
+    for written, raised in (("^alpha", "ᵅ"), ("^beta", "ᵝ"), ("^a", "ᵃ")):
+        formula = formula.replace(written, raised)
     return formula
 
 
@@ -175,7 +187,7 @@ def _runs(axes: "Axes", points: pd.DataFrame, column: str, y: np.ndarray, look: 
     ):
         mine = (points["budget_flops"] == budget).to_numpy()
         shape = dict(color=colour, markersize=5.5, mec=look.paper, mew=0.5, zorder=3)
-        axes.plot(points[column][mine], y[mine], marker, label=f"{number(budget)} FLOPs", **shape)
+        axes.plot(points[column][mine], y[mine], marker, label=f"{power(budget)} FLOPs", **shape)
 
 
 def _strip(axes: "Axes", outcome: Outcome, look: Theme) -> None:
@@ -189,7 +201,7 @@ def _strip(axes: "Axes", outcome: Outcome, look: Theme) -> None:
     axes.plot(made.loss, 0, "D", label=label, **shape)
     if check:
         axes.plot(check.measured, 0, "*", color=look.ink, markersize=11, label="hold-out, measured", zorder=5)
-    title = f"{number(made.C)} FLOPs, {made.extrapolation:.3g}× the largest fitted budget"
+    title = f"{power(made.C)} FLOPs, {made.extrapolation:.3g}× the largest fitted budget"
     axes.set_title(title, loc="left", fontsize=9.5)
     shown = padded(made.intervals[levels[-1]], [check.measured] if check else [], share=0.2)
     axes.set(yticks=[], xlim=shown, xlabel="loss [nats/token]")

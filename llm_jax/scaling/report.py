@@ -19,8 +19,9 @@ import pandas as pd
 
 from llm_jax import records
 from llm_jax.scaling import figures, style
-from llm_jax.scaling.forecast import Outcome
-from llm_jax.scaling.isoflop import METHODS, IsoflopFit
+from llm_jax.scaling.curves import METHODS, Curve, curve_of
+from llm_jax.scaling.forecast import Outcome, fitted_flops
+from llm_jax.scaling.isoflop import IsoflopFit
 from llm_jax.scaling.rates import RateCheck
 from llm_jax.scaling.results import Estimate, Fit
 
@@ -142,7 +143,7 @@ def facts(report: Report) -> dict[str, Any]:
 def training_curves(folder: str | pathlib.Path, runs: pd.DataFrame) -> list[pd.DataFrame]:
     """C and training loss of every run of `runs` (columns run, steps, C) as its records in `folder` tell.
 
-    The loss is the mean over the last twentieth of the run so far, as one batch says little.
+    The loss is the mean over a tenth of the run, as one batch says little.
     """
     out = []
     for run in runs.itertuples():
@@ -150,7 +151,7 @@ def training_curves(folder: str | pathlib.Path, runs: pd.DataFrame) -> list[pd.D
         if "loss" not in rows:
             continue
         rows = rows.dropna(subset="loss")
-        window = max(1, len(rows) // 20)
+        window = max(1, len(rows) // 10)
         smooth = rows["loss"].rolling(window).mean()
         every = max(1, len(rows) // 200)
         curve = pd.DataFrame({"C": run.C * rows["step"] / run.steps, "loss": smooth}).dropna()
@@ -170,7 +171,7 @@ def verdict(outcome: Outcome) -> tuple[str, str]:
     ranges = ", ".join(
         f"{q:.0%} [{low:.4f}, {high:.4f}]" for q, (low, high) in sorted(made.intervals.items())
     )
-    at = f"C {style.short(made.C)}, N {style.short(made.N)}, D {style.short(made.D)}"
+    at = f"C {style.flops(made.C)}, N {style.short(made.N)}, D {style.short(made.D)}"
     return (
         headline,
         f"Forecast of {made.written_utc} at {at}: {made.loss:.4f} nats/token, {ranges}; {made.method}.",
@@ -192,15 +193,17 @@ def drawings(report: Report) -> Iterator[tuple[str, str, Callable[[str], Any]]]:
     """Every figure: its file's name, its caption, and what draws it in a theme."""
     law, isoflop, outcomes = report.law, report.isoflop, report.outcomes
     reach = max((made.C for made, _ in outcomes), default=0.0)
-    if isoflop:
+    curves, method = isoflop_curves(report)
+    if curves:
         yield (
             "isoflop",
             "Every budget's runs by size; the curve's minimum is the best size there.",
-            lambda theme: figures.isoflop_curves(isoflop, theme=theme),
+            lambda theme: figures.isoflop_curves(curves, law.conventions["N"], method, theme=theme),
         )
     yield (
         "frontier",
-        "Every run's loss by its compute, the best the law allows, and the held-out forecast.",
+        "Every run's loss by its compute, and the best that the law allows"
+        + ("; below, the forecast and what was measured." if outcomes else "."),
         lambda theme: figures.frontier(law, outcomes, report.curves, theme=theme),
     )
     yield (
@@ -213,6 +216,15 @@ def drawings(report: Report) -> Iterator[tuple[str, str, Callable[[str], Any]]]:
         "What the law leaves unexplained; points should scatter without a trend.",
         lambda theme: figures.residuals(law, outcomes, theme=theme),
     )
+
+
+def isoflop_curves(report: Report) -> tuple[Sequence[Curve], str]:
+    """The curves of Approach 2 and their method; where it was refused, the curves that it refused."""
+    if report.isoflop:
+        return report.isoflop.curves, report.isoflop.conventions["method"]
+    points = report.law.points.frame.assign(C=fitted_flops(report.law))
+    budgets = points.groupby("budget_flops") if "budget_flops" in points else ()
+    return [curve_of(group, "parabola", 5) for _, group in budgets if group["N"].nunique() >= 3], "parabola"
 
 
 def tiles(report: Report) -> Iterator[tuple[str, str, str]]:
@@ -264,7 +276,7 @@ def tables(report: Report) -> Iterator[tuple[str, Table]]:
                 if not curve["refused"]
                 else [""] * 5
             )
-            rows.append([style.short(curve["C"]), str(curve["runs"]), *found, curve["refused"] or ""])
+            rows.append([style.flops(curve["C"]), str(curve["runs"]), *found, curve["refused"] or ""])
         yield "Minima of the isoFLOP curves", Table(header, rows, (0, 7))
     if report.rates:
         multiples = sorted({m for check in report.rates for m in check.losses})
@@ -288,7 +300,7 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "N": ("N", style.short),
     "D": ("D", style.short),
     "ratio": ("D/N", lambda v: f"{v:.3g}"),
-    "C": ("C", style.short),
+    "C": ("C", style.flops),
     "loss": ("loss", lambda v: f"{v:.4f}"),
     "loss_standard_error": ("± s.e.", lambda v: f"{v:.4f}"),
     "residual": ("vs law", lambda v: f"{v:+.2%}"),
@@ -303,6 +315,7 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "role": ("role", str),
     "status": ("status", str),
 }
+CONFIG_FIELDS = ("model.width", "model.layers", "optimizer.learning_rate")
 TERMINAL = (
     "name",
     "status",
@@ -318,8 +331,15 @@ TERMINAL = (
 
 
 def runs_table(report: Report, columns: Sequence[str] = tuple(COLUMNS)) -> Table:
-    """The runs, in the columns that the table has; what a run doesn't know is empty."""
-    runs = report.runs.assign(ratio=report.runs["D"] / report.runs["N"])
+    """The runs, in the columns that the table has; what a run doesn't know is empty.
+
+    A config's field goes by its last name: the column model.width is `width` here.
+    """
+    runs = report.runs.rename(columns={name: name.rpartition(".")[2] for name in CONFIG_FIELDS})
+    rank = runs["role"].map({"grid": 0, "holdout": 2}).fillna(1)
+    budget = runs["budget_flops"] if "budget_flops" in runs else runs["C"]
+    runs = runs.assign(ratio=runs["D"] / runs["N"], rank=rank, budget=budget)
+    runs = runs.sort_values(["rank", "budget", "N", "name"])
     law = report.law.predict(N=runs["N"].astype(float), D=runs["D"].astype(float)).value
     runs["residual"] = runs["loss"].astype(float) / law - 1
     shown = [name for name in columns if name in runs and runs[name].notna().any()]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH = 4.8  # inches: 345 points, about a phone's width
-MARKERS = "osD^vPX<>h"
+MARKERS = "osD^v<>hp8"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,8 @@ def themed(draw: Callable[..., "Figure"]) -> Callable[..., "Figure"]:
         import matplotlib
 
         look = THEMES[theme]
-        with matplotlib.rc_context():
+        # A refit without an optimum has infinities; what they spoil is an interval that isn't drawn.
+        with matplotlib.rc_context(), np.errstate(divide="ignore", invalid="ignore"):
             matplotlib.rcdefaults()
             matplotlib.rcParams.update(_settings(look))
             return draw(*args, look=look, **kwargs)
@@ -119,15 +120,35 @@ def band(
         axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0, zorder=1)
 
 
-def log_axis(axis: Any) -> None:
-    """Log scale, labelled at 1 and 3 of each decade, or at 1 alone where there are many."""
+def short(value: float) -> str:
+    """A count of parameters or tokens in a few letters: 30.3k, 1.5M."""
+    value = float(f"{value:.3g}")
+    units = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (0.0, ""))
+    size, unit = next(pair for pair in units if value >= pair[0])
+    return f"{value / (size or 1.0):.3g}{unit}"
+
+
+def flops(value: float) -> str:
+    """A number of FLOPs in a few letters: 9.00e13."""
+    return f"{value:.2e}".replace("e+", "e")
+
+
+def power(value: float) -> str:
+    """A number of FLOPs for a figure: ten to the 13th."""
+    mantissa, exponent = f"{value:.1e}".split("e")
+    ten = f"10^{{{int(exponent)}}}"
+    return f"${ten}$" if float(mantissa) == 1 else f"${float(mantissa):g}{{\\times}}{ten}$"
+
+
+def log_axis(axis: Any, text: Callable[[float], str] = short) -> None:
+    """Log scale, labelled by `text` at 1 and 3 of each decade, or at 1 alone where there are many."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     (axis.axes.set_xscale if axis is axis.axes.xaxis else axis.axes.set_yscale)("log")
     low, high = axis.get_view_interval()
     subs = (1.0, 3.0) if np.log10(high / low) < 2.6 else (1.0,)
     axis.set_major_locator(LogLocator(subs=subs))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
     axis.set_minor_formatter(NullFormatter())
 
 
@@ -148,26 +169,6 @@ def padded(*values: Any, share: float = 0.06) -> tuple[float, float]:
     every = np.concatenate([np.ravel(np.asarray(part, float)) for part in values])
     room = share * np.ptp(every)
     return every.min() - room, every.max() + room
-
-
-def short(value: float) -> str:
-    """A count or a number of FLOPs in a few letters: 30.3k, 1.5M, 9.00e13."""
-    if 1 <= value < 1e12:
-        size, unit = next(
-            pair for pair in ((1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, "")) if value >= pair[0]
-        )
-        return f"{value / size:.3g}{unit}"
-    return f"{value:.2e}".replace("e+", "e")
-
-
-def number(value: float) -> str:
-    """`short` for figures: 1e13 as ten to the 13th."""
-    text = short(value)
-    if "e" not in text:
-        return text
-    mantissa, exponent = text.split("e")
-    power = f"10^{{{int(exponent)}}}"
-    return f"${power}$" if float(mantissa) == 1 else f"${float(mantissa):.2g}{{\\times}}{power}$"
 
 
 def _saved(figure: "Figure", **options: Any) -> bytes:

@@ -35,7 +35,7 @@ def drawn(request, story):
     isoflop, law, outcomes = story
     curve = pd.DataFrame({"C": [1e12, 1e13], "loss": [3.0, 2.6]})
     return {
-        "isoflop": figures.isoflop_curves(isoflop, theme=request.param),
+        "isoflop": figures.isoflop_curves(isoflop.curves, COUNTING, "parabola", theme=request.param),
         "frontier": figures.frontier(law, outcomes, [curve], theme=request.param),
         "optima": figures.optima(isoflop, law, reach=1e15, theme=request.param),
         "residuals": figures.residuals(law, outcomes, theme=request.param),
@@ -70,18 +70,23 @@ def test_nothing_overlaps_the_conventions_or_is_cut_off(drawn):
 def test_a_refused_curve_is_dotted_without_a_minimum_and_its_reason_stands_below(story):
     isoflop = story[0]
     assert [bool(curve.refused) for curve in isoflop.curves] == [True, False, False]
-    figure = figures.isoflop_curves(isoflop)
+    figure = figures.isoflop_curves(isoflop.curves, COUNTING, "parabola")
     axes = figure.axes[0]
     assert sum(line.get_linestyle() == ":" for line in axes.lines) == 1
     assert sum(line.get_marker() == "+" and len(line.get_xdata()) == 1 for line in axes.lines) == 2
-    assert any("1e+13 FLOPs refused: the smallest" in t.get_text().replace("\n", " ") for t in figure.texts)
+    assert any(
+        "Refused at 1e+13 FLOPs: the smallest size" in t.get_text().replace("\n", " ") for t in figure.texts
+    )
     assert any(t.get_text().endswith("refused") for t in figure.legends[0].get_texts())
 
 
 def test_a_budget_has_one_colour_in_all_figures(story):
     isoflop, law, _ = story
     colours = []
-    for axes in (figures.isoflop_curves(isoflop).axes[0], figures.residuals(law).axes[0]):
+    for axes in (
+        figures.isoflop_curves(isoflop.curves, COUNTING, "parabola").axes[0],
+        figures.residuals(law).axes[0],
+    ):
         lines = zip(*axes.get_legend_handles_labels(), strict=True)
         colours.append([to_hex(line.get_color()) for line, text in lines if "FLOPs" in text])
     assert colours[0] == colours[1] and len(set(colours[0])) == 3
@@ -125,7 +130,17 @@ def test_drawing_leaves_matplotlib_as_it_was_and_files_are_reproducible(story):
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(30_000, "30k"), (1.5e6, "1.5M"), (7, "7"), (1e13, "$10^{13}$"), (3e14, "10^{14}")]
+    ("value", "text"),
+    [(30_267, "30.3k"), (1.5e6, "1.5M"), (999_999_999.9, "1G"), (15e12, "15T"), (7, "7"), (0.5, "0.5")],
 )
-def test_numbers_on_ticks_are_short(value, text):
-    assert text in style.number(value)
+def test_counts_are_short(value, text):
+    assert style.short(value) == text
+
+
+def test_flops_are_powers_of_ten():
+    assert [style.power(value) for value in (1e13, 9.96e12, 3e9)] == [
+        "$10^{13}$",
+        "$10^{13}$",
+        r"$3{\times}10^{9}$",
+    ]
+    assert style.flops(9e13) == "9.00e13"

@@ -170,16 +170,16 @@ def test_the_summary_says_the_same_in_aligned_columns(story):
         assert words in text
 
 
-def test_a_sweep_without_minima_forecast_or_checks_has_a_report_too(story, tmp_path):
-    bare = report.Report("Bare", story.runs[["name", "role", "status", "N", "D", "C", "loss"]], story.law,
-                         warnings=["no budget had a minimum"])  # fmt: skip
+def test_a_sweep_without_forecast_or_checks_whose_curves_were_all_refused_has_a_report_too(tmp_path):
+    runs = sweep.runs()[["name", "role", "status", "N", "D", "C", "budget_flops", "loss"]]
+    runs = runs[(runs["role"] == "grid") & (runs["N"] > 3e5)]
+    law = fit(runs, sweep.FewStarts(), bootstrap=0)
+    bare = report.Report("Bare", runs, law, warnings=["no budget had a minimum"])
     page = Page(report.write(tmp_path, bare).read_text())
     assert "no budget had a minimum" in page.text
-    assert sorted(path.name for path in tmp_path.glob("*.png")) == [
-        "frontier.png",
-        "optima.png",
-        "residuals.png",
-    ]
+    names = ["frontier.png", "isoflop.png", "optima.png", "residuals.png"]
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == names
+    assert all(curve.refused for curve in report.isoflop_curves(bare)[0])
     assert "WARNING: no budget had a minimum" in report.summary(bare)
 
 
