@@ -1,0 +1,51 @@
+"""The notebooks run from a sweep's records alone, and stand in the repository without their outputs."""
+
+import json
+import pathlib
+
+import pandas as pd
+import pytest
+import synthetic_sweep as sweep
+
+from llm_jax.scaling import forecast
+from llm_jax.scaling.fits import fit
+
+NOTEBOOKS = pathlib.Path(__file__).parent.parent / "analysis"
+
+
+@pytest.fixture
+def swept(tmp_path):
+    """A sweep's folder: run folders as the trainer leaves them, a forecast, and the plan they belong to."""
+    runs = sweep.runs(holdout_factor=8.0)
+    foreign = runs.iloc[:1].assign(name="of-another-plan", identity="f" * 12, loss=99.0)
+    sweep.write_records(tmp_path, pd.concat([runs, foreign]))
+    plan = {"runs": [{"identity": identity} for identity in runs["identity"]]}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    held = runs[runs["role"] == "holdout"].iloc[0]
+    law = fit(runs[runs["role"] == "grid"], sweep.FewStarts(), bootstrap=100)
+    made = forecast.make(law, held["N"], held["D"], held["C"])
+    forecast.write(made, tmp_path / held["name"] / "forecast.json", tmp_path / "not-started")
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_the_isoflop_notebook_draws_the_report_from_records_alone(swept, monkeypatch):
+    nbclient = pytest.importorskip("nbclient")
+    nbformat = pytest.importorskip("nbformat")
+    monkeypatch.setenv("LLM_JAX_SWEEP", str(swept))
+    notebook = nbformat.read(NOTEBOOKS / "isoflop.ipynb", as_version=4)
+    resources = {"metadata": {"path": str(NOTEBOOKS)}}
+    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources).execute()
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 4
+    text = "".join(output.get("text", "") for output in outputs)
+    assert "Hold-out at 8x the largest fitted budget: measured" in text and "interval" in text
+    assert "N_opt = k_N C^a" in text and "L = E + A/N^alpha + B/D^beta    (18 runs" in text
+
+
+@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.name)
+def test_notebooks_are_stored_without_outputs(path):
+    notebook = json.loads(path.read_text())
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells)
+    assert path.stat().st_size < 30_000
