@@ -29,6 +29,7 @@ import numpy as np
 from llm_jax import optimizers
 from llm_jax.config import UserError
 from llm_jax.kernels import devices
+from llm_jax.kernels.memory import keep_freed_memory
 from llm_jax.losses import NextToken
 from llm_jax.models import Layout, counting
 from llm_jax.models.positions import Learned
@@ -109,6 +110,7 @@ def get_config(scale: str) -> Throughput:
 
 def measure(base: Throughput, folder: Path) -> dict[str, Any]:
     """The table, printed and returned: a row for each shape."""
+    keep_freed_memory()  # as training does
     rows = []
     with contextlib.ExitStack() as stack:
         installed = base.torch and importlib.util.find_spec("torch") is not None
