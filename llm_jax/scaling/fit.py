@@ -3,7 +3,7 @@
     python -m llm_jax.scaling.fit --points=points.csv --law=chinchilla --predict=C=1e21 --out=fits/mine
 
 Prints parameters with intervals, predictions, what was left out and what to be wary of; with --out writes
-fit.json. The library behind it is llm_jax.scaling.fits.
+fit.json and figures. The library behind it is llm_jax.scaling.fits.
 """
 
 import json
@@ -41,7 +41,7 @@ def define_flags() -> None:
     flags.DEFINE_string("where", None, "which rows to fit, as in 'D > 20*N and width < 512'")
     flags.DEFINE_string("counting", "as given in the table", "what N counts; kept with the result")
     flags.DEFINE_multi_string("predict", [], "loss at N=1e9,D=2e10 or optimum at C=1e21; may be repeated")
-    flags.DEFINE_string("out", None, "folder for fit.json")
+    flags.DEFINE_string("out", None, "folder for fit.json and figures")
 
 
 APPROACH_FLAGS = {3: ("law", "loss", "delta", "fix", "flops_per_nd"), 2: ("method", "window")}
@@ -75,12 +75,38 @@ def main() -> None:
         print(f"\nat {asked}")
         print("\n".join(row(name, number) for name, number in numbers.items()))
     if f.out:
-        folder = pathlib.Path(f.out)
+        print(f"\nwritten: {', '.join(map(str, write(pathlib.Path(f.out), result, answers)))}")
+
+
+def write(
+    folder: pathlib.Path, result: Fit | IsoflopFit, answers: list[tuple[str, dict[str, Estimate]]]
+) -> list[pathlib.Path]:
+    """fit.json and the figures as PNGs in `folder`; returns their paths."""
+    from llm_jax.scaling import figures, style  # matplotlib, only where files are asked for
+
+    if isinstance(result, IsoflopFit):
+        method, counting = result.conventions["method"], result.conventions["N"]
+        drawn = {"isoflop": figures.isoflop_curves(result.curves, counting, method)}
+    elif set(result.law.inputs) == {"N", "D"}:
+        drawn = {
+            "frontier": figures.frontier(result),
+            "optima": figures.optima(None, result),
+            "residuals": figures.residuals(result),
+        }
+    else:
+        drawn = {}
+    predictions = [{"at": asked} | {k: e._asdict() for k, e in found.items()} for asked, found in answers]
+    content = result.to_json() | {"predictions": plain(predictions)}
+    try:
         folder.mkdir(parents=True, exist_ok=True)
-        predictions = [{"at": asked} | {k: e._asdict() for k, e in found.items()} for asked, found in answers]
-        text = json.dumps(result.to_json() | {"predictions": plain(predictions)}, indent=1)
-        write_atomically(folder / "fit.json", text + "\n")
-        print(f"\nwritten: {folder / 'fit.json'}")
+    except OSError as error:
+        raise UserError(f"--out={folder} can't be a folder: {error.strerror}") from None
+    paths = [folder / "fit.json"]
+    write_atomically(paths[0], json.dumps(content, indent=1) + "\n")
+    for name, figure in drawn.items():
+        paths.append(folder / f"{name}.png")
+        paths[-1].write_bytes(style.png(figure))
+    return paths
 
 
 def answer(result: Fit | IsoflopFit, question: Mapping[str, float]) -> tuple[str, dict[str, Estimate]]:

@@ -1,9 +1,11 @@
 """Fits of a law to a table of runs, with intervals: Hoffmann's Approach 3, and the door to Approach 2.
 
 Approach 3 (Hoffmann et al. 2022, section 3.3): minimise the SUM over runs of a Huber loss (delta 1e-3) of
-ln L(N, D) - ln L_i from a grid of starts, in float64 with exact derivatives; the best end counts. Intervals
-are percentiles of refits to runs drawn with replacement. Convergence is judged relative to the objective,
-whose scale is 1e-3 and below: absolute tolerances stop early there (Besiroglu et al. 2024).
+ln L(N, D) - ln L_i from a grid of starts, in float64 with exact derivatives; the best end counts. Theirs were
+descents by L-BFGS; solver.py takes all starts, or all bootstrap draws, at once by damped Newton steps, and a
+test checks that L-BFGS finds nothing lower. Intervals are percentiles of refits to runs drawn with
+replacement. Convergence is judged relative to the objective, whose scale is 1e-3 and below: absolute
+tolerances stop early there (Besiroglu et al. 2024).
 """
 
 import dataclasses
@@ -92,8 +94,7 @@ def fit_law(
     draws = _bootstrap(problem, end.free, bootstrap, seed)
     theta = problem.theta(end.free)[0]
     residuals = problem.y - law.log_loss(theta[None], problem.x)[0]
-    condition = _condition(problem, end.free)
-    warnings += _judge(law, problem, end.free[0], draws, names, condition, agree)
+    doubts, condition = _judge(problem, end.free, draws, names, agree)
     objective = float(np.abs(residuals).sum()) if loss == "lad" else float(end.objective[0])
     conventions = {
         "N": counting,
@@ -109,7 +110,7 @@ def fit_law(
     }
     return Fit(
         law, theta, problem.theta(draws), objective, len(grid), float(agree.mean()), condition, residuals,
-        checked, level, fixed, conventions, tuple(warnings),
+        checked, level, fixed, conventions, (*warnings, *doubts),
     )  # fmt: skip
 
 
@@ -193,37 +194,36 @@ def _bootstrap(problem: solver.Problem, best: np.ndarray, count: int, seed: int)
     return _narrow(wide, problem.delta, np.repeat(best, count, axis=0), weights.astype(float)).free
 
 
-def _condition(problem: solver.Problem, best: np.ndarray) -> float:
-    """Condition number of the curvature at the optimum, scaled to unit diagonal (least-squares weights)."""
-    curvature = (
-        dataclasses.replace(problem, delta=np.inf).evaluate(best, np.ones((1, len(problem.y)))).newton[0]
-    )
-    scale = np.sqrt(np.diagonal(curvature))
+def _sensitivity(problem: solver.Problem, best: np.ndarray) -> tuple[np.ndarray, float]:
+    """How far each parameter moves ln of the loss (rms over runs) [F], and how alike their effects are.
+
+    The second is the condition number of the squared Jacobian, scaled to unit diagonal.
+    """
+    jacobian = problem.spread @ problem.law.with_jacobian(problem.theta(best), problem.x)[1][0]
+    scale = np.sqrt((jacobian**2).mean(1))
     if not (scale > 0).all():
-        return float("inf")
-    return float(np.linalg.cond(curvature / np.outer(scale, scale)))
+        return scale, float("inf")
+    unit = jacobian / scale[:, None]
+    return scale, float(np.linalg.cond(unit @ unit.T))
 
 
 def _judge(
-    law: Law,
-    problem: solver.Problem,
-    best: np.ndarray,
-    draws: np.ndarray,
-    names: list[str],
-    condition: float,
-    agree: np.ndarray,
-) -> list[str]:
-    """What a reader must know before believing the numbers."""
+    problem: solver.Problem, best: np.ndarray, draws: np.ndarray, names: list[str], agree: np.ndarray
+) -> tuple[list[str], float]:
+    """What a reader must know before believing the numbers, and the condition number."""
     warnings = []
+    effect, condition = _sensitivity(problem, best)
     for index, name in enumerate(names):
-        for bound, where in ((problem.lower[index], "lower"), (problem.upper[index], "upper")):
-            label = "its term is not determined by these points"
-            if best[index] == bound:
-                warnings.append(f"{name} is at its {where} bound; {label}")
+        bounds = {"lower": problem.lower[index], "upper": problem.upper[index]}
+        for side, bound in bounds.items():
+            if best[0, index] == bound:
+                warnings.append(f"{name} is at its {side} bound; these points don't determine its term")
             elif len(draws) and (share := np.mean(draws[:, index] == bound)) > 0.01:
-                warnings.append(f"{name} is at its {where} bound in {share:.0%} of the refits")
+                warnings.append(f"{name} is at its {side} bound in {share:.0%} of the refits")
+        if effect[index] < 1e-6 and best[0, index] not in bounds.values():
+            warnings.append(f"{name} changes no loss by 1e-6: these points don't determine its term")
     if condition > 1e8:
         warnings.append(f"flat valley: condition number {condition:.1e}; the parameters are not told apart")
     if agree.sum() < max(2, 0.01 * len(agree)):
         warnings.append(f"only {agree.sum()} of {len(agree)} starts reach the optimum")
-    return warnings
+    return warnings, condition

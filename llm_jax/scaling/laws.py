@@ -131,9 +131,19 @@ class SumOfPowers(Law):
         return top + np.log(total), [share / total for share in shares]
 
 
-_coefficients = tuple(np.arange(0.0, 26, 5))
-_exponents = tuple(np.arange(0.0, 2.1, 0.5))
-_asymptote = tuple(np.arange(-1.0, 1.1, 0.5))
+def asymptote(name: str) -> Parameter:
+    """The irreducible loss; at its lower bound, 6e-6, the points show none."""
+    return Parameter(name, tuple(np.arange(-1.0, 1.1, 0.5)), log=True, lower=-12.0)
+
+
+def coefficient(name: str) -> Parameter:
+    """A coefficient, started from exp(0), exp(5) ... exp(25)."""
+    return Parameter(name, tuple(np.arange(0.0, 26, 5)), log=True, lower=-100.0, upper=300.0)
+
+
+def exponent(name: str, grid: tuple[float, ...] = tuple(np.arange(0.0, 2.1, 0.5))) -> Parameter:
+    """An exponent, started from 0, 0.5 ... 2."""
+    return Parameter(name, grid, lower=1e-4, upper=4.0)
 
 
 class Chinchilla(SumOfPowers):
@@ -142,13 +152,7 @@ class Chinchilla(SumOfPowers):
     name = "chinchilla"
     formula = "L = E + A/N^alpha + B/D^beta"
     inputs = ("N", "D")
-    parameters = (
-        Parameter("E", _asymptote, log=True, lower=-12.0),
-        Parameter("A", _coefficients, log=True),
-        Parameter("alpha", _exponents, lower=0.0, upper=4.0),
-        Parameter("B", _coefficients, log=True),
-        Parameter("beta", _exponents, lower=0.0, upper=4.0),
-    )
+    parameters = (asymptote("E"), coefficient("A"), exponent("alpha"), coefficient("B"), exponent("beta"))
     terms = (("E", ()), ("A", (("N", "alpha"),)), ("B", (("D", "beta"),)))
 
     def derived(self, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -162,7 +166,8 @@ class Chinchilla(SumOfPowers):
         """Hoffmann et al. eq. 4: N_opt = G (C/6)^a with G = (alpha A / (beta B))^(1/(alpha+beta))."""
         _, log_a, alpha, log_b, beta = theta.T
         log_g = (np.log(alpha / beta) + log_a - log_b) / (alpha + beta)
-        log_n = log_g + beta / (alpha + beta) * np.log(C / flops_per_nd)
+        total = np.log(C / flops_per_nd)
+        log_n = np.clip(log_g + beta / (alpha + beta) * total, 0.0, total)  # N and D are at least 1
         return np.exp(log_n), C / flops_per_nd / np.exp(log_n)
 
 
@@ -181,9 +186,9 @@ class PowerLaw(SumOfPowers):
     formula = "L = E + A/C^a"
     inputs = ("C",)
     parameters = (
-        Parameter("E", _asymptote, log=True, lower=-12.0),
-        Parameter("A", _coefficients, log=True),
-        Parameter("a", tuple(np.arange(0.0, 1.01, 0.05)), lower=0.0, upper=4.0),
+        asymptote("E"),
+        coefficient("A"),
+        exponent("a", tuple(np.arange(0.0, 1.01, 0.05))),
     )
     terms = (("E", ()), ("A", (("C", "a"),)))
 

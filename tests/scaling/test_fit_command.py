@@ -31,6 +31,9 @@ def test_a_table_becomes_a_law_with_predictions_and_a_json(points, tmp_path):
     assert beta["low"] < TRUTH["beta"] < beta["high"]
     assert [set(p) for p in content["predictions"]] == [{"at", "N", "D", "loss"}, {"at", "loss"}]
     assert content["conventions"]["columns"] == {"N": "params"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "fit.json", "frontier.png", "optima.png", "residuals.png"
+    }  # fmt: skip
 
 
 def test_approach_2_prints_every_budget(points):

@@ -214,3 +214,12 @@ def test_a_result_is_frozen():
     fit = fit_law(sweep(), few_starts(), bootstrap=0)
     with pytest.raises(dataclasses.FrozenInstanceError):
         fit.objective = 0.0
+
+
+def test_losses_that_follow_no_law_are_flagged_and_break_nothing():
+    points = sweep(sizes=3).assign(loss=np.random.default_rng(0).uniform(2, 3, 15))
+    fit = fit_law(points, few_starts(), bootstrap=100)
+    assert any("don't determine" in warning for warning in fit.warnings)
+    json.dumps(fit.to_json(), allow_nan=False)
+    optimum = fit.optimum(1e23)
+    assert 1 <= optimum.N.low <= optimum.N.high <= 1e23 and np.isfinite(optimum.loss.high)
