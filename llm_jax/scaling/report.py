@@ -335,7 +335,8 @@ def runs_table(report: Report, columns: Sequence[str] = tuple(COLUMNS)) -> Table
 
     A config's field goes by its last name: the column model.width is `width` here.
     """
-    runs = report.runs.rename(columns={name: name.rpartition(".")[2] for name in CONFIG_FIELDS})
+    short = {name: name.rpartition(".")[2] for name in CONFIG_FIELDS}
+    runs = report.runs.rename(columns={k: v for k, v in short.items() if v not in report.runs})
     rank = runs["role"].map({"grid": 0, "holdout": 2}).fillna(1)
     budget = runs["budget_flops"] if "budget_flops" in runs else runs["C"]
     runs = runs.assign(ratio=runs["D"] / runs["N"], rank=rank, budget=budget)

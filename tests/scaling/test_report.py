@@ -170,6 +170,14 @@ def test_the_summary_says_the_same_in_aligned_columns(story):
         assert words in text
 
 
+def test_a_configs_field_is_a_column_by_its_last_name_unless_the_runs_have_it(story):
+    table = report.runs_table(story)
+    assert "rate" in table.header
+    both = dataclasses.replace(story, runs=story.runs.assign(learning_rate=0.125))
+    place = table.header.index("rate")
+    assert {row[place] for row in report.runs_table(both).rows} == {"1.25e-01"}
+
+
 def test_a_sweep_without_forecast_or_checks_whose_curves_were_all_refused_has_a_report_too(tmp_path):
     runs = sweep.runs()[["name", "role", "status", "N", "D", "C", "budget_flops", "loss"]]
     runs = runs[(runs["role"] == "grid") & (runs["N"] > 3e5)]
