@@ -62,7 +62,7 @@ class NextToken(Objective, kind="next_token"):
     z_loss: float = 0.0
 
     def validate(self) -> None:
-        if self.z_loss < 0:
+        if not 0 <= self.z_loss < math.inf:
             raise UserError(f"objective.z_loss is {self.z_loss}; a weight is 0 (off) or positive")
 
     def weights(self) -> dict[str, float]:

@@ -249,8 +249,9 @@ def test_rows_spread_over_devices_give_the_same_loss_and_meet_once_after_all_sli
 
 
 def test_what_makes_no_sense_is_refused():
-    with pytest.raises(UserError, match="z_loss is -1"):
-        check(NextToken(z_loss=-1.0))
+    for weight in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(UserError, match=f"z_loss is {weight}"):
+            check(NextToken(z_loss=weight))
     headless = Model(make_model().init, make_model().apply)
     params = headless.init(jax.random.key(1))
     with pytest.raises(UserError, match="no unembed"):
