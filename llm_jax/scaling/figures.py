@@ -95,7 +95,7 @@ def frontier(
         _strip(strip, Outcome(made, check), look)
     axes.set_xlim(*np.exp(padded(np.log(budgets))))
     held = [check.measured for _, check in outcomes if check]
-    axes.set_ylim(*padded(points["loss"], [f.loss for f in forecasts], held))
+    axes.set_ylim(*padded(points["loss"], [f.loss for f in forecasts], held, [e.value for e in best]))
     log_axis(axes.xaxis, power)
     loss_axis(axes)
     axes.set(xlabel=COMPUTE, ylabel=LOSS)
@@ -201,7 +201,7 @@ def _strip(axes: "Axes", outcome: Outcome, look: Theme) -> None:
     axes.plot(made.loss, 0, "D", label=label, **shape)
     if check:
         axes.plot(check.measured, 0, "*", color=look.ink, markersize=11, label="hold-out, measured", zorder=5)
-    title = f"{power(made.C)} FLOPs, {made.extrapolation:.3g}× the largest fitted budget"
+    title = f"{power(made.C)} FLOPs, {made.extrapolation:.2g}× the largest fitted budget"
     axes.set_title(title, loc="left", fontsize=9.5)
     shown = padded(made.intervals[levels[-1]], [check.measured] if check else [], share=0.2)
     axes.set(yticks=[], xlim=shown, xlabel="loss [nats/token]")

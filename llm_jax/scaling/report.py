@@ -162,7 +162,7 @@ def training_curves(folder: str | pathlib.Path, runs: pd.DataFrame) -> list[pd.D
 def verdict(outcome: Outcome) -> tuple[str, str]:
     """How a forecast fared, in a line, and what it said when it was written, in another."""
     made, check = outcome
-    beyond = f"{made.extrapolation:.3g}x the largest fitted budget"
+    beyond = f"{made.extrapolation:.2g}x the largest fitted budget"
     if check:
         measured = f"measured {check.measured:.4f}, forecast {made.loss:.4f} ({check.relative_error:+.2%})"
         headline = f"Hold-out at {beyond}: {measured}, {coverage(outcome)}."
@@ -238,7 +238,7 @@ def tiles(report: Report) -> Iterator[tuple[str, str, str]]:
         E = report.law.parameters["E"]
         yield f"{E.value:.3f}", "irreducible loss E [nats/token]", _interval(E, report.law.level)
     for made, check in report.outcomes:
-        label = f"hold-out at {made.extrapolation:.3g}x, against its forecast"
+        label = f"hold-out at {made.extrapolation:.2g}x, against its forecast"
         value = f"{check.relative_error:+.2%}" if check else f"{made.loss:.3f}"
         yield value, label, coverage(Outcome(made, check))
 

@@ -141,15 +141,20 @@ def power(value: float) -> str:
 
 
 def log_axis(axis: Any, text: Callable[[float], str] = short) -> None:
-    """Log scale, labelled by `text` at 1 and 3 of each decade, or at 1 alone where there are many."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    """Log scale, labelled by `text` at one to four round numbers of each decade, as the range has room."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter
 
     (axis.axes.set_xscale if axis is axis.axes.xaxis else axis.axes.set_yscale)("log")
     low, high = axis.get_view_interval()
-    subs = (1.0, 3.0) if np.log10(high / low) < 2.6 else (1.0,)
-    axis.set_major_locator(LogLocator(subs=subs))
+    decades = np.log10(high / low)
+    rounds = (1, 2, 3, 5) if decades < 0.9 else (1, 3) if decades < 2.6 else (1,)
+    powers = 10.0 ** np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
+    ticks = np.outer(powers, rounds).ravel()
+    axis.set_major_locator(FixedLocator(ticks[(ticks >= low) & (ticks <= high)]))
     axis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
+    axis.set_minor_locator(LogLocator(subs="all", numticks=99))
     axis.set_minor_formatter(NullFormatter())
+    axis.set_view_interval(low, high, ignore=True)
 
 
 def loss_axis(axes: "Axes") -> None:
