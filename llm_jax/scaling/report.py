@@ -171,10 +171,11 @@ def verdict(outcome: Outcome) -> tuple[str, str]:
     ranges = ", ".join(
         f"{q:.0%} [{low:.4f}, {high:.4f}]" for q, (low, high) in sorted(made.intervals.items())
     )
+    written = made.written_utc.replace("T", " ").replace("+00:00", " UTC")
     at = f"C {style.flops(made.C)}, N {style.short(made.N)}, D {style.short(made.D)}"
     return (
         headline,
-        f"Forecast of {made.written_utc} at {at}: {made.loss:.4f} nats/token, {ranges}; {made.method}.",
+        f"Forecast of {written} at {at}: {made.loss:.4f} nats/token, {ranges}; {made.method}.",
     )
 
 
@@ -297,13 +298,13 @@ def tables(report: Report) -> Iterator[tuple[str, Table]]:
 
 COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "name": ("run", str),
+    "loss": ("loss", lambda v: f"{v:.4f}"),
+    "residual": ("vs law", lambda v: f"{v:+.2%}"),
     "N": ("N", style.short),
     "D": ("D", style.short),
     "ratio": ("D/N", lambda v: f"{v:.3g}"),
     "C": ("C", style.flops),
-    "loss": ("loss", lambda v: f"{v:.4f}"),
-    "loss_standard_error": ("± s.e.", lambda v: f"{v:.4f}"),
-    "residual": ("vs law", lambda v: f"{v:+.2%}"),
+    "loss_standard_error": ("loss s.e.", lambda v: f"{v:.4f}"),
     "bits_per_byte": ("bits/byte", lambda v: f"{v:.4f}"),
     "width": ("width", lambda v: f"{v:.0f}"),
     "layers": ("layers", lambda v: f"{v:.0f}"),

@@ -147,7 +147,7 @@ def log_axis(axis: Any, text: Callable[[float], str] = short) -> None:
     (axis.axes.set_xscale if axis is axis.axes.xaxis else axis.axes.set_yscale)("log")
     low, high = axis.get_view_interval()
     decades = np.log10(high / low)
-    rounds = (1, 2, 3, 5) if decades < 0.9 else (1, 3) if decades < 2.6 else (1,)
+    rounds = (1, 2, 3, 5) if decades < 1.3 else (1, 3) if decades < 2.6 else (1,)
     powers = 10.0 ** np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
     ticks = np.outer(powers, rounds).ravel()
     axis.set_major_locator(FixedLocator(ticks[(ticks >= low) & (ticks <= high)]))

@@ -119,7 +119,7 @@ def test_the_numbers_on_the_page_are_those_of_the_fits(page, story):
         f"measured {check.measured:.4f}, forecast {made.loss:.4f} ({check.relative_error:+.2%})" in page.text
     )
     assert f"90% [{made.intervals[0.9][0]:.4f}, {made.intervals[0.9][1]:.4f}]" in page.text
-    assert made.written_utc in page.text
+    assert made.written_utc[11:19] + " UTC" in page.text
     for words in ("Does it hold?", COUNTING, "2,048", "N=5,000 left out"):
         assert words in page.text
 
