@@ -13,14 +13,14 @@ Every run, the hold-out too, sees each byte of the corpus at most once, and its 
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from llm_jax.config import UserError
-from llm_jax.data import Python, Text
+from llm_jax.data import Python, SentencePiece, Text
 from llm_jax.models import counting
 from llm_jax.models.transformer import Transformer
 from llm_jax.optimizers import AdamW
@@ -32,7 +32,7 @@ from llm_jax.scaling.rates import RateCheck, check_rates
 from llm_jax.schedules import Cosine
 
 COUNTING = "matrices of the body and of the logits (norms and the input table don't count)"
-MULTIPLES = (0.5, 1.0, 2.0)
+MULTIPLES, RATE = (0.5, 1.0, 2.0), "optimizer.learning_rate"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,21 +44,12 @@ class Isoflop(Sweep, kind="isoflop"):
     the largest model check it with `rate_seeds` seeds.
     """
 
-    budgets_flops: tuple[float, ...] = (2e10, 4e10, 8e10, 1.6e11)
-    holdout_flops: float = 6.4e11
-    shapes: tuple[tuple[int, int], ...] = (
-        (8, 2),
-        (12, 2),
-        (16, 2),
-        (24, 2),
-        (32, 2),
-        (40, 2),
-        (48, 2),
-        (64, 3),
-    )
+    budgets_flops: tuple[float, ...] = (1.5e10, 3e10, 6e10, 1.2e11)
+    holdout_flops: float = 5e11
+    shapes: tuple[tuple[int, int], ...] = tuple((w, 2) for w in (6, 8, 10, 12, 16, 20, 24, 28, 32, 40, 48))
     sizes: int = 5
-    span: float = 4.0
-    tokens_per_parameter: float = 65.0
+    span: float = 3.0
+    tokens_per_parameter: float = 75.0
     rate_exponent: float = -0.5
     rate_seeds: int = 2
     minimum_steps: int = 100
@@ -72,24 +63,58 @@ class Isoflop(Sweep, kind="isoflop"):
             )
 
 
+def ladder(widths: Sequence[int], layers: int) -> tuple[tuple[int, int], ...]:
+    return tuple((width, layers) for width in widths)
+
+
 # The first is what --config=experiments/isoflop.py means.
 SCALES = {
     "quickstart": Isoflop(),
     "smoke": Isoflop(
-        budgets_flops=(1e9, 2e9, 4e9),
-        holdout_flops=1.6e10,
-        shapes=((4, 1), (6, 1), (8, 1), (12, 1), (16, 1), (20, 1)),
+        budgets_flops=(1e9, 2e9),
+        holdout_flops=9e9,
+        shapes=ladder((4, 6, 8, 10, 12, 16, 20), 1),
         minimum_steps=20,
         bootstrap=200,
     ),
+    # The hold-out takes nearly all of the corpus, so it is larger than the optimum.
+    "cpu": Isoflop(
+        budgets_flops=(2e11, 4e11, 8e11, 1.6e12),
+        holdout_flops=1.7e13,
+        shapes=ladder((20, 24, 32, 40, 48, 56), 2) + ladder((64, 80, 96, 112, 128), 3),
+        sizes=7,
+        bootstrap=4000,
+    ),
+    "gpu": Isoflop(
+        budgets_flops=(8e12, 1.6e13, 3.2e13, 6.4e13, 1.2e14),
+        holdout_flops=1.25e15,
+        shapes=ladder((48, 64, 80), 3) + ladder((96, 112, 128, 160), 4) + ladder((192, 224, 256, 320), 5),
+        sizes=7,
+        bootstrap=4000,
+    ),
+    "full": Isoflop(
+        budgets_flops=(1e17, 3e17, 1e18, 3e18),
+        holdout_flops=9e19,
+        shapes=ladder((256, 320, 384, 448, 512), 8) + ladder((640, 768, 896, 1024, 1280, 1536), 12),
+        sizes=7,
+        tokens_per_parameter=20.0,
+        bootstrap=4000,
+    ),
 }
+
+DATA = {
+    "gpu": Text(Python(packages=True), sequence_length=256, batch_size=32),
+    # Name a corpus of some 20 billion tokens: --config.data.corpus=FOLDER.
+    "full": Text(tokenizer=SentencePiece(vocabulary=32768), sequence_length=1024, batch_size=256),
+}
+SMALL = Text(Python(), sequence_length=128, batch_size=4, held_out_bytes=2**18)
 
 
 def get_config(scale: str) -> Run:
     """The run that the sweep varies: its width, its depth, its tokens and its rate."""
     return Run(
         model=Transformer(layers=3, width=64, heads=4),
-        data=Text(Python(), sequence_length=128, batch_size=4, held_out_bytes=2**18),
+        data=DATA.get(scale, SMALL),
         optimizer=AdamW(learning_rate=6e-3, schedule=Cosine(warmup_fraction=0.05, final_fraction=0.0)),
         tokens=2**19,
         name=f"isoflop-{scale}",
@@ -159,7 +184,9 @@ def cells(base: Run, role: str) -> list[dict[str, Any]]:
 
 
 def model_of(base: Run, width: int, layers: int) -> Transformer:
-    return dataclasses.replace(base.model, width=width, layers=layers, heads=max(1, width // 16))
+    """As many heads as divide the width and leave each at least 16 wide."""
+    heads = max((h for h in range(1, width // 16 + 1) if width % h == 0), default=1)
+    return dataclasses.replace(base.model, width=width, layers=layers, heads=heads)
 
 
 def rate(base: Run, width: float) -> float:
@@ -185,8 +212,9 @@ def run_of(base: Run, cell: Mapping[str, Any], multiple: float = 1.0, seed: int 
 
 
 def points(runs: pd.DataFrame) -> pd.DataFrame:
-    """The runs' table with N, D and C by this experiment's convention."""
-    return runs.assign(N=runs["N_matmul"], C=runs["flops_6nd_matmul"])
+    """The runs' table with N, D and C by this experiment's convention, and what else the report shows."""
+    shown = {name.rpartition(".")[2]: runs[name] for name in ("model.width", "model.layers", RATE)}
+    return runs.assign(N=runs["N_matmul"], C=runs["flops_6nd_matmul"], **shown)
 
 
 def fit_law(base: Run, runs: pd.DataFrame) -> fits.Fit:
@@ -198,7 +226,7 @@ def fit_law(base: Run, runs: pd.DataFrame) -> fits.Fit:
 def rate_checks(base: Run, runs: pd.DataFrame) -> list[RateCheck]:
     """The smallest and the largest model at half and double the rule's rate."""
     table = points(runs[runs["role"].isin(["grid", "rate"])])
-    return check_rates(table, [rate(base, width) for width in table["model.width"]], MULTIPLES)
+    return check_rates(table, [rate(base, width) for width in table["width"]], MULTIPLES)
 
 
 def forecast(base: Run, runs: pd.DataFrame, run: Run) -> forecasting.Forecast:
