@@ -1,0 +1,60 @@
+"""The check of the learning rate: what counts as better, and what can't be judged."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from llm_jax.config import UserError
+from llm_jax.scaling.rates import check_rates
+
+
+def table(losses, seeds=(0, 1), N=1000, status="done"):
+    """A run for every multiple and seed; losses: {multiple: (a seed's loss, ...)}."""
+    return pd.DataFrame(
+        {"N": N, "D": 1e6, "loss": loss, "seed": seed, "status": status, "learning_rate": 0.01 * multiple}
+        for multiple, values in losses.items()
+        for seed, loss in zip(seeds, values, strict=True)
+    )
+
+
+def check(runs):
+    (found,) = check_rates(runs, [0.01] * len(runs))
+    return found
+
+
+def test_a_rate_at_the_bottom_is_confirmed():
+    found = check(table({0.5: (2.1, 2.12), 1.0: (2.0, 2.02), 2.0: (2.08, 2.06)}))
+    assert not found.better
+    assert str(found).startswith("rate confirmed at N=1,000")
+
+
+def test_a_better_neighbour_counts_only_beyond_the_seeds_spread():
+    spread = 0.02 / np.sqrt(2)  # two seeds 0.02 apart, at every multiple
+    within = check(table({0.5: (2.1, 2.12), 1.0: (2.0, 2.02), 2.0: (1.99, 2.01)}))
+    assert within.spread == pytest.approx(spread)
+    assert not within.better
+    beyond = check(table({0.5: (2.1, 2.12), 1.0: (2.0, 2.02), 2.0: (1.95, 1.97)}))
+    assert beyond.better == {2.0: pytest.approx(0.05)}
+    assert str(beyond).startswith("rate not optimal at")
+    assert beyond.relative_spread == pytest.approx(spread / 2.01)
+
+
+def test_a_rate_that_diverges_is_no_better_and_does_not_blur_the_spread():
+    runs = table({0.5: (2.1, 2.12), 1.0: (2.0, 2.02), 2.0: (1.0, 1.0)})
+    runs.loc[runs["learning_rate"] == 0.02, "status"] = "diverged"
+    assert not check(runs).better
+    assert check(runs).spread == pytest.approx(0.02 / np.sqrt(2))
+
+
+def test_every_model_with_all_multiples_is_checked_and_others_are_not():
+    full = {0.5: (2.1, 2.1), 1.0: (2.0, 2.0), 2.0: (2.2, 2.2)}
+    runs = pd.concat([table(full, N=1000), table(full, N=9000), table({1.0: (2.0, 2.0)}, N=5000)])
+    assert [found.N for found in check_rates(runs, [0.01] * len(runs))] == [1000, 9000]
+
+
+def test_one_seed_or_a_missing_multiple_can_not_be_judged():
+    one_seed = table({0.5: (2.1,), 1.0: (2.0,), 2.0: (2.2,)}, seeds=(0,))
+    one_sided = table({0.5: (2.1, 2.1), 1.0: (2.0, 2.0)})
+    for runs in (one_seed, one_sided):
+        with pytest.raises(UserError, match="two seeds"):
+            check_rates(runs, [0.01] * len(runs))
