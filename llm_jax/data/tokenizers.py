@@ -214,7 +214,6 @@ class SentencePieceCodec:
         self.vocabulary = max(size, self.eot + 1)
         self.fingerprint = digest(model) + ("-cut" if cut else "")
         self._sign = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
-        self._spell = self._processor.is_byte(self._sign[0])
 
     def encode(self, text: str) -> np.ndarray:
         return self.encode_batch([text])[0]
@@ -230,15 +229,15 @@ class SentencePieceCodec:
 
     def _chunks(self, text: str) -> Iterator[str]:
         """What is encoded by itself: between two chunks stands either nothing or a sign to be spelled."""
-        for chunk in readers.cut((text,), _CHUNK_CHARACTERS) if self._cut else (text,):
-            if self._spell and _SPACE in chunk:
-                yield from re.split(f"({_SPACE})", chunk)
-            else:
-                yield chunk
+        if not self._cut:
+            yield text
+            return
+        for chunk in readers.cut((text,), _CHUNK_CHARACTERS):
+            yield from re.split(f"({_SPACE})", chunk)
 
     def _join(self, chunks: list[str], ids: list[list[int]]) -> np.ndarray:
         spelled = (
-            self._sign if chunk == _SPACE and self._spell else i for chunk, i in zip(chunks, ids, strict=True)
+            self._sign if self._cut and chunk == _SPACE else i for chunk, i in zip(chunks, ids, strict=True)
         )
         return np.fromiter(itertools.chain.from_iterable(spelled), np.int32)
 

@@ -70,7 +70,7 @@ def test_any_text_comes_back_exactly(files, corpus, kind):
 def test_a_loaded_model_encodes_as_the_library_does(files, corpus):
     codec = files["sentencepiece_file"].open()
     reference = sentencepiece.SentencePieceProcessor(model_file=files["sentencepiece_file"].path)
-    text = " ".join(path.read_text() for path in sorted(corpus.iterdir()))
+    text = "▁ ".join(path.read_text() for path in sorted(corpus.iterdir()))
     assert list(codec.encode(text)) == reference.encode(text)
     assert codec.eot == reference.eos_id()
     assert codec.decode(codec.encode("the quick fox")) == "the quick fox"
