@@ -26,8 +26,8 @@ from llm_jax import config, records
 from llm_jax.config import Chosen
 from llm_jax.kernels import devices
 
-# What whole steps of small models reach of the speed of bare matrix products.
-CPU_EFFICIENCY, GPU_EFFICIENCY = 0.25, 0.1
+# What steps of small models reach of the speed of bare matrix products, and what every run costs besides.
+CPU_EFFICIENCY, GPU_EFFICIENCY, SECONDS_PER_RUN = 0.25, 0.1, 3.0
 
 
 def main() -> int:
@@ -55,7 +55,8 @@ def launch(experiment: Chosen, folder: Path) -> int:
     jax.config.update("jax_platforms", "cpu")
     plan = sweep.make_plan(experiment, folder)
     print(f"{folder}: the plan of {experiment.module.__file__}:{experiment.scale}")
-    print(sweep.summary(plan, *expected_speed(plan)))
+    print(sweep.summary(plan))
+    print(expected_time(plan))
     notes = getattr(experiment.module, "plan_notes", lambda base: [])(experiment.config)
     print(*notes, sep="\n", end="\n" if notes else "", flush=True)
     if flags.FLAGS.dry_run:
@@ -67,22 +68,36 @@ def launch(experiment: Chosen, folder: Path) -> int:
 # ---- how long it will take ----
 
 
-def expected_speed(plan: Plan) -> tuple[float | None, str]:
-    """FLOP/s of the whole sweep (None: nobody knows), and what that expectation rests on."""
-    workers = len(shares(flags.FLAGS.workers, len(plan.runs)))
+def expected_time(plan: Plan) -> str:
+    """A line that says how long the rest of the plan will take, and how that is known."""
+    missing = [run for run in plan.runs if not run.complete]
+    if not missing:
+        return "all of it is complete"
+    workers = len(shares(flags.FLAGS.workers, len(missing)))
+    flops = sum(run.flops for run in missing)
     if done := [run for run in plan.runs if run.status == "done"]:
         seconds = sum(records.load_run(run.folder)["result"]["wall_seconds"] for run in done)
-        return workers * sum(run.flops for run in done) / seconds, f"like the {len(done)} done"
+        expected = flops * seconds / sum(run.flops for run in done) / workers
+        return f"about {sweep.minutes(expected)} at the speed of the {len(done)} done"
+    speed, source = expected_speed()
+    if speed is None:
+        return f"how long it takes isn't known before the first run: {source} is in no table"
+    expected = flops / speed + SECONDS_PER_RUN * len(missing) / workers
+    return f"about {sweep.minutes(expected)} at {speed:.1e} FLOP/s ({source})"
+
+
+def expected_speed() -> tuple[float | None, str]:
+    """FLOP/s that all workers together may reach (None: unknown), and where that number is from."""
     if not gpus():
         return CPU_EFFICIENCY * matmul_speed(), f"{CPU_EFFICIENCY:.0%} of bare matrix products here"
     query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     try:
         kind = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split("\n")[0]
     except (OSError, subprocess.SubprocessError):
-        return None, ""
+        return None, "this GPU"
     peak = devices.peak_flops(types.SimpleNamespace(device_kind=kind), "bfloat16")
     if peak is None:
-        return None, ""
+        return None, kind
     return GPU_EFFICIENCY * peak * len(gpus()), f"{GPU_EFFICIENCY:.0%} of the data sheet of {kind}"
 
 

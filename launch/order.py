@@ -34,9 +34,7 @@ def check(experiment: Chosen) -> None:
     if not hasattr(module, "sweep") and not hasattr(module, "measure"):
         raise UserError(f"{module.__file__}: an experiment defines sweep(base) or measure(base, folder)")
     if hasattr(module, "holdout") and not hasattr(module, "forecast"):
-        raise UserError(
-            f"{module.__file__}: holdout(base) comes with forecast(base, runs, run), its check"
-        )
+        raise UserError(f"{module.__file__}: holdout(base) comes with forecast(base, runs, run), its check")
 
 
 def carry_out(plan: Plan, engine: Engine) -> int:

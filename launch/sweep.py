@@ -159,11 +159,8 @@ def _source(data: DataConfig) -> Source:
 # ---- what a user sees of a plan ----
 
 
-def summary(plan: Plan, speed: float | None, said: str) -> str:
-    """The plan as a text: runs by role and budget, what is complete, and the price of the rest.
-
-    speed: FLOP/s at which the whole sweep is expected to run; said: where that number is from.
-    """
+def summary(plan: Plan) -> str:
+    """The plan as a text: runs by role and budget, what is complete, and the price of the rest."""
     import pandas
 
     rows = pandas.DataFrame(
@@ -176,21 +173,21 @@ def summary(plan: Plan, speed: float | None, said: str) -> str:
         }
         for item in plan.runs
     )
-    lines = [f"{'role':<12} {'budget':>9} {'runs':>5} {'complete':>8} {'tokens each':>21} {'FLOPs':>9}"]
+    lines = [
+        f"{'role':<12} {'budget':>9} {'runs':>5} {'complete':>8} {'tokens each':>21} {'exact FLOPs':>11}"
+    ]
     for (role, budget), group in rows.groupby(["role", "budget"], dropna=False, sort=False):
         low, high = group["tokens"].min(), group["tokens"].max()
         tokens = f"{low:,}" if low == high else f"{low:,} to {high:,}"
         shown = "" if pandas.isna(budget) else f"{budget:.3g}"
         lines.append(
             f"{role:<12} {shown:>9} {len(group):>5} {group['complete'].sum():>8} {tokens:>21} "
-            f"{group['flops'].sum():>9.2e}"
+            f"{group['flops'].sum():>11.2e}"
         )
     left = rows["flops"][~rows["complete"]].sum()
-    total = f"{len(rows)} runs, {rows['flops'].sum():.2e} FLOPs"
+    total = f"{len(rows)} runs, {rows['flops'].sum():.2e} exact FLOPs"
     if left:
         total += f"; to do: {(~rows['complete']).sum()} runs, {left:.2e} FLOPs"
-    if left and speed:
-        total += f", about {minutes(left / speed)} at {speed:.2e} FLOP/s ({said})"
     return "\n".join([*lines, total])
 
 
