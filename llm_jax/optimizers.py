@@ -206,6 +206,13 @@ def tables(optimizer: Optimizer, objective: Objective, steps: int) -> dict[str, 
     return {name: column.astype(np.float32) for name, column in (optimizer.columns(steps) | weights).items()}
 
 
+def structure(optimizer: Optimizer) -> Optimizer:
+    """What of an optimizer decides its program: all but numbers and schedule, which are arrays there."""
+    numbers = dict.fromkeys(_floats(optimizer), 0.0)
+    average = None if optimizer.average is None else 0.0
+    return dataclasses.replace(optimizer, **numbers, average=average, schedule=Constant())
+
+
 def init(optimizer: Optimizer, roles: Roles, params: Params) -> Any:
     """The optimizer's state before the first step; its arrays are float32 like the parameters."""
     first = {name: column[0] for name, column in optimizer.columns(1).items()}

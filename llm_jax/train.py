@@ -1,6 +1,6 @@
 """Training: the loop around the step.
 
-python -m llm_jax.train --config=experiments/isoflop.py --config.model.layers=4
+    python -m llm_jax.train --config=experiments/isoflop.py --config.model.layers=4
 """
 
 import contextlib
@@ -22,13 +22,14 @@ from llm_jax import config, optimizers, sharding
 from llm_jax.checkpoints import Checkpoints
 from llm_jax.config import UserError
 from llm_jax.data import Source, cache_folder
-from llm_jax.held_out import make_scorer, score
+from llm_jax.held_out import score
 from llm_jax.kernels import devices
+from llm_jax.kernels.memory import keep_freed_memory
 from llm_jax.models import Batch, Params, counting
+from llm_jax.program import Program, Shape, program
 from llm_jax.progress import Progress
 from llm_jax.records import Record, environment, load_run, metrics
 from llm_jax.run import SCHEMA, Run
-from llm_jax.step import make_init, make_step, state_shardings
 
 # Called with (steps done, parameters to evaluate) at every evaluation; what it returns is logged.
 Hook = Callable[[int, Params], dict[str, float]]
@@ -51,33 +52,36 @@ def train(run: Run, folder: str | Path, hooks: Sequence[Hook] = (), progress: An
     sharding.check_batch(run.data.batch_size, execution.micro_batches, mesh)
     source = run.data.open()
     refuse_repeats(run, source)
-    model = run.resolved_model.build(execution.layout)
-    key = jax.random.PRNGKey(run.seed)
-    roles = model.roles(jax.eval_shape(model.init, key))
+    shape = Shape(
+        run.resolved_model,
+        run.objective,
+        optimizers.structure(run.optimizer),
+        execution.layout,
+        execution.micro_batches,
+        tuple(source.spec.items()),
+    )
     tables = optimizers.tables(run.optimizer, run.objective, steps)
     held_out = source.held_out()
 
     folder = Path(folder)
     record = Record(folder, writes=jax.process_index() == 0)
     with record, jax.set_mesh(mesh), catching_sigterm() as terminated:
-        record.start(described(run, source), execution_facts(run, mesh, roles))
-        if (finished := load_run(folder)["result"]) is not None:
-            return finished
+        if (folder / "result.json").exists():
+            record.start(described(run, source), {})  # refuses the result of another run
+            return load_run(folder)["result"]
+        compiled = program.cache_info().misses
+        parts = program(shape, mesh)
+        compile_seconds = parts.compile_seconds if program.cache_info().misses > compiled else 0.0
+        record.start(described(run, source), execution_facts(run, parts, mesh))
 
         # ---- the state, new or restored ----
         checkpoints = Checkpoints(
             folder / "checkpoints", execution.checkpoint.keep_last, execution.checkpoint.keep_steps
         )
-        init = make_init(model, run.optimizer, roles)
-        abstract = jax.eval_shape(init, key)
-        placed = state_shardings(abstract, roles, mesh)
-        restored = checkpoints.restore(
-            jax.tree.map(lambda x, p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=p), abstract, placed)
-        )
-        first, state = restored or (0, jax.jit(init, out_shardings=placed)(key))
+        restored = checkpoints.restore(parts.state)
+        first, state = restored or (0, parts.init(jax.random.PRNGKey(run.seed)))
         record.resume_at(first)
 
-        # ---- compilation, timed apart ----
         def load(step: int) -> Batch:
             start = step * run.data.batch_size
             return sharding.load_rows(lambda rows: source.rows(run.seed, start + rows), source.spec, mesh)
@@ -85,21 +89,10 @@ def train(run: Run, folder: str | Path, hooks: Sequence[Hook] = (), progress: An
         def hyper(step: int) -> dict[str, np.ndarray]:
             return {name: table[step] for name, table in tables.items()}
 
-        step_function = make_step(model, run.objective, run.optimizer, roles, execution.micro_batches)
-        compiling = time.perf_counter()
-        sample = min(first, steps - 1)
-        compiled = (
-            jax.jit(step_function, donate_argnums=0, out_shardings=(placed, None))
-            .lower(state, load(sample), hyper(sample))
-            .compile()
-        )
-        compile_seconds = time.perf_counter() - compiling
-        scorer = make_scorer(model)
-
         def evaluate(step: int) -> dict[str, float]:
             params = optimizers.evaluation_params(run.optimizer, state.optimizer, state.trained)
             params = state.frozen | params
-            row = {} if held_out is None else score(scorer, params, held_out, run.data.batch_size, mesh)
+            row = {} if held_out is None else score(parts.scorer, params, held_out, run.data.batch_size, mesh)
             for hook in hooks:
                 row |= hook(step, params)
             return row
@@ -126,7 +119,7 @@ def train(run: Run, folder: str | Path, hooks: Sequence[Hook] = (), progress: An
                 progress.update(step + 1, row["loss"], rate)
 
         for step in range(first, steps):
-            state, numbers = compiled(state, load(step), hyper(step))
+            state, numbers = parts.step(state, load(step), hyper(step))
             settle()
             in_flight = step, numbers
             done = step + 1
@@ -232,13 +225,12 @@ def counts(run: Run, source: Source) -> dict[str, Any]:
     return facts | whole | {"D": tokens}
 
 
-def execution_facts(run: Run, mesh: jax.sharding.Mesh, roles: Any) -> dict[str, Any]:
+def execution_facts(run: Run, parts: Program, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     """What this start's execution was: layout and mesh, devices, versions, git revision."""
-    params = jax.eval_shape(run.resolved_model.build(run.execution.layout).init, jax.random.PRNGKey(0))
-    axes = jax.tree.map(lambda role: role.axes, roles)
+    axes = jax.tree.map(lambda role: role.axes, parts.roles)
     return {
         "layout": config.to_json(run.execution) | {"mesh": dict(mesh.shape)},
-        "kept_whole": sharding.describe(params, axes, mesh),
+        "kept_whole": sharding.describe(parts.params, axes, mesh),
         "environment": environment(),
     }
 
@@ -262,6 +254,7 @@ def prepare_xla(deterministic: bool) -> None:
 
     The autotuner picks kernels by timing them, so its choices are kept too, or a restart may pick others.
     """
+    keep_freed_memory()
     place = Path(jax.config.jax_compilation_cache_dir or cache_folder() / "xla")
     jax.config.update("jax_compilation_cache_dir", str(place))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
