@@ -1,8 +1,9 @@
 """Parameters and FLOPs of any model, under every named convention.
 
-`count` measures a built model: parameters from the shapes of its `init` and their roles, and `flops_exact` by
+`measure` takes them from a built model: parameters from the shapes of its `init` and their roles, FLOPs by
 walking the trace of its forward and backward pass, so that a foreign model has exact numbers too.
-`closed_form` computes the same numbers for a `Transformer` from its config in microseconds, to plan grids.
+`closed_form` computes the same numbers for a `Transformer` from its config in microseconds; `count` is the
+cheaper of the two that a model has.
 
 All FLOPs are per token of training, forward and backward, two for each multiply-add. Conventions disagree
 about embeddings, the head and masked attention; T is the sequence length, HK heads x head width, L layers:
@@ -43,6 +44,13 @@ TABLES = {"embedding": "N_embedding", "position": "N_positions", "head": "N_head
 
 
 def count(config: ModelConfig, spec: Spec, tokens: int | None = None) -> dict[str, int | float]:
+    """Every N_* of a model and every flops_*_per_token, as `measure` gives them."""
+    if isinstance(config, Transformer):
+        return closed_form(config, spec["tokens"].shape[-1])
+    return measure(config, spec, tokens)
+
+
+def measure(config: ModelConfig, spec: Spec, tokens: int | None = None) -> dict[str, int | float]:
     """Every N_* of a model and every flops_*_per_token of training it on batches of `spec`.
 
     tokens: how many a batch counts for; by default the size of spec["tokens"], or its rows if it has none.
@@ -60,7 +68,7 @@ def count(config: ModelConfig, spec: Spec, tokens: int | None = None) -> dict[st
 
 
 def closed_form(config: Transformer, sequence_length: int) -> dict[str, int | float]:
-    """What `count` measures, computed from the config alone."""
+    """What `measure` finds, computed from the config alone."""
     D, H, G, K = config.width, config.heads, config.key_value_heads, config.size_of_head
     F, V, L = config.size_of_mlp, config.vocabulary, config.layers
     ups = 2 if config.activation in GATED else 1

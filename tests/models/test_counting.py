@@ -11,10 +11,10 @@ from llm_jax.models import Layout, Model, ModelConfig, Output
 from llm_jax.models.counting import (
     DEFINITION,
     closed_form,
-    count,
     count_flops,
     count_parameters,
     matmul_flops,
+    measure,
 )
 from llm_jax.models.positions import Learned, NoPositions
 from llm_jax.models.transformer import LayerNorm, Transformer
@@ -117,7 +117,7 @@ def test_counts_equal_every_row_of_the_published_table(name, reference_data):
     with open(reference_data / "scaling" / "flops_params" / "flops_params.csv") as file:
         row = next(row for row in csv.DictReader(file) if row["name"] == name)
     config, length = PUBLISHED[name]
-    counted = count(config, spec(length, rows=1))
+    counted = measure(config, spec(length, rows=1))
     compared = {column: float(row[column]) for column in COLUMNS if row[column]}
     assert len(compared) >= 6
     for column, published in compared.items():
@@ -162,7 +162,7 @@ def test_known_models_have_their_known_sizes():
 )
 def test_the_closed_form_equals_what_is_counted_in_the_built_model(changes):
     config = dataclasses.replace(Transformer(vocabulary=50, layers=3, width=32), **changes)
-    assert closed_form(config, 24) == count(config, spec(24))
+    assert closed_form(config, 24) == measure(config, spec(24))
 
 
 def test_groups_add_up_to_the_total():
@@ -209,7 +209,7 @@ class Classifier(ModelConfig, kind="counted_classifier"):
 
 
 def test_a_foreign_model_has_exact_counts_too():
-    counted = count(Classifier(), {"x": jax.ShapeDtypeStruct((7, 10), jnp.float32)})
+    counted = measure(Classifier(), {"x": jax.ShapeDtypeStruct((7, 10), jnp.float32)})
     assert counted["flops_exact_per_token"] == 2 * 2 * 10 * 20 + 3 * 2 * 20 * 3
     assert counted["N_total"] == 10 * 20 + 20 + 20 * 3
     assert counted["N_head"] == 60
