@@ -126,16 +126,17 @@ def train(run: Run, folder: str | Path, hooks: Sequence[Hook] = (), progress: An
             evaluating = done < steps and _every(execution.evaluate_every_steps, done)
             saving = done in execution.checkpoint.keep_steps or _every(execution.checkpoint.every_steps, done)
             saving |= 0 < execution.checkpoint.every_seconds < time.perf_counter() - saved_at
-            if evaluating or saving or terminated.is_set():
+            stopping = terminated.is_set()
+            if evaluating or saving or stopping:
                 settle()
             if status == "diverged":
                 break
             if evaluating:
                 record.log(done, {f"held_out/{name}": value for name, value in evaluate(done).items()})
-            if saving or terminated.is_set():
-                checkpoints.save(done, state, wait=terminated.is_set())
+            if saving or stopping:
+                checkpoints.save(done, state, wait=stopping)
                 saved_at = time.perf_counter()
-            if terminated.is_set():
+            if stopping:
                 checkpoints.close()
                 raise SystemExit(143)
             if evaluating or saving:
@@ -271,7 +272,10 @@ def _every(interval: int, step: int) -> bool:
 
 @contextlib.contextmanager
 def catching_sigterm() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets; outside the main thread, where Python allows no handler, nothing does."""
+    """An event that SIGTERM sets; the process then ends with 143 when the block does.
+
+    Outside the main thread, where Python allows no handler, nothing sets it.
+    """
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked
@@ -281,6 +285,8 @@ def catching_sigterm() -> Iterator[threading.Event]:
         yield asked
     finally:
         signal.signal(signal.SIGTERM, before)
+    if asked.is_set():
+        raise SystemExit(143)
 
 
 # ---- the command ----
