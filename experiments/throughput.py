@@ -13,6 +13,7 @@ the ratio is the median over the rounds with its range.
 
 import contextlib
 import dataclasses
+import html
 import importlib.util
 import json
 import os
@@ -20,14 +21,15 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 
-from llm_jax import optimizers
-from llm_jax.config import UserError
+from llm_jax import config, optimizers, program, sharding
+from llm_jax.config import UserError, outside_identity
 from llm_jax.kernels import devices
 from llm_jax.kernels.memory import keep_freed_memory
 from llm_jax.losses import NextToken
@@ -35,7 +37,9 @@ from llm_jax.models import Layout, counting
 from llm_jax.models.positions import Learned
 from llm_jax.models.transformer import LayerNorm, Transformer
 from llm_jax.optimizers import AdamW
-from llm_jax.step import make_init, make_step
+from llm_jax.program import Program
+from llm_jax.run import SCHEMA
+from llm_jax.sharding import MeshConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,9 +81,14 @@ class Throughput:
     rounds: int = 5
     seconds: float = 3.0
     torch: bool = True
-    layout: Layout = Layout()
+    layout: Layout = outside_identity(Layout())
+
+    def identity(self, content: bool = True) -> str:
+        return config.identity(self, SCHEMA, content)
 
     def validate(self) -> None:
+        if not self.shapes:
+            raise UserError("throughput: there are no shapes to measure")
         if self.rounds < 1 or self.seconds <= 0:
             raise UserError("throughput: rounds is at least 1, seconds are positive")
 
@@ -109,17 +118,23 @@ def get_config(scale: str) -> Throughput:
 
 
 def measure(base: Throughput, folder: Path) -> dict[str, Any]:
-    """The table, printed and returned: a row for each shape."""
+    """The numbers of each shape; the table is printed and written to report.html."""
     keep_freed_memory()  # as training does
-    rows = []
     with contextlib.ExitStack() as stack:
         installed = base.torch and importlib.util.find_spec("torch") is not None
         torch = stack.enter_context(Torch()) if installed else None
-        print(HEADER)
+        rows = []
         for shape in base.shapes:
+            print(f"{shape.name}: {base.rounds} rounds of {base.seconds:g} s", flush=True)
             rows.append(measure_shape(base, shape, torch))
-            print(line(rows[-1]), flush=True)
-    return {"device": jax.devices()[0].device_kind, "cores": os.cpu_count(), "rows": rows}
+    shown = [cells(row) for row in rows]
+    table = [list(shown[0]), *(list(row.values()) for row in shown)]
+    device, cores, load = jax.devices()[0].device_kind, os.cpu_count(), [row["load"] for row in rows]
+    machine = f"{device}, {cores} cores, load average {min(load):.1f} to {max(load):.1f} while measuring"
+    print(f"{text(table)}\n{machine}")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.html").write_text(page(table, machine))
+    return {"device": device, "cores": cores, "rows": rows}
 
 
 def measure_shape(base: Throughput, shape: Shape, torch: "Torch | None") -> dict[str, Any]:
@@ -142,7 +157,7 @@ def measure_shape(base: Throughput, shape: Shape, torch: "Torch | None") -> dict
         "flops_per_second": flops_per_second,
         "mfu": None if peak is None else flops_per_second / peak,
         "memory_bytes": trainer.memory_bytes,
-        "compile_seconds": trainer.compile_seconds,
+        "compile_seconds": trainer.program.compile_seconds,
         "torch_tokens_per_second": statistics.median(theirs) if theirs else None,
         "ratio": statistics.median(ratios) if ratios else None,
         "rounds": {"ours": ours, "torch": theirs, "ratio": ratios},
@@ -151,33 +166,34 @@ def measure_shape(base: Throughput, shape: Shape, torch: "Torch | None") -> dict
 
 
 class Trainer:
-    """The compiled train step of one shape, its state and a batch."""
+    """The program that training runs, on one device, with a state and a batch."""
 
     def __init__(self, shape: Shape, layout: Layout) -> None:
-        model, objective, optimizer = shape.model.build(layout), NextToken(), AdamW()
-        key = jax.random.key(0)
-        roles = model.roles(jax.eval_shape(model.init, key))
+        key = jax.random.PRNGKey(0)
         rows = jax.random.randint(key, (shape.batch_size, shape.sequence_length + 1), 0, shape.vocabulary)
-        self.batch = {"tokens": rows[:, :-1], "targets": rows[:, 1:], "mask": np.ones(rows[:, 1:].shape, "f")}
+        mask = jnp.ones((shape.batch_size, shape.sequence_length))
+        batch = {"tokens": rows[:, :-1], "targets": rows[:, 1:], "mask": mask}
+        spec = tuple((name, jax.ShapeDtypeStruct(x.shape, x.dtype)) for name, x in batch.items())
+        optimizer, objective, mesh = AdamW(), NextToken(), sharding.make_mesh(MeshConfig(data=1))
+        with jax.set_mesh(mesh):
+            structure = optimizers.structure(optimizer)
+            self.program = Program(program.Shape(shape.model, objective, structure, layout, 1, spec), mesh)
+            self.state = self.program.init(key)
+        self.batch = jax.device_put(batch, sharding.batch_sharding(mesh))
         self.hyper = {name: column[0] for name, column in optimizers.tables(optimizer, objective, 1).items()}
-        self.state = jax.jit(make_init(model, optimizer, roles))(key)
-        step = jax.jit(make_step(model, objective, optimizer, roles), donate_argnums=0)
-        start = time.perf_counter()
-        self.step = step.lower(self.state, self.batch, self.hyper).compile()
-        self.compile_seconds = time.perf_counter() - start
 
     def rate(self, seconds: float) -> float:
         """Tokens per second over about `seconds`, one step in flight, after two steps to warm up."""
-        start, steps, waiting = None, -2, None
+        start, steps, in_flight = None, -2, None
         while start is None or time.perf_counter() - start < seconds:
-            self.state, metrics = self.step(self.state, self.batch, self.hyper)
-            if waiting is not None:
-                float(waiting["loss"])
-            waiting, steps = metrics, steps + 1
+            self.state, metrics = self.program.step(self.state, self.batch, self.hyper)
+            if in_flight is not None:
+                float(in_flight["loss"])
+            in_flight, steps = metrics, steps + 1
             if steps == 0:
-                float(waiting["loss"])
+                float(in_flight["loss"])
                 start = time.perf_counter()
-        float(waiting["loss"])
+        float(in_flight["loss"])
         return steps * self.batch["tokens"].size / (time.perf_counter() - start)
 
     @property
@@ -185,7 +201,7 @@ class Trainer:
         """The most that the device has held; where it doesn't say (CPU), what the compiled step plans."""
         if stats := jax.devices()[0].memory_stats():
             return stats["peak_bytes_in_use"]
-        plan = self.step.memory_analysis()
+        plan = self.program.step.memory_analysis()
         return plan.argument_size_in_bytes + plan.temp_size_in_bytes
 
 
@@ -214,21 +230,44 @@ class Torch:
         return reply["tokens_per_second"]
 
 
-HEADER = (
-    f"{'shape':<8} {'parameters':>13} {'tokens/s':>9} {'GFLOP/s':>8} {'MFU':>6} {'memory':>8} {'compile':>8} "
-    f"{'torch':>9} {'ratio':>6}  range"
-)
+# ---- the table, on the terminal and as a page ----
 
 
-def line(row: dict[str, Any]) -> str:
-    """One row of the printed table."""
-    mfu = "" if row["mfu"] is None else f"{row['mfu']:.1%}"
-    text = (
-        f"{row['name']:<8} {row['N_total']:>13,} {row['tokens_per_second']:>9,.0f} "
-        f"{row['flops_per_second'] / 1e9:>8,.1f} {mfu:>6} {row['memory_bytes'] / 2**20:>5,.0f} MB "
-        f"{row['compile_seconds']:>6.1f} s "
-    )
+def cells(row: dict[str, Any]) -> dict[str, str]:
+    """What the table shows of a row, by column."""
+    shown = {
+        "shape": row["name"],
+        "parameters": f"{row['N_total']:,}",
+        "tokens/s": f"{row['tokens_per_second']:,.0f}",
+        "GFLOP/s": f"{row['flops_per_second'] / 1e9:,.1f}",
+        "MFU": "" if row["mfu"] is None else f"{row['mfu']:.1%}",
+        "memory MB": f"{row['memory_bytes'] / 1e6:,.0f}",
+        "compile s": f"{row['compile_seconds']:.1f}",
+    }
     if row["ratio"] is None:
-        return text
+        return shown
     low, high = min(row["rounds"]["ratio"]), max(row["rounds"]["ratio"])
-    return f"{text} {row['torch_tokens_per_second']:>9,.0f} {row['ratio']:>6.2f}  {low:.2f} to {high:.2f}"
+    return shown | {
+        "torch tokens/s": f"{row['torch_tokens_per_second']:,.0f}",
+        "ratio": f"{row['ratio']:.2f}",
+        "range": f"{low:.2f} to {high:.2f}",
+    }
+
+
+def text(rows: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as their widest cell, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.rjust, row, widths)) for row in rows)
+
+
+def page(rows: Sequence[Sequence[str]], machine: str) -> str:
+    """A self-contained page of the table."""
+    head, *body = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
+    return (
+        "<!doctype html><meta charset=utf-8><title>Throughput</title>"
+        "<meta name=viewport content='width=device-width, initial-scale=1'>"
+        "<style>body{font:16px sans-serif;margin:1em;color-scheme:light dark}div{overflow-x:auto}"
+        "td{padding:.3em .6em;text-align:right;white-space:nowrap}thead{font-weight:bold}</style>"
+        f"<h1>Throughput</h1><p>{html.escape(__doc__.splitlines()[0])}</p><p>{html.escape(machine)}</p>"
+        f"<div><table><thead><tr>{head}</thead><tbody><tr>{'<tr>'.join(body)}</tbody></table></div>"
+    )
