@@ -156,6 +156,7 @@ def train(run: Run, folder: str | Path, hooks: Sequence[Hook] = (), progress: An
             **scores,
             "train_loss": float(metrics(folder)["loss"].tail(max(1, steps // 20)).mean()),
             **counts(run, source),
+            "epochs": dict(source.epochs(steps * run.data.batch_size)),
             "steps": steps,
             "seed": run.seed,
             "wall_seconds": time.perf_counter() - started,

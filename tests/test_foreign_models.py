@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from llm_jax.data import DataConfig
+from llm_jax.data import DataConfig, Source
 from llm_jax.losses import Objective
 from llm_jax.models import Model, ModelConfig, Output, Term
 from llm_jax.optimizers import AdamW
@@ -16,10 +16,8 @@ from llm_jax.run import Run
 from llm_jax.train import train
 
 
-class Rows:
+class Rows(Source):
     """A source whose row i is `make(generator of (seed, i))`."""
-
-    available_tokens, record = None, {"source": "synthetic"}
 
     def __init__(self, batch_size, make):
         self.make = make
@@ -29,9 +27,6 @@ class Rows:
     def rows(self, seed, indices):
         rows = [self.make(np.random.default_rng([seed, int(i)])) for i in indices]
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-
-    def held_out(self):
-        return None
 
 
 @dataclasses.dataclass(frozen=True)
