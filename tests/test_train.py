@@ -180,10 +180,10 @@ def wait_for_step(folder, step, process):
 @pytest.mark.slow
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
 def test_a_killed_run_continues_bit_for_bit(tiny_run, tmp_path, kill):
-    run = changed(tiny_run, tokens=400 * 8 * 32, execution__checkpoint__every_steps=7)
+    run = changed(tiny_run, tokens=150 * 8 * 32, execution__checkpoint__every_steps=7)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert start(run, whole, tmp_path).wait() == 0
-    for step in (30, 170):
+    for step in (20, 80):
         process = start(run, killed, tmp_path)
         wait_for_step(killed, step, process)
         process.send_signal(kill)
