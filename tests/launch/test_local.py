@@ -125,7 +125,7 @@ def test_a_hold_out_waits_for_the_whole_sweep(bits, tmp_path):
         asked.extend(runs)
         return {item: "it broke" for item in runs}
 
-    plan = plan_of(tmp_path, run, holdout=lambda base: [larger], forecast=lambda table, run: None)
+    plan = plan_of(tmp_path, run, holdout=lambda base: [larger], forecast=lambda base, table, run: None)
     assert order.carry_out(plan, engine) == 1
     assert [item.run for item in asked] == [run]
 
