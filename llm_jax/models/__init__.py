@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 
-from llm_jax.config import Tagged
+from llm_jax.config import Tagged, UserError
 
 Params = Any  # nested dict of float32 arrays; a leaf's name is its role's name
 Batch = dict[str, jax.Array]
@@ -107,6 +107,8 @@ class ModelConfig(Tagged):
         """A preset of `models/presets.py`, or the member `text` with its defaults."""
         from llm_jax.models.presets import PRESETS
 
+        if text not in PRESETS and text not in cls.members:
+            raise UserError(f"no model {text!r}; there are: {', '.join([*cls.members, *PRESETS])}")
         return PRESETS[text] if text in PRESETS else super().parse(text)
 
     def resolve(self, data: Any) -> "ModelConfig":

@@ -65,7 +65,8 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     """Entries zeroed with probability `rate` and the rest scaled up; without a key, nothing."""
     if key is None or rate == 0:
         return x
-    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
+    kept = jax.random.bernoulli(key, 1 - rate, (x.size,)).reshape(x.shape)  # see roles.draw on generators
+    return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
 
 
 class Norm(nn.Module):
@@ -88,7 +89,7 @@ class Attention(nn.Module):
     """Causal attention of `heads` queries that share `kv_heads` keys and values (MHA, GQA, MQA).
 
     window: a token sees itself and the window-1 tokens before it. qk_norm: an RMSNorm over each head's query
-    and key, before they are turned. gain: of the output's initialisation.
+    and key, before they are turned.
     """
 
     width: int
@@ -99,14 +100,13 @@ class Attention(nn.Module):
     qk_norm: bool = False
     bias: bool = False
     epsilon: float = 1e-5
-    gain: float = 1.0
 
     def setup(self) -> None:
         D, H, G, K = self.width, self.heads, self.kv_heads, self.head_width
         self.query = parameter(self, "query", (D, H, K))
         self.key = parameter(self, "key", (D, G, K))
         self.value = parameter(self, "value", (D, G, K))
-        self.out = parameter(self, "out", (H, K, D), self.gain)
+        self.out = parameter(self, "out", (H, K, D))
         if self.bias:
             self.query_bias = parameter(self, "query_bias", (H, K))
             self.key_bias = parameter(self, "key_bias", (G, K))
@@ -160,12 +160,11 @@ class MLP(nn.Module):
     hidden: int
     activation: Literal["gelu", "relu2", "swiglu", "geglu"]
     bias: bool = False
-    gain: float = 1.0
 
     def setup(self) -> None:
         self.gated = self.activation in GATED
         self.up = parameter(self, "up", (self.width, self.hidden))
-        self.down = parameter(self, "down", (self.hidden, self.width), self.gain)
+        self.down = parameter(self, "down", (self.hidden, self.width))
         self.gate = parameter(self, "gate", (self.width, self.hidden)) if self.gated else None
         if self.bias:
             self.up_bias = parameter(self, "up_bias", (self.hidden,))

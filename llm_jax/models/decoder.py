@@ -15,7 +15,7 @@ from flax import linen as nn
 from llm_jax.models import Batch, Layout, Model, Output, Params, cache
 from llm_jax.models.blocks import Block, Context, Norm, dropout
 from llm_jax.models.positions import Learned, Positions, Rotary, Sinusoidal, rotation, sinusoids
-from llm_jax.models.roles import parameter, roles
+from llm_jax.models.roles import draw, parameter, roles
 from llm_jax.sharding import constrain
 
 
@@ -25,20 +25,21 @@ class Embed(nn.Module):
     vocabulary: int
     width: int
     positions: Positions
+    dtype: jnp.dtype
 
     def setup(self) -> None:
         self.embedding = parameter(self, "embedding", (self.vocabulary, self.width))
         if isinstance(self.positions, Learned):
             self.position = parameter(self, "position", (self.positions.length, self.width))
 
-    def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
         # A gather from a table whose width is spread over devices would first be replicated.
         x_BTD = constrain(self.embedding, "vocabulary", None)[tokens_BT]
         if isinstance(self.positions, Learned):
             x_BTD += constrain(self.position, None, None)[positions_BT]
         elif isinstance(self.positions, Sinusoidal):
             x_BTD = x_BTD * self.width**0.5 + sinusoids(positions_BT, self.width, self.positions.theta)
-        return constrain(x_BTD.astype(dtype), "batch", "time", "embed")
+        return constrain(x_BTD.astype(self.dtype), "batch", "time", "embed")
 
 
 class Head(nn.Module):
@@ -84,7 +85,6 @@ class Decoder:
     softcap: float | None
     dropout: float
     head_width: int
-    dtype: jnp.dtype
     layout: Layout
 
     def model(self) -> Model:
@@ -107,22 +107,26 @@ class Decoder:
 
     def init(self, key: jax.Array) -> Params:
         """Fresh parameters: {"embed", "body": {"0": stacked block, …}, "tail", "norm", "head"}."""
-        keys = iter(jax.random.split(key, 3 + len(self.pattern) + self.tail))
         one = jnp.zeros((1, 1), jnp.int32)
-        x_BTD = jnp.zeros((1, 1, self.embed.width), self.dtype)
+        x_BTD = jnp.zeros((1, 1, self.embed.width), self.embed.dtype)
         context = self.context(one, attention="reference")
+        layers = sum(len(blocks) * repeats for _, blocks, repeats in self.groups())
+        keys = iter(jax.random.split(key, 3 + len(self.pattern) + self.tail))
 
-        def stack(block: Block, key: jax.Array, repeats: int) -> Params:
-            layer = lambda k: block.init(k, x_BTD, context)["params"]  # noqa: E731
-            return jax.vmap(layer)(jax.random.split(key, repeats))
+        def single(module: nn.Module, *inputs: Any) -> Params:
+            return draw(next(keys), jax.eval_shape(module.init, key, *inputs)["params"], layers)
 
-        params = {"embed": self.embed.init(next(keys), one, one, self.dtype)["params"]}
+        def stack(block: Block, repeats: int) -> Params:
+            shapes = jax.eval_shape(lambda: block.init(key, x_BTD, context))["params"]
+            return jax.lax.map(lambda k: draw(k, shapes, layers), jax.random.split(next(keys), repeats))
+
+        params = {"embed": single(self.embed, one, one)}
         for name, blocks, repeats in self.groups():
-            params[name] = {str(i): stack(block, next(keys), repeats) for i, block in enumerate(blocks)}
+            params[name] = {str(i): stack(block, repeats) for i, block in enumerate(blocks)}
         if self.norm is not None:
-            params["norm"] = self.norm.init(next(keys), x_BTD)["params"]
+            params["norm"] = single(self.norm, x_BTD)
         if self.head is not None:
-            params["head"] = self.head.init(next(keys))["params"]
+            params["head"] = single(self.head)
         return params
 
     def context(self, positions_BT: jax.Array, **kwargs: Any) -> Context:
@@ -150,7 +154,7 @@ class Decoder:
     ) -> tuple[jax.Array, Any]:
         """Embed, all blocks and the last norm; with a state, what each block adds to it."""
         keys = [None] * 3 if key is None or self.dropout == 0 else list(jax.random.split(key, 3))
-        x_BTD = self.embed.apply({"params": params["embed"]}, tokens_BT, positions_BT, self.dtype)
+        x_BTD = self.embed.apply({"params": params["embed"]}, tokens_BT, positions_BT)
         x_BTD = dropout(x_BTD, self.dropout, keys.pop())
         new = {}
         for name, blocks, repeats in self.groups():
@@ -212,7 +216,7 @@ class Decoder:
         """Float32 logits [..., V] of hidden states [..., D], capped as softcap * tanh(logits / softcap)."""
         table_DV = params["embed"]["embedding"].T if self.head is None else params["head"]["head"]
         rows = hidden.reshape(-1, hidden.shape[-1])
-        logits = jnp.matmul(rows, table_DV.astype(self.dtype), preferred_element_type=jnp.float32)
+        logits = jnp.matmul(rows, table_DV.astype(hidden.dtype), preferred_element_type=jnp.float32)
         logits = logits.reshape(*hidden.shape[:-1], -1)
         return logits if self.softcap is None else self.softcap * jnp.tanh(logits / self.softcap)
 
@@ -220,7 +224,7 @@ class Decoder:
         """Empty state for `batch` rows of up to `length` tokens, stacked as the parameters are."""
 
         def stack(block: Block, repeats: int) -> Any:
-            state = block.mixer.init_state(batch, length, self.dtype)
+            state = block.mixer.init_state(batch, length, self.embed.dtype)
             return jax.tree.map(lambda leaf: jnp.zeros((repeats, *leaf.shape), leaf.dtype), state)
 
         return {

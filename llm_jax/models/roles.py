@@ -20,19 +20,20 @@ from llm_jax.models import Params, Role
 class Rule:
     """One row: logical axes, initialisation, and the number of leading dimensions that a matrix sums over.
 
-    init: a constant, "fan_in" (normal with variance 1 / summed dimensions, so that outputs have the scale of
-    the inputs at every width) or "table" (normal with deviation 0.02, GPT-2's).
+    init: a constant; "fan_in", normal with variance 1 / summed dimensions, so that outputs have the scale of
+    the inputs at every width; "branch", that divided by the 2 x layers branches that add up in the residual
+    stream (GPT-2); "table", normal with deviation 0.02 (GPT-2).
     """
 
     axes: tuple[str | None, ...]
-    init: Literal["zeros", "ones", "fan_in", "table"]
+    init: Literal["zeros", "ones", "fan_in", "branch", "table"]
     inputs: int = 0
     decay: bool = False
     muon: bool = False
 
 
-def _matrix(*axes: str | None, inputs: int = 1) -> Rule:
-    return Rule(axes, "fan_in", inputs, decay=True, muon=True)
+def _matrix(*axes: str | None, inputs: int = 1, init: Literal["fan_in", "branch"] = "fan_in") -> Rule:
+    return Rule(axes, init, inputs, decay=True, muon=True)
 
 
 TABLE: dict[str, Rule] = {
@@ -42,10 +43,10 @@ TABLE: dict[str, Rule] = {
     "query": _matrix("embed", "heads", "head_dim"),
     "key": _matrix("embed", "kv_heads", "head_dim"),
     "value": _matrix("embed", "kv_heads", "head_dim"),
-    "out": _matrix("heads", "head_dim", "embed", inputs=2),
+    "out": _matrix("heads", "head_dim", "embed", inputs=2, init="branch"),
     "gate": _matrix("embed", "mlp"),
     "up": _matrix("embed", "mlp"),
-    "down": _matrix("mlp", "embed"),
+    "down": _matrix("mlp", "embed", init="branch"),
     "query_bias": Rule(("heads", "head_dim"), "zeros"),
     "key_bias": Rule(("kv_heads", "head_dim"), "zeros"),
     "value_bias": Rule(("kv_heads", "head_dim"), "zeros"),
@@ -67,19 +68,34 @@ def rule(name: str) -> Rule:
     return TABLE[name]
 
 
-def parameter(module: nn.Module, name: str, shape: tuple[int, ...], gain: float = 1.0) -> jax.Array:
-    """A float32 parameter of `module`, initialised by its role; gain multiplies a random initialisation."""
-    row = rule(name)
-    if len(shape) != len(row.axes):
-        raise ValueError(f"parameter {name!r} of shape {shape}: its role has the axes {row.axes}")
+def parameter(module: nn.Module, name: str, shape: tuple[int, ...]) -> jax.Array:
+    """Declares a float32 parameter of `module`; what it starts as is the table's to say (`draw`)."""
+    if len(shape) != len(rule(name).axes):
+        raise ValueError(f"parameter {name!r} of shape {shape}: its role has the axes {rule(name).axes}")
+    return module.param(name, nn.initializers.zeros, shape)
 
-    def init(key: jax.Array) -> jax.Array:
+
+def draw(key: jax.Array, shapes: Params, layers: int) -> Params:
+    """Fresh parameters of these shapes, for a model of so many layers.
+
+    One stream of normal numbers is cut into the leaves: XLA compiles every call of a generator for itself, up
+    to two seconds each on a CPU where sizes aren't powers of two.
+    """
+    flat, tree = jax.tree_util.tree_flatten_with_path(shapes)
+    rows = [rule(path[-1].key) for path, _ in flat]
+    random = [
+        leaf.size for (_, leaf), row in zip(flat, rows, strict=True) if row.init not in ("zeros", "ones")
+    ]
+    stream, start, leaves = jax.random.normal(key, (sum(random),)), 0, []
+    for (_, leaf), row in zip(flat, rows, strict=True):
         if row.init in ("zeros", "ones"):
-            return jnp.full(shape, float(row.init == "ones"), jnp.float32)
-        deviation = 0.02 if row.init == "table" else math.prod(shape[: row.inputs]) ** -0.5
-        return gain * deviation * jax.random.normal(key, shape, jnp.float32)
-
-    return module.param(name, init)
+            leaves.append(jnp.full(leaf.shape, float(row.init == "ones")))
+            continue
+        deviation = 0.02 if row.init == "table" else math.prod(leaf.shape[: row.inputs]) ** -0.5
+        deviation *= (2 * layers) ** -0.5 if row.init == "branch" else 1
+        leaves.append(deviation * stream[start : start + leaf.size].reshape(leaf.shape))
+        start += leaf.size
+    return jax.tree.unflatten(tree, leaves)
 
 
 def roles(params: Params) -> Any:

@@ -121,7 +121,6 @@ class Transformer(ModelConfig, kind="transformer"):
         """The functions of this model; `vocabulary` must be known (`resolve`)."""
         if self.vocabulary is None:
             raise UserError("model.vocabulary is not set, and there is no data to take it from")
-        gain = (2 * self.layers) ** -0.5  # 2 x layers branches add up in the residual stream (GPT-2)
         centre = self.norm.kind == "layer"
 
         def norm() -> Norm:
@@ -138,9 +137,8 @@ class Transformer(ModelConfig, kind="transformer"):
                     qk_norm=self.qk_norm,
                     bias=self.bias,
                     epsilon=self.norm.epsilon,
-                    gain=gain,
                 ),
-                mlp=MLP(self.width, self.size_of_mlp, self.activation, self.bias, gain),
+                mlp=MLP(self.width, self.size_of_mlp, self.activation, self.bias),
                 mixer_norm=norm(),
                 mlp_norm=norm(),
                 norm_position=self.norm_position,
@@ -149,7 +147,7 @@ class Transformer(ModelConfig, kind="transformer"):
 
         repeats, tail = divmod(self.layers, len(self.windows))
         return Decoder(
-            embed=Embed(self.vocabulary, self.width, self.positions),
+            embed=Embed(self.vocabulary, self.width, self.positions, jnp.dtype(self.dtype)),
             pattern=tuple(block(window) for window in self.windows),
             repeats=repeats,
             tail=tail,
@@ -158,6 +156,5 @@ class Transformer(ModelConfig, kind="transformer"):
             softcap=self.softcap,
             dropout=self.dropout,
             head_width=self.size_of_head,
-            dtype=jnp.dtype(self.dtype),
             layout=layout,
         ).model()
