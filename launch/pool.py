@@ -172,6 +172,9 @@ class Pool:
                 for key, _ in self._selector.select(timeout=SECONDS_BETWEEN_LOOKS):
                     self._listen(key.data)
             return self._failures
+        except KeyboardInterrupt:
+            self._display.say("stopping: runs in flight save their state (Ctrl-C again: they don't)")
+            raise
         finally:
             self._display.close()
             self._stop()
@@ -185,8 +188,12 @@ class Pool:
             if run.status != "running":
                 run.forget_failure()
                 return run
-            self._elsewhere.append(run)
+            self._leave(run)
         return None
+
+    def _leave(self, run: Planned) -> None:
+        self._display.say(f"{run.label}: another process is at it")
+        self._elsewhere.append(run)
 
     def _look_elsewhere(self) -> None:
         """What other launchers had is complete by now, or free again because its process has died."""
@@ -230,8 +237,8 @@ class Pool:
                     worker.state = "taking"
                 case {"kind": "progress", "status": status}:
                     self._display.show(Status(*status))
-                case {"kind": "finished", "status": status}:
-                    self._end(worker.run, status)
+                case {"kind": "finished", "status": status, "loss": loss}:
+                    self._end(worker.run, status if loss is None else f"{status}, loss {loss:.4f}")
                     worker.run = None
                 case {"kind": "failed", "message": reason}:
                     self._fail(worker.run, reason)
@@ -246,10 +253,10 @@ class Pool:
         """Raises a run's UserError, unless all that is wrong is that another launcher was faster."""
         worker.process.wait()  # so that what the run's folder says isn't about this worker
         run = worker.run
-        if run.status != "running":
+        if run.status != "running" and not run.complete:
             run.clear()
             raise UserError(reason)
-        self._elsewhere.append(run)
+        self._leave(run)
 
     def _bury(self, worker: Worker) -> None:
         """A worker has ended; if it still had a run, that waits again, or has failed."""

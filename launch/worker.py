@@ -8,7 +8,7 @@ on the file descriptor FD:
 
     {"kind": "ready"}                       at the start
     {"kind": "progress", "status": [...]}   progress.Status, a few times a second
-    {"kind": "finished", "status": "done"}  and the next task is taken
+    {"kind": "finished", "status", "loss"}  and the next task is taken
     {"kind": "refused", "message": ...}     a UserError; the process ends
     {"kind": "failed", "message": ...}      any other error; the process ends
 
@@ -58,7 +58,7 @@ def attempt(task: dict[str, Any], say: Say) -> bool:
         traceback.print_exc()
         say(kind="failed", message=" ".join(f"{type(error).__name__}: {error}".split())[:300])
         return False
-    say(kind="finished", status=result["status"])
+    say(kind="finished", status=result["status"], loss=result.get("loss"))
     return True
 
 
