@@ -211,14 +211,17 @@ class TextSource(Source):
                 "unique_tokens": int(self._windows[number]) * length,
             }
             if len(found.hashes) > found.uncut:
-                facts["cut"] = f"documents longer than {found.longest} characters were cut at line ends"
+                facts["cut"] = (
+                    f"documents longer than {found.longest} characters were cut at line ends; each piece "
+                    "counts as a document of its own when some are held out and in the standard error"
+                )
             if isinstance(part.corpus, Markov) and isinstance(self.config.tokenizer, Bytes):
                 facts["entropy"] = part.corpus.entropy(length)  # nats per token
             sources.append(facts)
         held = self.held_out()
         scored = {"documents": held.documents, "bytes": held.bytes, "tokens": held.tokens} if held else None
         tokenizer = {"kind": self.config.tokenizer.kind, "vocabulary": self.codec.vocabulary}
-        tokenizer["fingerprint"] = self.codec.fingerprint
+        tokenizer |= {"fingerprint": self.codec.fingerprint, "library": self.codec.library}
         return {"sources": sources, "tokenizer": tokenizer, "held_out": scored}
 
     def _rows_of_one_epoch(self) -> int:

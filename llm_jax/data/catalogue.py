@@ -100,13 +100,16 @@ def split(hashes: np.ndarray, sizes_bytes: np.ndarray, fraction: float, most_byt
 
 
 def sample(corpus: Corpus, found: Catalogue, training: np.ndarray, most_bytes: int) -> Iterator[str]:
-    """About `most_bytes` of the training documents: the first in their order, read in the corpus's order."""
-    count = int(np.searchsorted(np.cumsum(found.sizes_bytes[training]), most_bytes)) + 1
-    chosen = np.zeros(len(found.hashes), bool)
-    chosen[training[:count]] = True
-    for (_, text), wanted in zip(texts(corpus, found.longest), chosen, strict=False):
-        if wanted:
-            yield text
+    """About `most_bytes` of the training documents: the first in their order, and in that order.
+
+    They are held in memory together, since what is trained on them may depend on their order (unigram's
+    vocabulary does), which must not be that of the files.
+    """
+    chosen = training[: int(np.searchsorted(np.cumsum(found.sizes_bytes[training]), most_bytes)) + 1]
+    places = np.full(len(found.hashes), len(chosen))
+    places[chosen] = np.arange(len(chosen))
+    read = zip(places, texts(corpus, found.longest), strict=False)
+    yield from (text for _, text in sorted((place, text) for place, (_, text) in read if place < len(chosen)))
 
 
 def progress(what: str, total: int | None = None, done: int = 0) -> tqdm.tqdm:

@@ -49,7 +49,7 @@ class Python(Corpus, kind="python"):
     """The source of the running interpreter's standard library (about 12 MB): needs no download.
 
     Its tests and files written at build time are left out; each module is a document. packages: with the
-    source of all installed packages (about 130 MB with this project's own dependencies).
+    source of all installed packages (about 130 MB with this project's own dependencies), but this one's.
     """
 
     packages: bool = False
@@ -58,7 +58,8 @@ class Python(Corpus, kind="python"):
         roots = {sysconfig.get_path("stdlib")}
         if self.packages:
             roots |= {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
-        skip = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
+        skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "llm_jax"}
+        written = ("_sysconfigdata", "sitecustomize", "__editable__")  # by whoever installs, with paths
         paths = []
         for root in roots:
             for folder, subfolders, names in os.walk(root):
@@ -66,7 +67,7 @@ class Python(Corpus, kind="python"):
                     name for name in subfolders if name not in skip and not name.startswith("config-")
                 ]
                 paths += [pathlib.Path(folder, name) for name in names if name.endswith(".py")]
-        return sorted(path for path in paths if not path.name.startswith(("_sysconfigdata", "sitecustomize")))
+        return sorted(path for path in paths if not path.name.startswith(written))
 
     def documents(self) -> Iterator[Iterable[str]]:
         for path in self._paths():

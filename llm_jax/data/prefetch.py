@@ -28,10 +28,9 @@ class _Steps:
 
 
 def dataset(source: Source, seed: int, batch_size: int, steps: int) -> "grain.MapDataset":
-    """The batches of `steps` steps, by random access.
+    """The batches of `steps` steps, by random access: item s is that of step s (in use: see sources.py).
 
-    `dataset(...)[first:].to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8))` reads
-    ahead from the step `first`; there is no iterator's state to save.
+    A slice `[first:]` resumes, so there is no iterator's state to save.
     """
     import grain
 

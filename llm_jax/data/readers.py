@@ -4,7 +4,6 @@ A document is an iterable of chunks of text, so that one huge file is never held
 """
 
 import codecs
-import difflib
 import gzip
 import io
 import json
@@ -12,10 +11,10 @@ import lzma
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import BinaryIO
 
-from llm_jax.config import UserError
+from llm_jax.config import UserError, nearest
 
 FORMATS = (".txt", ".jsonl", ".parquet")
 PACKED = (".gz", ".xz", ".zst")
@@ -58,10 +57,10 @@ def cut(chunks: Iterable[str], longest: int) -> Iterator[str]:
         yield held
 
 
-def near(name: str, names: Iterable[str], otherwise: str) -> str:
-    """The end of an error message: the name that may have been meant, else `otherwise`."""
-    found = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
-    return f"did you mean {found[0]!r}?" if found else otherwise
+def near(name: str, names: Sequence[str] | Mapping, otherwise: str) -> str:
+    """`config.nearest` where the names are too many to list: `otherwise` stands for the list."""
+    hint = nearest(name, names)
+    return hint if hint.startswith("did you mean ") else otherwise
 
 
 def _open(path: pathlib.Path) -> BinaryIO:

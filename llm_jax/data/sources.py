@@ -18,6 +18,13 @@ A source of your own is one small class and one config:
 
         def open(self):
             return Squares(self)
+
+Rows are made between two steps; where they take longer than an accelerator's step, grain reads ahead:
+
+    steps = llm_jax.data.prefetch.dataset(source, seed, batch_size, count)
+    ahead = steps[first:].to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8))
+    for step, batch in enumerate(ahead, first):
+        ...
 """
 
 import dataclasses
@@ -71,11 +78,12 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """A fixed list of documents that every run on this data is scored on, in full.
+    """A fixed list of documents that every run on this data is scored on, in full: next-token batches.
 
     `batches(batch_size)` yields dicts like `Source.spec` of exactly `batch_size` rows, the last one filled
-    up with rows of mask 0. A batch also has int32 `document` [B, T]: which of range(documents) each target
-    belongs to, so that losses can be summed by document; rows without documents count as one each.
+    up with rows of mask 0. Scoring reads `tokens` and `targets`, float32 `mask` [B, T], and int32 `document`
+    [B, T], which stands beside the spec: which of range(documents) each target belongs to, so that losses
+    can be summed by document. Data of another form has no held-out documents (`Source.held_out`).
     """
 
     batches: Callable[[int], Iterator[Batch]]

@@ -137,7 +137,10 @@ def _append(path: pathlib.Path, size_bytes: int) -> BinaryIO:
 
 
 def _write(path: pathlib.Path, value: dict) -> None:
-    """JSON, whole or not at all."""
+    """JSON, whole or not at all, even after a crash (the like in records.py stands above data)."""
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value))
+    with open(partial, "w") as file:
+        json.dump(value, file)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(partial, path)

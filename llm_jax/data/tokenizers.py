@@ -5,6 +5,7 @@ to it.
 """
 
 import dataclasses
+import importlib.metadata
 import io
 import itertools
 import os
@@ -29,6 +30,7 @@ class Codec(Protocol):
     vocabulary: int
     eot: int
     fingerprint: str  # changes where some text may be encoded otherwise
+    library: str | None  # what encodes, with its version
 
     def encode(self, text: str) -> np.ndarray:
         """The token ids [tokens] of a text."""
@@ -72,6 +74,7 @@ class Bytes(Tokenizer, kind="bytes"):
     vocabulary = 257
     eot = 256
     fingerprint = "bytes"
+    library = None
 
     def size(self) -> int:
         return self.vocabulary
@@ -116,7 +119,7 @@ class SentencePiece(Tokenizer, kind="sentencepiece"):
 
     def open(self, sample: Sample, content: str) -> Codec:
         self.validate()
-        key = digest([1, dataclasses.astuple(self), content])
+        key = digest([2, _library("sentencepiece"), dataclasses.astuple(self), content])
         path = once(
             cache_folder() / "tokenizers" / f"{key}.model",
             lambda partial: partial.write_bytes(self.train(sample(self.sample_bytes))),
@@ -213,6 +216,7 @@ class SentencePieceCodec:
         self.eot = eos if eos >= 0 else size
         self.vocabulary = max(size, self.eot + 1)
         self.fingerprint = digest(model) + ("-cut" if cut else "")
+        self.library = _library("sentencepiece")
         self._sign = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
 
     def encode(self, text: str) -> np.ndarray:
@@ -263,6 +267,7 @@ class HuggingFaceCodec:
         self.eot = size if eot is None else names[eot]
         self.vocabulary = max(size, self.eot + 1)
         self.fingerprint = digest([digest(data), self.eot])
+        self.library = _library("tokenizers")
 
     def encode(self, text: str) -> np.ndarray:
         return self.encode_batch([text])[0]
@@ -273,6 +278,11 @@ class HuggingFaceCodec:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids if i != self.eot], skip_special_tokens=False)
+
+
+def _library(name: str) -> str:
+    """A library with its version: another may train another model, or encode otherwise."""
+    return f"{name} {importlib.metadata.version(name)}"
 
 
 def _threads() -> int:

@@ -2,7 +2,6 @@ import collections
 import dataclasses
 import json
 
-import grain
 import jax
 import numpy as np
 import pytest
@@ -11,7 +10,6 @@ from llm_jax import config
 from llm_jax.config import UserError
 from llm_jax.data import Bytes, Files, Markov, Mixture, Text, Weighted
 from llm_jax.data.catalogue import catalogue, split
-from llm_jax.data.prefetch import dataset
 from llm_jax.data.store import tokenize
 from llm_jax.data.windows import shuffled, turns
 
@@ -226,18 +224,12 @@ def test_the_record_is_json_and_counts_everything(text):
     assert source["documents"] == 40 == source["train_documents"] + record["held_out"]["documents"]
     assert source["bytes"] == source["train_bytes"] + record["held_out"]["bytes"]
     assert source["content"] == catalogue(text.corpus).content
-    assert record["tokenizer"] == {"kind": "bytes", "vocabulary": 257, "fingerprint": "bytes"}
-
-
-def test_grain_reads_ahead_the_same_batches(text):
-    source = text.open()
-    steps = source.available_tokens // 32 // 4
-    ahead = dataset(source, 5, 4, steps)
-    assert len(ahead) == steps
-    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
-    for step, batch in enumerate(ahead[2:].to_iter_dataset(options), 2):
-        np.testing.assert_array_equal(batch["tokens"], source.rows(5, step * 4 + np.arange(4))["tokens"])
-    assert step == steps - 1
+    assert record["tokenizer"] == {
+        "kind": "bytes",
+        "vocabulary": 257,
+        "fingerprint": "bytes",
+        "library": None,
+    }
 
 
 def test_rows_can_be_loaded_shard_by_shard(text):

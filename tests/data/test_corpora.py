@@ -3,6 +3,8 @@ import gzip
 import json
 import lzma
 import random
+import shutil
+import sysconfig
 
 import numpy as np
 import pyarrow
@@ -88,6 +90,34 @@ def test_the_default_corpus_is_the_standard_library_without_tests():
     assert catalogue(Python()).content == found.content
 
 
+def test_installed_packages_join_the_standard_library_on_demand(tmp_path, monkeypatch):
+    folders = {
+        "stdlib": tmp_path / "lib",
+        "purelib": tmp_path / "lib/site-packages",
+        "platlib": tmp_path / "64",
+    }
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(folders[name]))
+    kept = ["lib/ast.py", "lib/site-packages/pure/core.py", "64/fast.py"]
+    left_out = ["lib/test/a.py", "lib/site-packages/pure/tests/b.py", "64/c.pyi", "64/llm_jax/d.py"]
+    left_out += ["lib/site-packages/__editable___e_finder.py"]  # holds the path of a checkout
+    for name in kept + left_out:
+        (path := tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"# {name}\n")
+    whole = Text(Python(packages=True))
+    assert read(whole.corpus) == [f"# {name}\n" for name in sorted(kept)]
+    assert read(Python()) == ["# lib/ast.py\n"]
+    assert whole.fingerprint() != Text(Python()).fingerprint()
+
+    before = whole.fingerprint()
+    moved = tmp_path / "moved"
+    shutil.copytree(tmp_path / "lib", moved / "lib")
+    shutil.copytree(tmp_path / "64", moved / "64")
+    folders |= {name: moved / path.relative_to(tmp_path) for name, path in folders.items()}
+    assert whole.fingerprint() == before
+    (moved / "64/fast.py").write_text("# changed\n")
+    assert whole.fingerprint() != before
+
+
 def test_a_single_long_text_is_cut_at_line_ends_so_that_some_can_be_held_out(tmp_path):
     (tmp_path / "one.txt").write_text("".join(f"line {number}\n" for number in range(5000)))
     files = Files((str(tmp_path / "one.txt"),))
@@ -98,7 +128,7 @@ def test_a_single_long_text_is_cut_at_line_ends_so_that_some_can_be_held_out(tmp
     assert all(piece.endswith("\n") for piece in pieces)
     source = Text(files, sequence_length=32, batch_size=2).open()
     assert source.held_out().documents >= 1
-    assert "cut" in source.record["sources"][0]
+    assert "standard error" in source.record["sources"][0]["cut"]
 
 
 def test_cutting_loses_nothing_and_keeps_to_its_limit():

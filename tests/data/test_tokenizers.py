@@ -1,6 +1,8 @@
+import importlib.metadata
 import json
 import lzma
 import pathlib
+import random
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from llm_jax.config import UserError
 from llm_jax.data import Bytes, Files, HuggingFace, SentencePiece, SentencePieceFile, Text, Tokenizer
 from llm_jax.data.catalogue import texts
 
+SYLLABLES = ["ba", "ke", "lo", "mi", "nu", "tra", "shi", "o"]
 AWKWARD = [
     "",
     " ",
@@ -84,6 +87,29 @@ def test_training_is_deterministic_and_fits_the_vocabulary(corpus, cache, monkey
         assert first.fingerprint == again.fingerprint
         assert first.vocabulary == size
         assert len(first.encode("the quick brown fox")) < 19
+
+
+@pytest.mark.parametrize("algorithm", ["bpe", "unigram"])
+def test_renamed_files_train_the_same_tokenizer(tmp_path, monkeypatch, algorithm):
+    """Unigram's vocabulary depends on the order of the texts, which are some of the training documents."""
+    found = []
+    for name, order in (("one", range(60)), ("other", reversed(range(60)))):
+        (folder := tmp_path / name).mkdir()
+        for place, number in enumerate(order):
+            draw = random.Random(number)
+            words = ["".join(draw.choices(SYLLABLES, k=draw.randint(1, 4))) for _ in range(60)]
+            (folder / f"{place:02}.txt").write_text(" ".join(words))
+        monkeypatch.setenv("LLM_JAX_CACHE", str(tmp_path / f"cache-{name}"))
+        source = trained(folder, algorithm=algorithm, vocabulary=480, sample_bytes=12_000)
+        found.append(source.codec.fingerprint)
+    assert found[0] == found[1]
+
+
+def test_another_version_of_the_library_trains_anew_and_is_recorded(corpus, cache, monkeypatch):
+    for version in ("1.0", "1.0", "1.1"):
+        monkeypatch.setattr(importlib.metadata, "version", lambda name, version=version: version)
+        assert trained(corpus).record["tokenizer"]["library"] == f"sentencepiece {version}"
+    assert len(list(cache.glob("tokenizers/*.model"))) == 2
 
 
 def test_the_held_out_documents_are_not_trained_on(tmp_path):
