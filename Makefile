@@ -24,9 +24,11 @@ quickstart: $(STAMP)  ## a scaling sweep on real text, the law it shows, and the
 test: $(STAMP)  ## the test suite
 	$(BIN)/python -m pytest -n $(JOBS) --dist=worksteal
 
-smoke: $(STAMP)  ## every experiment at its smoke scale
+smoke: $(STAMP)  ## every experiment at its smoke scale, anew
+	@rm -rf .cache/smoke
 	@for file in experiments/*.py; do \
-	  echo "== $$file:smoke" && $(BIN)/python -m launch.local --config=$$file:smoke || exit; \
+	  echo "== $$file:smoke"; \
+	  $(BIN)/python -m launch.local --config=$$file:smoke --folder=.cache/smoke/$$(basename $$file .py) || exit; \
 	done
 
 lint: $(STAMP)  ## style: ruff's rules and its format
