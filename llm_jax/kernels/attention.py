@@ -51,9 +51,9 @@ def attend(
         raise ValueError(f"self-attention of {q_BTHK.shape} over {k_BSGK.shape}: T or heads don't fit")
     rule = Rule(q_BTHK.shape[-1] ** -0.5 if scale is None else scale, softcap, window)
     if kind == "auto":
-        kind = "chunked" if why_not_cudnn(q_BTHK.dtype, q_BTHK.shape[-1], rule) else "cudnn"
+        kind = "chunked" if why_not_cudnn(q_BTHK, segments, rule) else "cudnn"
     if kind == "cudnn":
-        if reason := why_not_cudnn(q_BTHK.dtype, q_BTHK.shape[-1], rule):
+        if reason := why_not_cudnn(q_BTHK, segments, rule):
             raise UserError(f"attention=cudnn cannot run: {reason}; attention=chunked or auto can")
         return _cudnn(q_BTHK, k_BSGK, v_BSGK, segments, rule)
     if kind not in ("reference", "chunked"):
@@ -68,16 +68,19 @@ def attend(
     return out_BGRTK.transpose(0, 3, 1, 2, 4).reshape(q_BTHK.shape)
 
 
-def why_not_cudnn(dtype: jnp.dtype, head_width: int, rule: Rule) -> str | None:
+def why_not_cudnn(q_BTHK: jax.Array, segments: jax.Array | None, rule: Rule) -> str | None:
     """Why NVIDIA's fused kernel cannot compute this on the default device; None if it can."""
-    if jax.default_backend() != "gpu" or "cuda" not in jax.devices()[0].client.platform_version.lower():
-        return f"the device is {jax.devices()[0].device_kind}, not an NVIDIA GPU"
-    if dtype not in (jnp.bfloat16, jnp.float16):
-        return f"it computes in bfloat16 or float16, not {jnp.dtype(dtype).name}"
+    device, (_, length, _, width) = jax.devices()[0], q_BTHK.shape
+    if device.platform != "gpu" or "cuda" not in device.client.platform_version.lower():
+        return f"the device is {device.device_kind}, not an NVIDIA GPU"
+    if q_BTHK.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"it computes in bfloat16 or float16, not {q_BTHK.dtype}"
     if rule.softcap is not None:
         return "it has no soft-cap on scores"
-    if head_width % 8 or head_width > 128:
-        return f"its heads are a multiple of 8 and at most 128 wide, not {head_width}"
+    if width % 8 or width > 128:
+        return f"its heads are a multiple of 8 and at most 128 wide, not {width}"
+    if segments is not None and length % 2:
+        return f"with segments it takes an even number of tokens, not {length}"
     return None
 
 
@@ -118,7 +121,8 @@ def _visible(rows: jax.Array, keys: slice, segments: jax.Array | None, rule: Rul
 
 # ---- chunked: blocks of queries, and a gradient that computes the scores again ----
 
-BLOCK = 64  # queries at once: few keys above the diagonal, scores that stay in a core's cache
+# Queries at once. CPU: few keys above the diagonal, scores in a core's cache; elsewhere: big products.
+BLOCK = {"cpu": 64, "other": 512}
 STRIPES = 4  # straight-line pieces of the program; more would skip more keys and compile longer
 
 
@@ -133,7 +137,7 @@ class Stripe(NamedTuple):
 
 def stripes(length: int, window: int | None) -> list[Stripe]:
     """How chunked attention cuts `length` queries; the last stripe may reach past the end."""
-    blocks = -(-length // BLOCK)
+    blocks = -(-length // BLOCK.get(jax.default_backend(), BLOCK["other"]))
     size, each = -(-length // blocks), -(-blocks // STRIPES)
     cut = []
     for first in range(0, blocks, each):

@@ -1,5 +1,8 @@
 """Every kind of attention computes the definition; the definition sees what it should."""
 
+import functools
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,20 +76,23 @@ def test_chunked_attention_equals_the_reference_with_its_gradient(
 def test_no_query_feels_a_later_key_another_segment_or_a_key_before_its_window(kind):
     q, k, v, segments = inputs()
 
-    def one(k, v, i):
+    @jax.jit
+    @functools.partial(jax.grad, argnums=(0, 1))
+    def gradient(k, v, i):
         return attend(q, k, v, segments=segments, window=20, kind=kind)[0, i].sum()
 
     for i in (0, 63, 64, 100):
-        felt = sum(jnp.abs(g[0]).sum((-1, -2)) for g in jax.grad(one, argnums=(0, 1))(k, v, i))
+        felt = sum(np.abs(g[0]).sum((-1, -2)) for g in gradient(k, v, i))
         visible = [j for j in range(150) if i - 20 < j <= i and j // 37 == i // 37]
         np.testing.assert_array_equal(np.flatnonzero(felt), visible)
 
 
 def test_bfloat16_attention_is_summed_in_float32():
     q, k, v, segments = inputs(dtype=jnp.bfloat16)
-    exact = attend(*(x.astype(jnp.float32) for x in (q, k, v)), segments=segments, kind="reference")
+    run = jax.jit(attend, static_argnames="kind")
+    exact = run(*(x.astype(jnp.float32) for x in (q, k, v)), segments=segments, kind="reference")
     for kind in ("reference", "chunked"):
-        got = attend(q, k, v, segments=segments, kind=kind)
+        got = run(q, k, v, segments=segments, kind=kind)
         assert got.dtype == jnp.bfloat16
         np.testing.assert_allclose(got.astype(jnp.float32), exact, atol=2e-2)
 
@@ -107,3 +113,58 @@ def test_what_a_kind_cannot_do_is_said_in_one_line():
         attend(q, k, v, kind="cudnn")
     with pytest.raises(UserError, match="there are auto, reference, chunked, cudnn"):
         attend(q, k, v, kind="fastest")
+
+
+def on_nvidia(monkeypatch):
+    """A process that believes in an NVIDIA GPU, where the call to cuDNN runs as XLA's operations."""
+    client = types.SimpleNamespace(platform_version="cuda 12090")
+    gpu = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H100 80GB HBM3", client=client)
+    xla = functools.partial(jax.nn.dot_product_attention, implementation="xla")
+    calls = []
+
+    def fused(*args, implementation, **kwargs):
+        calls.append(implementation)
+        return xla(*args, **kwargs)
+
+    monkeypatch.setattr(jax, "devices", lambda *_: [gpu])
+    monkeypatch.setattr(jax.nn, "dot_product_attention", fused)
+    return calls
+
+
+@pytest.mark.parametrize("window", [None, 1, 30])
+@pytest.mark.parametrize("segmented", [False, True])
+def test_what_cudnn_is_asked_for_is_the_definition(monkeypatch, window, segmented):
+    q, k, v, segments = inputs(dtype=jnp.bfloat16)
+    options = {"segments": segments if segmented else None, "window": window, "scale": 0.3}
+    expected = attend(q, k, v, kind="reference", **options)
+    calls = on_nvidia(monkeypatch)
+    got = attend(q, k, v, **options)
+    assert calls == ["cudnn"]
+    np.testing.assert_allclose(got.astype(jnp.float32), expected.astype(jnp.float32), atol=2e-2)
+
+
+def test_auto_falls_back_where_cudnn_cannot_and_cudnn_says_why(monkeypatch):
+    calls = on_nvidia(monkeypatch)
+    q, k, v, segments = inputs(length=9, dtype=jnp.bfloat16)
+    wide = [jnp.zeros((1, 8, 1, 160), jnp.bfloat16)] * 3
+    single = [x.astype(jnp.float32) for x in (q, k, v)]
+    for arrays, options, reason in [
+        (single, {}, "not float32"),
+        ((q, k, v), {"softcap": 5.0}, "no soft-cap"),
+        ((q, k, v), {"segments": segments}, "even number of tokens, not 9"),
+        (wide, {}, "at most 128 wide, not 160"),
+    ]:
+        assert attend(*arrays, **options).shape == arrays[0].shape
+        with pytest.raises(UserError, match=reason):
+            attend(*arrays, kind="cudnn", **options)
+    assert not calls
+
+
+def test_members_of_a_packed_sweep_attend_as_they_would_alone():
+    q, k, v, segments = inputs(length=70)
+    members = [jnp.stack([x, 2 * x]) for x in (q, k, v)]
+    loss = lambda q, k, v: jnp.square(attend(q, k, v, segments=segments, kind="chunked")).sum()  # noqa: E731
+    gradient = jax.jit(jax.grad(loss))
+    packed = jax.jit(jax.vmap(jax.grad(loss)))(*members)
+    for member in range(2):
+        np.testing.assert_allclose(packed[member], gradient(*(x[member] for x in members)), atol=1e-5)
