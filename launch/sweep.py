@@ -38,10 +38,14 @@ class Planned:
     flops: float
 
     @property
+    def begun(self) -> bool:
+        """Its folder has a record: once at least, its configuration was accepted."""
+        return (self.folder / "config.json").exists()
+
+    @property
     def status(self) -> str:
         """done, diverged, running (in some process), failed (given up by the launcher) or missing."""
-        known = (self.folder / "config.json").exists()
-        status = records.load_run(self.folder)["status"] if known else "missing"
+        status = records.load_run(self.folder)["status"] if self.begun else "missing"
         return "failed" if status == "missing" and (self.folder / FAILURE).exists() else status
 
     @property
@@ -63,7 +67,7 @@ class Planned:
 
     def clear(self) -> None:
         """Removes what a run leaves that was refused before its first record."""
-        if self.folder.is_dir() and not (self.folder / "config.json").exists():
+        if self.folder.is_dir() and not self.begun:
             (self.folder / LOG).unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # somebody put something else there
                 self.folder.rmdir()

@@ -20,6 +20,7 @@ import difflib
 import functools
 import hashlib
 import importlib.util
+import itertools
 import json
 import pathlib
 import sys
@@ -47,6 +48,12 @@ class Tagged:
         if Tagged in cls.__bases__:
             cls.root, cls.members = cls, {}
         if kind is not None:
+            known = cls.members.get(kind)
+            if known is not None and (known.__module__, known.__qualname__) != (
+                cls.__module__,
+                cls.__qualname__,
+            ):
+                raise TypeError(f"{cls.root.__name__} has a member {kind!r} already: {known.__qualname__}")
             cls.kind = kind
             cls.members[kind] = cls
 
@@ -123,7 +130,7 @@ def from_json(annotation: Any, value: Any, path: str = "config") -> Any:
             if not isinstance(value, dict):
                 raise UserError(f"{path}: expected fields of {option.__name__}, got {value!r}")
             if issubclass(option, Tagged):
-                option = member(option, value.pop("kind", getattr(option, "kind", None)))
+                option = member(option, str(value.pop("kind", getattr(option, "kind", None))))
             hints = _hints(option)
             for name in value:
                 if name not in hints:
@@ -209,9 +216,7 @@ class Chosen:
     overrides: tuple[tuple[str, str], ...]
 
 
-_FILE = flags.DEFINE_string(
-    "config", None, "experiment FILE.py[:scale]; --config.a.b=value overrides it"
-)
+_FILE = flags.DEFINE_string("config", None, "experiment FILE.py[:scale]; --config.a.b=value overrides it")
 _overrides: list[tuple[str, str]] = []
 
 
@@ -304,10 +309,11 @@ def _index(items: tuple, text: str, path: str) -> int:
 
 
 def _change_kind(config: Tagged, kind: str) -> Tagged:
-    """The member `kind` of the union that `config` belongs to; fields that both have keep their values."""
+    """The member `kind` of the union that `config` belongs to, with what was set of the fields both have."""
     cls = member(type(config), kind)
-    shared = _hints(cls).keys() & _hints(type(config)).keys()
-    return cls(**{name: getattr(config, name) for name in shared})
+    shared = [field for field in dataclasses.fields(config) if field.name in _hints(cls)]
+    given = {field.name: getattr(config, field.name) for field in shared}
+    return cls(**{field.name: given[field.name] for field in shared if given[field.name] != _default(field)})
 
 
 def _say(annotation: Any) -> str:
@@ -356,7 +362,7 @@ def _parse(annotation: Any, text: str, path: str) -> Any:
                 if str(choice) == text:
                     return choice
         if typing.get_origin(option) is tuple:
-            parts = [part.strip() for part in text.strip("()[] ").split(",") if part.strip()]
+            parts = _parts(text)
             kinds = _items(option, parts)
             if len(kinds) == len(parts):
                 return tuple(_parse(t, part.strip("'\""), path) for t, part in zip(kinds, parts, strict=True))
@@ -365,6 +371,23 @@ def _parse(annotation: Any, text: str, path: str) -> Any:
         if option is str:
             return text
     raise UserError(f"config.{path}: {text!r} is not {_say(annotation)}")
+
+
+def _parts(text: str) -> list[str]:
+    """The items of "(a, b)" or "a, b"; items may be tuples themselves."""
+    text = text.strip()
+    if text[:1] in ("(", "[") and text[-1:] in (")", "]") and _depths(text)[:-1].count(0) == 0:
+        text = text[1:-1]
+    depths, parts, start = _depths(text), [], 0
+    for place in [i for i, sign in enumerate(text) if sign == "," and depths[i] == 0] + [len(text)]:
+        parts.append(text[start:place].strip())
+        start = place + 1
+    return [part for part in parts if part]
+
+
+def _depths(text: str) -> list[int]:
+    """How many brackets are open after each character."""
+    return list(itertools.accumulate((sign in "([") - (sign in ")]") for sign in text))
 
 
 def _number(text: str) -> float | int | None:

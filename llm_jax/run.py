@@ -47,6 +47,10 @@ class Checkpointing:
     keep_steps: tuple[int, ...] = ()
     at_end: bool = True
 
+    def validate(self) -> None:
+        if self.keep_last < 1 or self.every_steps < 0 or self.every_seconds < 0:
+            raise UserError("checkpoint: keep_last is at least 1, every_steps and every_seconds at least 0")
+
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
@@ -92,6 +96,8 @@ class Run:
     def validate(self) -> None:
         if self.tokens < 1:
             raise UserError(f"tokens: {self.tokens} is less than 1")
+        if self.execution.micro_batches > 1 and getattr(self.model, "dropout", 0):
+            raise UserError("dropout draws anew in each micro-batch: set execution.micro_batches=1")
         config.check(self.resolved_model, "config.model")
 
     def identity(self, content: bool = True) -> str:

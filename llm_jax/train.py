@@ -1,6 +1,6 @@
 """Training: the loop around the step.
 
-    python -m llm_jax.train --config=experiments/isoflop.py --config.model.layers=4
+python -m llm_jax.train --config=experiments/isoflop.py --config.model.layers=4
 """
 
 import contextlib
@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 from absl import flags
+from jax._src import xla_bridge  # no public way to ask whether devices are in use yet
 
 from llm_jax import config, optimizers, sharding
 from llm_jax.checkpoints import Checkpoints
@@ -31,6 +32,9 @@ from llm_jax.progress import Progress
 from llm_jax.records import Record, environment, load_run, metrics
 from llm_jax.run import SCHEMA, Run
 
+# A training loss of so many times the first one, or a held-out loss above the first, counts as divergence.
+DIVERGED = 3.0
+
 # Called with (steps done, parameters to evaluate) at every evaluation; what it returns is logged.
 Hook = Callable[[int, Params], dict[str, float]]
 
@@ -40,7 +44,7 @@ def train(run: Run, folder: str | Path, hooks: Sequence[Hook] = (), progress: An
 
     progress: an object with update(steps done, loss, tokens per second).
     Raises UserError before anything is written if the run can't be done. On SIGTERM the state is saved and
-    SystemExit(143) raised. A loss that isn't finite ends the run with the status 'diverged'.
+    SystemExit(143) raised. A loss that isn't finite, or grows past `DIVERGED`, ends the run as 'diverged'.
     """
     started = time.perf_counter()
     config.check(run)
@@ -62,6 +66,7 @@ def train(run: Run, folder: str | Path, hooks: Sequence[Hook] = (), progress: An
     )
     tables = optimizers.tables(run.optimizer, run.objective, steps)
     held_out = source.held_out()
+    numbers = counts(run, source)
 
     folder = Path(folder)
     record = Record(folder, writes=jax.process_index() == 0)
@@ -81,6 +86,13 @@ def train(run: Run, folder: str | Path, hooks: Sequence[Hook] = (), progress: An
         restored = checkpoints.restore(parts.state)
         first, state = restored or (0, parts.init(jax.random.PRNGKey(run.seed)))
         record.resume_at(first)
+        earlier = metrics(folder)
+        first_loss = float(earlier["loss"].iloc[0]) if first else None
+        seconds_before = float(earlier["seconds"].iloc[-1]) if first else 0.0
+
+        def seconds() -> float:
+            """Wall-clock time of this start and those before it, as far as their steps count."""
+            return seconds_before + time.perf_counter() - started
 
         def load(step: int) -> Batch:
             start = step * run.data.batch_size
@@ -104,24 +116,25 @@ def train(run: Run, folder: str | Path, hooks: Sequence[Hook] = (), progress: An
         status = "done"
 
         def settle() -> None:
-            nonlocal in_flight, status
+            nonlocal in_flight, status, first_loss
             if in_flight is None:
                 return
-            step, numbers = in_flight
+            step, row = in_flight
             in_flight = None
-            row = {name: float(value) for name, value in jax.device_get(numbers).items()}
+            row = {name: float(value) for name, value in jax.device_get(row).items()}
             rate = stopwatch.lap()
-            if not math.isfinite(row["loss"]):
+            first_loss = row["loss"] if first_loss is None else first_loss
+            if not math.isfinite(row["loss"]) or row["loss"] > DIVERGED * first_loss > 0:
                 status = "diverged"
             if step % execution.log_every_steps == 0 or step == steps - 1 or status == "diverged":
-                record.log(step + 1, row | {"tokens_per_second": rate})
+                record.log(step + 1, row | {"tokens_per_second": rate, "seconds": seconds()})
             if progress is not None:
                 progress.update(step + 1, row["loss"], rate)
 
         for step in range(first, steps):
-            state, numbers = parts.step(state, load(step), hyper(step))
+            state, row = parts.step(state, load(step), hyper(step))
             settle()
-            in_flight = step, numbers
+            in_flight = step, row
             done = step + 1
             evaluating = done < steps and _every(execution.evaluate_every_steps, done)
             saving = done in execution.checkpoint.keep_steps or _every(execution.checkpoint.every_steps, done)
@@ -148,21 +161,26 @@ def train(run: Run, folder: str | Path, hooks: Sequence[Hook] = (), progress: An
             checkpoints.save(steps, state, wait=True)
         checkpoints.close()
         scores = evaluate(steps) if status == "done" else {}
+        if not all(map(math.isfinite, scores.values())) or scores.get("loss", -math.inf) > first_loss:
+            status, scores = "diverged", {}
+        logged = metrics(folder).set_index("step")
+        speed = stopwatch.tokens_per_second or float(logged["tokens_per_second"].iloc[-1])
         facts = {
             "identity": run.identity(),
             "name": run.name,
             "status": status,
             **dataclasses.asdict(run.cell),
             **scores,
-            "train_loss": float(metrics(folder)["loss"].tail(max(1, steps // 20)).mean()),
-            **counts(run, source),
+            "train_loss": float(logged["loss"][logged.index > steps - max(1, steps // 20)].mean()),
+            **numbers,
             "epochs": dict(source.epochs(steps * run.data.batch_size)),
             "steps": steps,
             "seed": run.seed,
-            "wall_seconds": time.perf_counter() - started,
+            "wall_seconds": seconds(),
             "compile_seconds": compile_seconds,
-            "tokens_per_second": stopwatch.tokens_per_second,
+            "tokens_per_second": speed,
             "resumes": resumes(run, mesh),
+            "cores": cores(),
         }
         result = facts | speeds(facts, run, mesh) | environment()
         record.finish(result)
@@ -220,7 +238,7 @@ def counts(run: Run, source: Source) -> dict[str, Any]:
     tokens = run.steps * run.data.tokens_per_step
     facts = counting.count(run.resolved_model, source.spec, run.data.tokens_per_step)
     whole = {
-        name.removesuffix("_per_token").replace("flops_6n", "flops_6nd"): value * tokens
+        name.removesuffix("_per_token").replace("flops_6n", "flops_6nd"): value and value * tokens
         for name, value in facts.items()
         if name.endswith("_per_token")
     }
@@ -233,12 +251,15 @@ def execution_facts(run: Run, parts: Program, mesh: jax.sharding.Mesh) -> dict[s
     return {
         "layout": config.to_json(run.execution) | {"mesh": dict(mesh.shape)},
         "kept_whole": sharding.describe(parts.params, axes, mesh),
+        "cores": cores(),
         "environment": environment(),
     }
 
 
 def speeds(facts: dict[str, Any], run: Run, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     """Achieved FLOP/s by the exact count, and the share of the devices' peak (None if that isn't known)."""
+    if facts["flops_exact_per_token"] is None:
+        return {"flops_per_second": None, "mfu": None}
     achieved = facts["tokens_per_second"] * facts["flops_exact_per_token"]
     dtype = getattr(run.model, "dtype", "float32")
     peak = devices.peak_flops(mesh.devices.flat[0], dtype)
@@ -246,9 +267,18 @@ def speeds(facts: dict[str, Any], run: Run, mesh: jax.sharding.Mesh) -> dict[str
 
 
 def resumes(run: Run, mesh: jax.sharding.Mesh) -> str:
-    """How closely a killed run that continues repeats the one that wasn't killed."""
-    exact = run.execution.deterministic or mesh.devices.flat[0].platform == "cpu"
-    return "bit for bit" if exact else "to 1e-5 over 20 steps"
+    """How closely a killed run that continues repeats the one that wasn't killed.
+
+    On a CPU the number of cores decides how sums are split between threads.
+    """
+    if mesh.devices.flat[0].platform == "cpu":
+        return "bit for bit with as many cores"
+    return "bit for bit" if run.execution.deterministic else "to 1e-5 over 20 steps"
+
+
+def cores() -> int:
+    """How many CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def prepare_xla(deterministic: bool) -> None:
@@ -263,6 +293,8 @@ def prepare_xla(deterministic: bool) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     wanted = f"--xla_gpu_deterministic_ops=true --xla_gpu_per_fusion_autotune_cache_dir={place / 'autotune'}"
     if deterministic and wanted not in os.environ.get("XLA_FLAGS", ""):
+        if xla_bridge.backends_are_initialized() and jax.default_backend() == "gpu":
+            raise UserError(f"--deterministic comes before the first computation: set XLA_FLAGS='{wanted}'")
         (place / "autotune").mkdir(parents=True, exist_ok=True)
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {wanted}".strip()
 
@@ -296,6 +328,8 @@ def catching_sigterm() -> Iterator[threading.Event]:
 def main() -> None:
     picked = config.chosen()
     run = picked.config
+    if not isinstance(run, Run):
+        raise UserError(f"{picked.module.__file__} measures, it trains no single run: use launch.local")
     if flags.FLAGS.deterministic:
         run = config.replace(run, "execution.deterministic", True)
     name = f"{Path(picked.module.__file__).stem}-{picked.scale}"

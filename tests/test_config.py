@@ -45,6 +45,7 @@ class Outer:
     limit: int | None = None
     mode: Literal["fast", "slow"] = "fast"
     on: bool = False
+    pairs: tuple[tuple[int, int], ...] = ()
     folder: str = config.outside_identity("here")
 
 
@@ -57,6 +58,9 @@ class Outer:
         ("inner.sizes", "4,5", (4, 5)),
         ("inner.sizes", "4,", (4,)),
         ("inner.sizes.1", "7", (1, 7)),
+        ("pairs", "((1, 2), (3, 4))", ((1, 2), (3, 4))),
+        ("pairs", "(1, 2), (3, 4)", ((1, 2), (3, 4))),
+        ("pairs", "((1, 2),)", ((1, 2),)),
         ("limit", "1_000", 1000),
         ("limit", "none", None),
         ("mode", "slow", "slow"),
@@ -76,9 +80,17 @@ def test_an_override_is_read_as_the_type_of_its_field(path, text, value):
     assert type(changed) is type(value)
 
 
-def test_changing_the_kind_keeps_the_fields_that_both_members_have():
+def test_changing_the_kind_keeps_what_was_set_and_leaves_the_new_member_its_own_defaults():
     outer = config.override(Outer(), "shape.colour", "green")
     assert config.override(outer, "shape.kind", "circle").shape == Circle(colour="green")
+    assert config.override(Outer(), "shape.kind", "circle").shape == Circle()  # blue, not the square's red
+
+
+def test_a_kind_belongs_to_one_member():
+    with pytest.raises(TypeError, match="has a member 'square' already"):
+
+        class Other(Shape, kind="square"):
+            pass
 
 
 @pytest.mark.parametrize(

@@ -133,6 +133,20 @@ def test_a_diverging_run_ends_with_a_record_that_says_so(tiny_run, tmp_path):
     assert len(losses(tmp_path / "run")) < 40
 
 
+def test_a_run_whose_loss_grows_without_overflowing_has_diverged_too(tiny_run, tmp_path):
+    run = changed(tiny_run, optimizer__learning_rate=30.0, execution__mesh__data=1)
+    result = train(run, tmp_path / "run")
+    assert result["status"] == "diverged"
+    assert "loss" not in result
+
+
+def test_weights_that_the_last_step_breaks_are_noticed(tiny_run, tmp_path):
+    run = changed(tiny_run, optimizer__learning_rate=1e30, tokens=8 * 32, execution__mesh__data=1)
+    result = train(run, tmp_path / "run")
+    assert result["steps"] == 1 and np.isfinite(losses(tmp_path / "run")).all()
+    assert result["status"] == "diverged"
+
+
 def test_evaluation_during_training_calls_hooks_and_is_logged(tiny_run, tmp_path):
     seen = []
 
@@ -210,6 +224,8 @@ def test_a_killed_run_continues_bit_for_bit(tiny_run, tmp_path, kill):
         ({"model__heads": 5}, "heads"),
         ({"model__layers": "x"}, "config.model.layers: 'x' is not an integer"),
         ({"optimizer__learning_rate": -1.0}, "learning_rate"),
+        ({"execution__checkpoint__keep_last": 0}, "keep_last is at least 1"),
+        ({"model__dropout": 0.1, "execution__micro_batches": 2}, "dropout draws anew"),
     ],
     ids=str,
 )

@@ -45,13 +45,15 @@ TABLES = {"embedding": "N_embedding", "position": "N_positions", "head": "N_head
 
 def count(config: ModelConfig, spec: Spec, tokens: int | None = None) -> dict[str, int | float]:
     """Every N_* of a model and every flops_*_per_token, as `measure` gives them."""
-    if isinstance(config, Transformer):
+    if type(config) is Transformer:  # a subclass may build something else
         return closed_form(config, spec["tokens"].shape[-1])
     return measure(config, spec, tokens)
 
 
 def measure(config: ModelConfig, spec: Spec, tokens: int | None = None) -> dict[str, int | float]:
     """Every N_* of a model and every flops_*_per_token of training it on batches of `spec`.
+
+    flops_exact is None for a model with a loop whose length only running it tells.
 
     tokens: how many a batch counts for; by default the size of spec["tokens"], or its rows if it has none.
     The conventions with a formula (all but 6n and exact) are given for a `Transformer`.
@@ -63,7 +65,10 @@ def measure(config: ModelConfig, spec: Spec, tokens: int | None = None) -> dict[
         flops |= flops_by_formula(config, parameters, spec["tokens"].shape[-1])
     if tokens is None:
         tokens = math.prod(spec["tokens"].shape if "tokens" in spec else next(iter(spec.values())).shape[:1])
-    flops["exact"] = count_flops(model, spec) / tokens
+    try:
+        flops["exact"] = count_flops(model, spec) / tokens
+    except ValueError:
+        flops["exact"] = None
     return parameters | {f"flops_{name}_per_token": value for name, value in flops.items()}
 
 

@@ -15,7 +15,7 @@ import datetime
 import hashlib
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,11 +23,12 @@ import pandas as pd
 
 from llm_jax.config import UserError
 from llm_jax.records import write_atomically
+from llm_jax.scaling.isoflop import IsoflopFit
 from llm_jax.scaling.results import Fit, plain
 
 SCHEMA = 1
 METHOD = (
-    "law at N, D; interval: percentiles of ln loss over {draws} bootstrap refits, plus run-to-run noise "
+    "{formula}; interval: percentiles of ln loss over {draws} bootstrap refits, plus run-to-run noise "
     "of {noise:.2%} ({source}) as Student's t with {freedom} degrees of freedom"
 )
 
@@ -77,14 +78,14 @@ class Outcome(NamedTuple):
     check: Check | None = None
 
 
-def fitted_flops(fit: Fit) -> pd.Series:
+def fitted_flops(fit: Fit | IsoflopFit) -> pd.Series:
     """C of every fitted run: the table's, or flops_per_nd * N * D where it has none."""
     points = fit.points.frame
     return points["C"] if "C" in points else fit.conventions["flops_per_nd"] * points["N"] * points["D"]
 
 
 def make(
-    fit: Fit,
+    fit: Fit | IsoflopFit,
     N: float,
     D: float,
     C: float | None = None,
@@ -98,36 +99,49 @@ def make(
     of ln loss between seeds of one configuration, where measured; it counts if it exceeds the residuals'.
     Raises UserError for a fit without bootstrap draws or with no residuals to spare.
     """
-    parameters = len(fit.law.parameters) - len(fit.fixed) - len(fit.law.ties)
-    freedom = len(fit.residuals) - parameters
-    if len(fit.draws) < 100 or freedom < 1:
+    if len(fit.draws) < 100 or fit.freedom < 1:
         raise UserError(
             f"a forecast needs 100 bootstrap refits and more runs than parameters; this fit has "
-            f"{len(fit.draws)} refits and {len(fit.residuals)} runs for {parameters} parameters"
+            f"{len(fit.draws)} refits and {len(fit.points.frame)} runs"
         )
-    noise, source = float(np.sqrt(np.sum(fit.residuals**2) / freedom)), "residuals of the fit"
+    noise, source = fit.noise, "residuals of the fit"
     if seed_noise is not None and seed_noise > noise:
         noise, source = float(seed_noise), "spread between seeds"
-    x = {name: np.log([value]) for name, value in (("N", N), ("D", D))}
-    draws = np.repeat(fit.law.log_loss(fit.draws, x)[:, 0], 40)
-    draws = draws + noise * np.random.default_rng(seed).standard_t(freedom, size=len(draws))
+    C = float(fit.conventions["flops_per_nd"] * N * D if C is None else C)
+    log_loss, drawn = fit.extrapolate(N, D, C)
+    draws = np.repeat(drawn, 40)
+    draws = draws + noise * np.random.default_rng(seed).standard_t(fit.freedom, size=len(draws))
     points = fit.points.frame
     return Forecast(
         N=float(N),
         D=float(D),
-        C=float(fit.conventions["flops_per_nd"] * N * D if C is None else C),
-        loss=float(np.exp(fit.law.log_loss(fit.theta[None], x)[0, 0])),
+        C=C,
+        loss=float(np.exp(log_loss)),
         intervals={q: tuple(np.exp(np.quantile(draws, [(1 - q) / 2, (1 + q) / 2])).tolist()) for q in levels},
         noise=noise,
-        method=METHOD.format(draws=len(fit.draws), noise=noise, source=source, freedom=freedom),
-        law=plain(
-            {"formula": fit.law.formula, "parameters": {k: e.value for k, e in fit.parameters.items()}}
+        method=METHOD.format(
+            formula=fit.formula, draws=len(fit.draws), noise=noise, source=source, freedom=fit.freedom
         ),
+        law=plain({"formula": fit.formula, "parameters": {k: e.value for k, e in fit.parameters.items()}}),
         points=len(points),
         points_hash=hash_points(points),
         fitted_flops=float(fitted_flops(fit).max()),
         written_utc=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
+
+
+def backtest(make_fit: Callable[[pd.DataFrame], Fit | IsoflopFit], points: pd.DataFrame) -> float:
+    """|ln forecast / measured| of the best run at the largest budget, by a fit to the smaller budgets alone.
+
+    points: columns budget_flops, N, D, C, loss. Infinite where the smaller budgets allow no fit.
+    """
+    largest = points["budget_flops"].max()
+    best = points[points["budget_flops"] == largest].nsmallest(1, "loss").iloc[0]
+    try:
+        log_loss, _ = make_fit(points[points["budget_flops"] < largest]).extrapolate(best.N, best.D, best.C)
+    except UserError:
+        return float("inf")
+    return float(abs(log_loss - np.log(best.loss)))
 
 
 def write(forecast: Forecast, path: str | pathlib.Path, holdout: str | pathlib.Path) -> Forecast:

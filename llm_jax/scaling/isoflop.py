@@ -1,8 +1,9 @@
 """Approach 2 (Hoffmann et al. 2022, section 3.2): the best size at each budget, and power laws through them.
 
-At each budget a curve of ln(loss) over ln(N) has its minimum at N_opt; ln N_opt and ln D_opt are then lines
-in ln C. An isoFLOP curve is a parabola only near its minimum, so the default takes the sizes around the
-lowest; a curve without a minimum inside its own range is refused, with the reason, and never extrapolated.
+At each budget a curve of ln(loss) over ln(N) has its minimum at N_opt; ln N_opt, ln D_opt and the ln loss of
+the minimum are then lines in ln C. An isoFLOP curve is a parabola only near its minimum, so the default takes
+the sizes around the lowest; a curve without a minimum inside its own range is refused, with the reason, and
+never extrapolated.
 """
 
 import dataclasses
@@ -17,21 +18,25 @@ from llm_jax.scaling.curves import METHODS, Curve, curve_of, localised, redraw, 
 from llm_jax.scaling.results import Estimate, Optimum, estimate, heading, plain, remarks, row
 from llm_jax.scaling.tables import Points, check_points
 
+FORMULAS = "N_opt = k_N C^a, D_opt = k_D C^b, L_opt = k_L C^-c"
 _GAP = 0.05  # runs whose ln C differ by less are one budget: D is rounded to whole steps
 
 
 @dataclasses.dataclass(frozen=True)
 class IsoflopFit:
-    """Minima of isoFLOP curves and the power laws N_opt = k_N C^a, D_opt = k_D C^b through them.
+    """Minima of isoFLOP curves and the power laws N_opt = k_N C^a, D_opt = k_D C^b, L_opt = k_L C^-c there.
 
-    lines [2, 2] and draws [S, 2, 2]: (slope, intercept) of ln N_opt and ln D_opt over ln C. minima [S, n, 3]:
-    ln of N, D and loss of every budget in every draw (NaN where a draw has no minimum).
+    lines [3, 2] and draws [S, 3, 2]: (slope, intercept) of ln N_opt, ln D_opt and ln L_opt over ln C. minima
+    [S, n, 3]: those of every budget in every draw (NaN where a draw has no minimum). noise: of ln loss of one
+    run around its parabola, from `freedom` degrees of freedom.
     """
 
     curves: tuple[Curve, ...]
     lines: np.ndarray
     draws: np.ndarray
     minima: np.ndarray
+    noise: float
+    freedom: int
     points: Points
     level: float
     conventions: Mapping[str, Any]
@@ -50,16 +55,18 @@ class IsoflopFit:
 
     @property
     def parameters(self) -> dict[str, Estimate]:
-        """Exponents a, b and coefficients k_N, k_D with intervals."""
+        """Exponents a, b, c and coefficients k_N, k_D, k_L with intervals."""
         out = {}
-        for index, (exponent, factor) in enumerate((("a", "k_N"), ("b", "k_D"))):
-            slopes, intercepts = self.draws[:, index, 0], self.draws[:, index, 1]
-            out[exponent] = estimate(self.lines[index, 0], slopes, self.level)
+        for index, (exponent, factor, sign) in enumerate(
+            (("a", "k_N", 1), ("b", "k_D", 1), ("c", "k_L", -1))
+        ):
+            slopes, intercepts = sign * self.draws[:, index, 0], self.draws[:, index, 1]
+            out[exponent] = estimate(sign * self.lines[index, 0], slopes, self.level)
             out[factor] = estimate(np.exp(self.lines[index, 1]), np.exp(intercepts), self.level)
         return out
 
     def optimum(self, C: float) -> Optimum:
-        """N and D of the best run at C FLOPs; the loss there is a law's to say (fit one to `frontier`)."""
+        """N, D and loss of the best run at C FLOPs (a loss without asymptote; else fit one to `frontier`)."""
         at = np.array([np.log(C), 1.0])
         return Optimum(
             *(
@@ -67,6 +74,15 @@ class IsoflopFit:
                 for line, draws in zip(self.lines, self.draws.swapaxes(0, 1), strict=True)
             )
         )
+
+    def extrapolate(self, N: float, D: float, C: float) -> tuple[float, np.ndarray]:
+        """ln of the loss of the best run at C FLOPs, and its draws [S]."""
+        at = np.array([np.log(C), 1.0])
+        return float(self.lines[2] @ at), self.draws[:, 2] @ at
+
+    @property
+    def formula(self) -> str:
+        return "L_opt = k_L C^-c"
 
     def to_json(self) -> dict[str, Any]:
         """Every number of the fit as JSON values (NaN becomes null)."""
@@ -108,7 +124,9 @@ class IsoflopFit:
             start = f"  {curve.C:9.3g} {len(curve.sizes):5d}"
             found = "".join(f" {part:11.4g}" for part in (*numbers["N"][:3], curve.D)) + f" {curve.loss:9.5f}"
             lines.append(start + (f"  refused: {curve.refused}" if curve.refused else found))
-        lines.append(f"N_opt = k_N C^a, D_opt = k_D C^b; {len(self.draws)} bootstrap refits")
+        lines.append(
+            f"N_opt = k_N C^a, D_opt = k_D C^b, L_opt = k_L C^-c; {len(self.draws)} bootstrap refits"
+        )
         lines.append(heading(self.level))
         lines += [row(name, number) for name, number in self.parameters.items()]
         return "\n".join(lines + remarks(self.points, self.warnings))
@@ -165,7 +183,7 @@ def fit_isoflop(
     if len(accepted) == 2:
         warnings.append("under-identified: a line through 2 budgets leaves nothing to judge it by")
     x = np.log([curve.C for curve in accepted])
-    lines = _lines(x, np.log([[c.N for c in accepted], [c.D for c in accepted]]))
+    lines = _lines(x, np.log([[c.N for c in accepted], [c.D for c in accepted], [c.loss for c in accepted]]))
 
     generator = np.random.default_rng(seed)
     noise = np.concatenate([scaled_residuals(curve, window) for curve in accepted])
@@ -180,7 +198,7 @@ def fit_isoflop(
         if bootstrap and not curve.refused:
             minima[:, index] = redraw(curve, scale * generator.choice(noise, (bootstrap, len(curve.sizes))))
     kept = minima[:, [not curve.refused for curve in curves]]
-    draws = np.stack([_lines(x, kept[:, :, i]) for i in (0, 1)], axis=1)
+    draws = np.stack([_lines(x, kept[:, :, i]) for i in range(3)], axis=1)
     lost = np.isnan(kept[:, :, 0]).any(1).mean() if bootstrap else 0.0
     if lost > 0.05:
         warnings.append(
@@ -201,7 +219,10 @@ def fit_isoflop(
     }
     checked = dataclasses.replace(checked, notes=tuple(notes))
     draws = draws[np.isfinite(draws).all((1, 2))]
-    return IsoflopFit(tuple(curves), lines, draws, minima, checked, level, conventions, tuple(warnings))
+    spread = float(np.sqrt(np.mean(noise**2))) if len(noise) else 0.0
+    return IsoflopFit(
+        tuple(curves), lines, draws, minima, spread, freedom, checked, level, conventions, tuple(warnings)
+    )
 
 
 def power_law(C: np.ndarray, value: np.ndarray, weights: np.ndarray | None = None) -> tuple[float, float]:

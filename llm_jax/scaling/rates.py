@@ -23,8 +23,13 @@ class RateCheck:
     spread: float
 
     @property
+    def judged(self) -> bool:
+        """Whether there is anything to compare: the rule's own runs converged, and seeds have a spread."""
+        return bool(np.isfinite([*self.losses[1.0], self.spread]).all())
+
+    @property
     def relative_spread(self) -> float:
-        """The spread as a share of the loss: the noise of one run on ln loss."""
+        """The spread as a share of the loss: the noise of one run on ln loss (nan if it can't be judged)."""
         return self.spread / float(np.mean(self.losses[1.0]))
 
     @property
@@ -34,10 +39,17 @@ class RateCheck:
         gains = {m: at_rule - np.mean(values) for m, values in self.losses.items() if m != 1.0}
         return {m: float(gain) for m, gain in gains.items() if gain > self.spread}
 
+    @property
+    def doubtful(self) -> bool:
+        """Whether the rate can't be called right."""
+        return not self.judged or bool(self.better)
+
     def __str__(self) -> str:
         means = ", ".join(f"{m:g}x {np.mean(v):.4f}" for m, v in sorted(self.losses.items()))
-        verdict = "rate not optimal at " if self.better else "rate confirmed at "
-        return f"{verdict}N={self.N:,.0f}: loss at {means}; spread between seeds {self.spread:.4f}"
+        verdict = "rate not optimal at" if self.doubtful else "rate confirmed at"
+        diverged = "" if self.judged else " (runs at the rule's own rate diverged)"
+        spread = f"spread between seeds {self.spread:.4f}"
+        return f"{verdict} N={self.N:,.0f}{diverged}: loss at {means}; {spread}"
 
 
 def check_rates(

@@ -21,7 +21,7 @@ from llm_jax import records
 from llm_jax.scaling import figures, style
 from llm_jax.scaling.curves import METHODS, Curve, curve_of
 from llm_jax.scaling.forecast import Outcome, fitted_flops
-from llm_jax.scaling.isoflop import IsoflopFit
+from llm_jax.scaling.isoflop import FORMULAS, IsoflopFit
 from llm_jax.scaling.rates import RateCheck
 from llm_jax.scaling.results import Estimate, Fit
 
@@ -57,7 +57,7 @@ class Report:
     @property
     def rate_doubts(self) -> list[str]:
         """What the rate checks object to; the exponents are marked with it."""
-        return [str(check) for check in self.rates if check.better]
+        return [str(check) for check in self.rates if check.doubtful]
 
     @property
     def all_warnings(self) -> list[str]:
@@ -259,7 +259,7 @@ def fit_tables(report: Report) -> Iterator[tuple[str, Table, str]]:
             note = f"{len(fit.residuals)} runs, residuals {rms:.2%} rms; N_opt ∝ C^a, D_opt ∝ C^b."
         else:
             heading, note = (
-                "Approach 2: N_opt = k_N C^a, D_opt = k_D C^b",
+                f"Approach 2: {FORMULAS}",
                 f"{METHODS[fit.conventions['method']]}.",
             )
         yield heading, Table(header, rows), note
@@ -288,7 +288,7 @@ def tables(report: Report) -> Iterator[tuple[str, Table]]:
                 style.short(c.D),
                 *(_digits(np.mean(c.losses[m])) for m in multiples),
                 f"{c.spread:.4f}",
-                "rate not optimal" if c.better else "rate confirmed",
+                "rate not optimal" if c.doubtful else "rate confirmed",
             ]
             for c in report.rates
         ]

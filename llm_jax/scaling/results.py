@@ -90,6 +90,26 @@ class Fit:
         best, draws = at(self.theta[None]), at(self.draws)
         return Optimum(*(self._estimate(b[0], d) for b, d in zip(best, draws, strict=True)))
 
+    def extrapolate(self, N: float, D: float, C: float) -> tuple[float, np.ndarray]:
+        """ln of the loss of one run, and its draws [S]."""
+        everything = {"N": np.log([N]), "D": np.log([D]), "C": np.log([C])}
+        x = {name: everything[name] for name in self.law.inputs}
+        return float(self.law.log_loss(self.theta[None], x)[0, 0]), self.law.log_loss(self.draws, x)[:, 0]
+
+    @property
+    def formula(self) -> str:
+        return self.law.formula
+
+    @property
+    def freedom(self) -> int:
+        """Runs beyond those that the parameters spend."""
+        return len(self.residuals) - self.free
+
+    @property
+    def noise(self) -> float:
+        """Standard deviation of ln loss of one run, from the residuals (nan if there is no freedom)."""
+        return float(np.sqrt(np.sum(self.residuals**2) / self.freedom)) if self.freedom > 0 else float("nan")
+
     def to_json(self) -> dict[str, Any]:
         """Every number of the fit as JSON values (NaN becomes null)."""
         return plain(

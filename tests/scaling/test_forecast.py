@@ -11,6 +11,7 @@ import synthetic_sweep as sweep
 from llm_jax.config import UserError
 from llm_jax.scaling import forecast
 from llm_jax.scaling.fits import fit
+from llm_jax.scaling.isoflop import fit_isoflop
 
 
 def fitted(table, **options):
@@ -121,7 +122,38 @@ def test_the_hash_of_the_points_knows_neither_their_order_nor_diverged_runs(tabl
 
 
 def test_a_fit_without_refits_or_residuals_makes_no_forecast(table):
-    with pytest.raises(UserError, match="0 refits and 18 runs for 5 parameters"):
+    with pytest.raises(UserError, match="0 refits and 18 runs"):
         forecast.make(fitted(table, bootstrap=0), 1e6, 1e8)
-    with pytest.raises(UserError, match="5 runs for 5 parameters"):
+    with pytest.raises(UserError, match="refits and 5 runs"):
         forecast.make(fitted(table.iloc[:18:4].assign(role="grid")), 1e6, 1e8)
+
+
+def test_a_law_through_the_minima_forecasts_the_frontier_and_passes_its_back_test(table):
+    grid = table[table["role"] == "grid"]
+    minima = fit_isoflop(grid, bootstrap=200)
+    budget = 4 * grid["C"].max()
+    N = sweep.true_optimum(budget)
+    made = forecast.make(minima, N, budget / (6 * N), budget)
+    # A power law without an asymptote comes out a little low.
+    assert 0.97 < made.loss / sweep.loss(N, budget / (6 * N)) < 1.0
+    assert made.intervals[0.95][0] < made.loss < made.intervals[0.95][1]
+    assert forecast.backtest(lambda points: fit_isoflop(points, bootstrap=0), grid) < 0.02
+
+
+def test_the_back_test_sees_the_smaller_budgets_only_and_a_wrong_law_fails_it(table):
+    grid = table[table["role"] == "grid"]
+    seen = []
+
+    def right(points):
+        seen.append(points["budget_flops"].max())
+        return fitted(points, bootstrap=0)
+
+    good = forecast.backtest(right, grid)
+    assert seen == [sorted(grid["budget_flops"].unique())[-2]]
+    assert good < 0.01
+    assert forecast.backtest(lambda points: fitted(points, bootstrap=0, fixed={"E": 2.9}), grid) > 5 * good
+
+    def impossible(points):
+        raise UserError("no fit")
+
+    assert forecast.backtest(impossible, grid) == np.inf

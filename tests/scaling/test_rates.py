@@ -46,6 +46,14 @@ def test_a_rate_that_diverges_is_no_better_and_does_not_blur_the_spread():
     assert check(runs).spread == pytest.approx(0.02 / np.sqrt(2))
 
 
+def test_a_rule_whose_own_runs_diverged_is_not_confirmed():
+    runs = table({0.5: (2.1, 2.12), 1.0: (2.0, 2.02), 2.0: (2.2, 2.2)})
+    runs.loc[(runs["learning_rate"] == 0.01) & (runs["seed"] == 1), "status"] = "diverged"
+    found = check(runs)
+    assert found.doubtful
+    assert str(found).startswith("rate not optimal at N=1,000 (runs at the rule's own rate diverged)")
+
+
 def test_every_model_with_all_multiples_is_checked_and_others_are_not():
     full = {0.5: (2.1, 2.1), 1.0: (2.0, 2.0), 2.0: (2.2, 2.2)}
     runs = pd.concat([table(full, N=1000), table(full, N=9000), table({1.0: (2.0, 2.0)}, N=5000)])

@@ -1,0 +1,46 @@
+"""Every experiment file: its scales are valid, and what it asks for is pinned, so that no result is orphaned.
+
+If a change here is meant, write the golden files anew: UPDATE_GOLDEN=1 pytest tests/test_experiments.py
+"""
+
+import json
+import os
+
+import pytest
+from conftest import ROOT
+
+from llm_jax import config
+
+EXPERIMENTS = sorted((ROOT / "experiments").glob("*.py"))
+
+
+@pytest.fixture(params=EXPERIMENTS, ids=lambda path: path.stem)
+def experiment(request):
+    return config.load_experiment(str(request.param))[0]
+
+
+def test_every_scale_is_a_valid_run_that_json_keeps(experiment):
+    assert "smoke" in experiment.SCALES
+    for scale in experiment.SCALES:
+        run = experiment.get_config(scale)
+        config.check(run)
+        assert config.from_json(type(run), json.loads(json.dumps(config.to_json(run)))) == run
+
+
+def test_what_every_experiment_asks_for_is_pinned(experiment):
+    path = ROOT / "tests" / "golden" / f"{experiment.__name__}.json"
+    base = experiment.get_config("smoke")
+    runs = [base, *(experiment.sweep(base) if hasattr(experiment, "sweep") else [])]
+    runs += experiment.holdout(base) if hasattr(experiment, "holdout") else []
+    asked = {run.identity(content=False): config.scientific(run, content=False) for run in runs}
+    asked = json.loads(json.dumps(asked))
+    if os.environ.get("UPDATE_GOLDEN"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(asked, indent=1, sort_keys=True) + "\n")
+    assert json.loads(path.read_text()) == asked
+
+
+def test_the_docstring_asks_the_question_and_gives_the_command(experiment):
+    first = experiment.__doc__.splitlines()[0]
+    assert first.endswith("?")
+    assert f"experiments/{experiment.__name__}.py:smoke" in experiment.__doc__
