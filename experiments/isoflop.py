@@ -46,7 +46,7 @@ class Isoflop(Sweep, kind="isoflop"):
 
     budgets_flops: tuple[float, ...] = (1.5e10, 3e10, 6e10, 1.2e11)
     holdout_flops: float = 5e11
-    shapes: tuple[tuple[int, int], ...] = tuple((w, 2) for w in (6, 8, 10, 12, 16, 20, 24, 28, 32, 40, 48))
+    shapes: tuple[tuple[int, int], ...] = tuple((w, 2) for w in (8, 10, 12, 16, 20, 24, 28, 32, 40, 48))
     sizes: int = 5
     span: float = 3.0
     tokens_per_parameter: float = 75.0
