@@ -93,7 +93,7 @@ class Layout:
 
     unroll: bool | None = None
     remat: Literal["none", "full", "dots"] = "none"
-    attention: Literal["auto", "reference", "chunked", "cudnn", "splash"] = "auto"
+    attention: Literal["auto", "reference", "chunked", "cudnn"] = "auto"
 
 
 DEFAULT_LAYOUT = Layout()
