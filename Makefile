@@ -3,6 +3,7 @@
 EXTRAS ?= dev
 JOBS ?= 2
 SCALE ?= quickstart
+TESTS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,7 +15,8 @@ STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 
 help:  ## what there is
 	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## /  make \1\t/'
-	@echo '  EXTRAS=gpu,dev installs other extras of pyproject.toml, SCALE=cpu picks another scale of the sweep.'
+	@echo '  EXTRAS=gpu,dev installs other extras of pyproject.toml, SCALE=cpu picks another scale of the sweep,'
+	@echo '  TESTS=tests/data (or any options of pytest) some of the tests.'
 
 setup: $(STAMP)  ## .venv with the package and its dependencies
 
@@ -22,7 +24,7 @@ quickstart: $(STAMP)  ## a scaling sweep on real text, the law it shows, and the
 	$(BIN)/python -m launch.local --config=experiments/isoflop.py:$(SCALE)
 
 test: $(STAMP)  ## the test suite
-	$(BIN)/python -m pytest -n $(JOBS) --dist=worksteal
+	$(BIN)/python -m pytest -n $(JOBS) --dist=worksteal $(TESTS)
 
 smoke: $(STAMP)  ## every experiment at its smoke scale, anew
 	@rm -rf .cache/smoke

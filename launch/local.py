@@ -4,7 +4,8 @@
     python -m launch.local --config=experiments/isoflop.py --config.optimizer.learning_rate=3e-3 --dry_run
 
 The same command again continues: what is complete is skipped. Exit code 0: all runs are complete; 1: some
-failed, as the last lines say; 2: something the user has to put right, said in one line; 130: stopped.
+failed, or there is no forecast or report, for the reasons printed; 2: something the user has to put right,
+said in one line; 130: stopped.
 """
 
 import shlex
@@ -62,7 +63,8 @@ def launch(experiment: Chosen, folder: Path) -> int:
     if flags.FLAGS.dry_run:
         return 0
     file = Path(experiment.module.__file__)
-    return order.carry_out(plan, lambda runs: Pool(runs, file, shares(flags.FLAGS.workers, len(runs))).run())
+    workers = flags.FLAGS.workers
+    return order.carry_out(plan, lambda runs, planned: Pool(runs, file, shares(workers, planned)).run())
 
 
 # ---- how long it will take ----
@@ -73,7 +75,7 @@ def expected_time(plan: Plan) -> str:
     missing = [run for run in plan.runs if not run.complete]
     if not missing:
         return "all of it is complete"
-    workers = len(shares(flags.FLAGS.workers, len(missing)))
+    workers = min(len(missing), len(shares(flags.FLAGS.workers, len(plan.sweep))))
     flops = sum(run.flops for run in missing)
     if done := [run for run in plan.runs if run.status == "done"]:
         seconds = sum(records.load_run(run.folder)["result"]["wall_seconds"] for run in done)

@@ -24,8 +24,9 @@ from llm_jax import config, records
 from llm_jax.config import Chosen, UserError
 from llm_jax.scaling import forecast
 
-# Trains runs until each is complete or has failed, and returns the reasons of those that failed.
-Engine = Callable[[Sequence[Planned]], Mapping[Planned, str]]
+# engine(missing, planned): trains the missing of the `planned` runs of a stage until each is complete or has
+# failed, and returns the reasons of those that failed.
+Engine = Callable[[Sequence[Planned], int], Mapping[Planned, str]]
 
 
 def check(experiment: Chosen) -> None:
@@ -38,30 +39,51 @@ def check(experiment: Chosen) -> None:
 
 
 def carry_out(plan: Plan, engine: Engine) -> int:
-    """All that follows the plan; returns the exit code: 0, or 1 if runs failed."""
-    experiment, module = plan.experiment, plan.experiment.module
+    """All that follows the plan; returns the exit code: 1 if a run, the forecast or the report failed, or 0."""
+    module = plan.experiment.module
     plan.write()
     failures = train_missing(plan.sweep, engine)
-    forecasts = {}
+    forecasts, unable = {}, []
     if plan.holdout and failures:
         print("the hold-out waits: a forecast is made once, from a whole sweep")
     elif plan.holdout:
-        table = plan.table(plan.sweep)
-        for item in plan.holdout:
-            made = module.forecast(experiment.config, table, item.run)
-            forecasts[item.identity] = forecast.write(made, item.folder / "forecast.json", item.folder)
-        failures |= train_missing(plan.holdout, engine)
+        try:
+            forecasts = write_forecasts(plan)
+        except UserError as error:
+            unable = [f"forecast: {error}; the hold-out waits"]
+        else:
+            failures |= train_missing(plan.holdout, engine)
+    for line in [*troubles(plan, failures), *unable]:
+        print(line, flush=True)
     if hasattr(module, "report"):
-        result = module.report(experiment.config, plan.folder, plan.table(plan.runs), forecasts)
-        write_result(plan.folder, plan.experiment, result or {})
-    for run, reason in failures.items():
-        print(f"failed: {run.label}: {reason}")
-    return 1 if failures else 0
+        try:
+            result = module.report(plan.experiment.config, plan.folder, plan.table(plan.runs), forecasts)
+            write_result(plan.folder, plan.experiment, result or {})
+        except UserError as error:
+            print(f"report: {error}")
+            return 1
+    return 1 if failures or unable else 0
+
+
+def write_forecasts(plan: Plan) -> dict[str, forecast.Forecast]:
+    """Makes the forecast of every hold-out run, or finds it on disk; by the runs' identities."""
+    table, forecasts = plan.table(plan.sweep), {}
+    for item in plan.holdout:
+        made = plan.experiment.module.forecast(plan.experiment.config, table, item.run)
+        forecasts[item.identity] = forecast.write(made, item.folder / "forecast.json", item.folder)
+    return forecasts
+
+
+def troubles(plan: Plan, failures: Mapping[Planned, str]) -> list[str]:
+    """A line for each run that failed, and for each hold-out that diverged."""
+    lines = [f"failed: {item.label}: {reason}" for item, reason in failures.items()]
+    diverged = [item.label for item in plan.holdout if item.status == "diverged"]
+    return lines + [f"diverged: {label}: its forecast can't be checked" for label in diverged]
 
 
 def train_missing(runs: Sequence[Planned], engine: Engine) -> dict[Planned, str]:
     missing = [run for run in runs if not run.complete]
-    return dict(engine(missing)) if missing else {}
+    return dict(engine(missing, len(runs))) if missing else {}
 
 
 def measure(experiment: Chosen, folder: Path) -> int:

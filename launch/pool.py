@@ -1,6 +1,6 @@
 """A pool of worker processes on this machine: runs in, failures out, whatever happens to a worker.
 
-    failures = Pool(runs, experiment, shares(2, len(runs))).run()
+    failures = Pool(missing, experiment, shares(workers=2, planned=len(runs))).run()
 
 The biggest runs come first, so that the last ones to end are short. A worker that dies is replaced, and its
 run goes on from its checkpoint. Two pools may work on the same runs: each run belongs to the process that
@@ -22,8 +22,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from launch.sweep import LOG, Planned
 from llm_jax.config import UserError
 from llm_jax.progress import Status, Sweep
@@ -42,16 +40,19 @@ class Share:
     environment: tuple[tuple[str, str], ...] = ()
 
 
-def shares(workers: int | None, runs: int) -> list[Share]:
-    """The machine divided among `workers` processes (None: as many as suit it), but no more than `runs`.
+def shares(workers: int | None, planned: int) -> list[Share]:
+    """The machine divided among `workers` processes (None: as many as suit it), but no more than `planned`.
 
-    Without GPUs each has cores of its own: small models leave a second core idle half the time, and threads
-    that share cores spend 4 to 10% more on the same tokens. With GPUs, workers take turns at them and divide
-    their memory.
+    planned: the runs of a plan's stage, complete ones included. On CPUs a result depends, in its last bits,
+    on how many cores its process has, so that number must not change as a sweep gets on.
+
+    Without GPUs each has cores of its own, all as many: small models leave a second core idle half the time,
+    and threads that share cores spend 4 to 10% more on the same tokens. With GPUs, workers take turns at
+    them and divide their memory.
     """
     devices = gpus()
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    count = max(1, min(workers or len(devices) or min(len(cores), MOST_WORKERS), runs))
+    count = max(1, min(workers or len(devices) or min(len(cores), MOST_WORKERS), planned))
     if devices:
         if count == 1 and workers == 1:
             return [Share()]
@@ -62,7 +63,8 @@ def shares(workers: int | None, runs: int) -> list[Share]:
         ]
     if count == 1 or count > len(cores):
         return [Share()] * count
-    return [Share(frozenset(map(int, part))) for part in np.array_split(cores, count)]
+    size = len(cores) // count
+    return [Share(frozenset(cores[n * size : (n + 1) * size])) for n in range(count)]
 
 
 def gpus() -> list[str]:
@@ -145,7 +147,7 @@ def inheriting(cores: frozenset[int] | None) -> Iterator[None]:
 
 
 class Pool:
-    """Runs `runs`, one worker process for each share."""
+    """Runs `runs`, at most one worker process for each share."""
 
     def __init__(self, runs: Sequence[Planned], experiment: Path, shares: Sequence[Share]) -> None:
         self._waiting = collections.deque(sorted(runs, key=lambda run: -run.flops))
@@ -155,6 +157,8 @@ class Pool:
         self._tries: collections.Counter[Planned] = collections.Counter()
         self._stillborn = 0
         self._failures: dict[Planned, str] = {}
+        self._refusals: list[str] = []  # those among the failures that are UserErrors
+        self._count = len(runs)
         self._looked = time.monotonic()
         self._selector = selectors.DefaultSelector()
         self._display = Sweep({run.label: run.flops for run in runs})
@@ -162,8 +166,9 @@ class Pool:
     def run(self) -> dict[Planned, str]:
         """Blocks until every run is complete or has failed; returns the reasons of those that failed.
 
-        Raises UserError as soon as a run does. However it ends, no worker is left, and runs in flight have
-        saved their state.
+        Raises UserError as soon as a run is refused that never began (its configuration is wrong), or at the
+        end if all were refused for one and the same reason; damage in the folder of a run is a failure of
+        that run. However it ends, no worker is left, and runs in flight have saved their state.
         """
         try:
             while self._waiting or self._elsewhere or any(worker.run for worker in self._workers):
@@ -171,6 +176,8 @@ class Pool:
                 self._occupy()
                 for key, _ in self._selector.select(timeout=SECONDS_BETWEEN_LOOKS):
                     self._listen(key.data)
+            if len(self._refusals) == self._count and len(set(self._refusals)) == 1:
+                raise UserError(self._refusals[0])
             return self._failures
         except KeyboardInterrupt:
             self._display.say("stopping: runs in flight save their state (Ctrl-C again: they don't)")
@@ -250,13 +257,17 @@ class Pool:
             self._bury(worker)
 
     def _refused(self, worker: Worker, reason: str) -> None:
-        """Raises a run's UserError, unless all that is wrong is that another launcher was faster."""
+        """A run's UserError: another launcher was faster, or its folder is damaged, or the sweep is wrong."""
         worker.process.wait()  # so that what the run's folder says isn't about this worker
         run = worker.run
-        if run.status != "running" and not run.complete:
+        if run.status == "running" or run.complete:
+            self._leave(run)
+        elif run.begun:
+            self._refusals.append(reason)
+            self._fail(run, reason)
+        else:
             run.clear()
             raise UserError(reason)
-        self._leave(run)
 
     def _bury(self, worker: Worker) -> None:
         """A worker has ended; if it still had a run, that waits again, or has failed."""

@@ -52,6 +52,7 @@ def attempt(task: dict[str, Any], say: Say) -> bool:
         write = lambda status: say(kind="progress", status=status)  # noqa: E731
         result = train(run, folder, progress=Progress(run.steps, task["label"], write))
     except UserError as error:
+        print(f"error: {error}", flush=True)
         say(kind="refused", message=str(error))
         return False
     except Exception as error:

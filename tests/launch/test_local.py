@@ -97,7 +97,7 @@ def test_a_forecast_is_on_disk_before_its_hold_out_begins(bits, tmp_path):
             1, run.tokens, 1, 0.1, {0.9: (0.0, 1.0)}, 0.1, "a guess", {"formula": "L"}, 1, "", 1, ""
         )
 
-    def engine(runs):
+    def engine(runs, planned):
         for item in runs:
             trained_runs.append((item.run.tokens, (item.folder / "forecast.json").exists()))
             train(item.run, item.folder)
@@ -121,7 +121,7 @@ def test_a_hold_out_waits_for_the_whole_sweep(bits, tmp_path):
     larger = dataclasses.replace(run, tokens=2 * run.tokens)
     asked = []
 
-    def engine(runs):
+    def engine(runs, planned):
         asked.extend(runs)
         return {item: "it broke" for item in runs}
 
@@ -148,17 +148,64 @@ def test_an_experiment_that_lacks_a_part_is_refused(tmp_path, text, message):
         order.check(Chosen(module, scale, None, ()))
 
 
-def test_each_of_several_workers_has_cores_of_its_own(monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {2, 3, 5, 7})
+@pytest.mark.parametrize("holdout", [[], [(1,)]], ids=["alone", "with a forecast that fails"])
+def test_failures_are_said_before_a_report_that_fails_too(bits, tmp_path, capsys, holdout):
+    run = bits.get_config("small")
+
+    def unable(*_):
+        raise UserError("too few runs for a law")
+
+    def engine(runs, planned):
+        return {} if holdout else {item: "it broke" for item in runs}
+
+    parts = {"report": unable}
+    if holdout:
+        parts |= {"holdout": lambda base: [dataclasses.replace(run, seed=1)], "forecast": unable}
+    assert order.carry_out(plan_of(tmp_path, run, **parts), engine) == 1
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1].startswith("report: ")
+    assert re.match("forecast: .*; the hold-out waits" if holdout else "failed: .*: it broke", said[-2])
+
+
+def test_a_hold_out_that_diverged_is_said(bits, tmp_path, capsys, monkeypatch):
+    run = bits.get_config("small")
+    larger = dataclasses.replace(run, seed=1, name="larger")
+    monkeypatch.setattr(order, "write_forecasts", lambda plan: {})
+    monkeypatch.setattr(sweep.Planned, "status", "diverged")
+    plan = plan_of(tmp_path, run, holdout=lambda base: [larger], forecast=None)
+    assert order.carry_out(plan, engine=None) == 0
+    assert capsys.readouterr().out == "diverged: larger: its forecast can't be checked\n"
+
+
+def test_each_of_several_workers_has_cores_of_its_own_and_all_have_as_many(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {2, 3, 5, 7, 8})
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    assert [set(share.cores) for share in shares(2, runs=9)] == [{2, 3}, {5, 7}]
-    assert [share.cores for share in shares(2, runs=1)] == [None]
+    assert [set(share.cores) for share in shares(2, planned=9)] == [{2, 3}, {5, 7}]
+    assert [share.cores for share in shares(2, planned=1)] == [None]
+
+
+def test_cores_do_not_depend_on_how_many_runs_are_missing(bits, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3})
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    run, got = bits.get_config("small"), []
+    plan = plan_of(tmp_path, *(dataclasses.replace(run, seed=seed) for seed in range(5)))
+
+    def engine(runs, planned):
+        got.append((len(runs), shares(None, planned)))
+        return {}
+
+    order.carry_out(plan, engine)
+    complete = plan.sweep[:4]
+    monkeypatch.setattr(sweep.Planned, "complete", property(lambda item: item in complete))
+    order.carry_out(plan, engine)
+    assert [missing for missing, _ in got] == [5, 1]
+    assert got[0][1] == got[1][1] == [Share(frozenset({core})) for core in range(4)]
 
 
 def test_workers_take_turns_at_gpus_and_divide_their_memory(monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cuda")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,3")
-    environments = [dict(share.environment) for share in shares(4, runs=9)]
+    environments = [dict(share.environment) for share in shares(4, planned=9)]
     assert [each["CUDA_VISIBLE_DEVICES"] for each in environments] == ["0", "3", "0", "3"]
     assert {each["XLA_PYTHON_CLIENT_MEM_FRACTION"] for each in environments} == {"0.450"}
 
@@ -248,6 +295,23 @@ def test_runs_that_fail_are_recorded_and_the_sweep_goes_on(bits, tmp_path):
     assert "these bits are broken" in (plan.runs[0].folder / sweep.LOG).read_text()
     assert json.loads((plan.runs[1].folder / sweep.FAILURE).read_text())["reason"] == failures["kill"]
     assert len(records.starts(plan.runs[1].folder)) == 3
+
+
+def test_a_damaged_folder_is_a_failure_of_its_run_alone(bits, tmp_path):
+    run = bits.get_config("small")
+    plan = plan_of(tmp_path, changed(run, trouble="user"), run)  # refused after its record has begun
+    failures = trained(plan)
+    assert failures == {plan.runs[0]: "these bits are not for you"}
+    assert [item.status for item in plan.runs] == ["failed", "done"]
+    assert "these bits are not for you" in (plan.runs[0].folder / sweep.LOG).read_text()
+
+
+def test_a_refusal_of_all_that_is_left_is_one_user_error(bits, tmp_path):
+    run = changed(bits.get_config("small"), trouble="user")
+    plan = plan_of(tmp_path, run, dataclasses.replace(run, seed=1))
+    with pytest.raises(UserError, match=r"^these bits are not for you$"):
+        trained(plan)
+    assert [item.status for item in plan.runs] == ["failed", "failed"]
 
 
 def test_two_launchers_share_a_sweep_and_no_run_is_done_twice(bits, tmp_path):
