@@ -46,11 +46,11 @@ class Isoflop(Sweep, kind="isoflop"):
 
     budgets_flops: tuple[float, ...] = (1.5e10, 3e10, 6e10, 1.2e11)
     holdout_flops: float = 5e11
-    shapes: tuple[tuple[int, int], ...] = tuple((w, 2) for w in (8, 10, 12, 16, 20, 24, 28, 32, 40, 48))
-    sizes: int = 5
+    shapes: tuple[tuple[int, int], ...] = tuple((w, 2) for w in (*range(8, 21, 2), *range(24, 49, 4)))
+    sizes: int = 7
     span: float = 3.0
     tokens_per_parameter: float = 75.0
-    rate_exponent: float = -0.5
+    rate_exponent: float = -0.7
     rate_seeds: int = 2
     minimum_steps: int = 100
     bootstrap: int = 1000
@@ -76,6 +76,7 @@ SCALES = {
         budgets_flops=(1e9, 2e9),
         holdout_flops=9e9,
         shapes=ladder((4, 6, 8, 10, 12, 16, 20), 1),
+        sizes=5,
         minimum_steps=20,
         bootstrap=200,
     ),
@@ -84,21 +85,18 @@ SCALES = {
         budgets_flops=(2e11, 4e11, 8e11, 1.6e12),
         holdout_flops=1.7e13,
         shapes=ladder((20, 24, 32, 40, 48, 56), 2) + ladder((64, 80, 96, 112, 128), 3),
-        sizes=7,
         bootstrap=4000,
     ),
     "gpu": Isoflop(
         budgets_flops=(8e12, 1.6e13, 3.2e13, 6.4e13, 1.2e14),
         holdout_flops=1.25e15,
         shapes=ladder((48, 64, 80), 3) + ladder((96, 112, 128, 160), 4) + ladder((192, 224, 256, 320), 5),
-        sizes=7,
         bootstrap=4000,
     ),
     "full": Isoflop(
         budgets_flops=(1e17, 3e17, 1e18, 3e18),
         holdout_flops=9e19,
         shapes=ladder((256, 320, 384, 448, 512), 8) + ladder((640, 768, 896, 1024, 1280, 1536), 12),
-        sizes=7,
         tokens_per_parameter=20.0,
         bootstrap=4000,
     ),
