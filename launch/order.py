@@ -39,7 +39,7 @@ def check(experiment: Chosen) -> None:
 
 
 def carry_out(plan: Plan, engine: Engine) -> int:
-    """All that follows the plan; the exit code: 0, or 1 if a run, its forecast or the report failed."""
+    """All that follows the plan; the exit code is 1 if a run, its forecast or the report failed, else 0."""
     module = plan.experiment.module
     plan.write()
     failures = train_missing(plan.sweep, engine)
