@@ -1,8 +1,10 @@
 """The house's rule: a room imports what stands below it, never upwards."""
 
 import ast
+import pathlib
 
-from conftest import ROOT
+ROOT = pathlib.Path(__file__).parent.parent
+
 
 ROWS = [
     ["config"],

@@ -1,14 +1,16 @@
 """CONTRIBUTING.md's recipes, walked as they stand there."""
 
+import pathlib
 import re
 
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT
 
 from llm_jax import config
 from llm_jax.train import train
+
+ROOT = pathlib.Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")

@@ -5,11 +5,13 @@ If a change here is meant, write the golden files anew: UPDATE_GOLDEN=1 pytest t
 
 import json
 import os
+import pathlib
 
 import pytest
-from conftest import ROOT
 
 from llm_jax import config
+
+ROOT = pathlib.Path(__file__).parent.parent
 
 EXPERIMENTS = sorted((ROOT / "experiments").glob("*.py"))
 
