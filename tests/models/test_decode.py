@@ -13,7 +13,7 @@ from llm_jax.models import Layout
 from llm_jax.models.positions import Learned, NoPositions, Sinusoidal
 from llm_jax.models.transformer import LayerNorm, Transformer
 
-TINY = Transformer(layers=2, width=16, heads=4, kv_heads=2, vocabulary=31)
+TINY = Transformer(layers=1, width=16, heads=4, kv_heads=2, vocabulary=31)
 T = 14
 TOKENS = jax.random.randint(jax.random.key(1), (3, T), 0, TINY.vocabulary)
 VARIANTS = {

@@ -15,7 +15,7 @@ from llm_jax.models.positions import Learned, NoPositions, Rotary, Sinusoidal
 from llm_jax.models.transformer import LayerNorm, Transformer
 from llm_jax.sharding import MeshConfig, batch_sharding, make_mesh
 
-TINY = Transformer(layers=2, width=16, heads=4, vocabulary=31)
+TINY = Transformer(layers=1, width=16, heads=4, vocabulary=31)
 OPTIONS = {
     "learned positions": {"positions": Learned(12)},
     "sinusoidal positions": {"positions": Sinusoidal()},
@@ -110,8 +110,8 @@ def test_the_gradient_with_respect_to_a_future_position_is_zero():
 
 
 def test_a_window_reaches_as_far_as_layers_carry_it_and_no_further():
-    reach = TINY.layers * (3 - 1)
-    assert seen_from(9, windows=(3,)) == [False] * (9 - reach) + [True] * (reach + 1) + [False] * 2
+    reach = 2 * (3 - 1)
+    assert seen_from(9, layers=2, windows=(3,)) == [False] * (9 - reach) + [True] * (reach + 1) + [False] * 2
 
 
 @pytest.mark.parametrize("fields", OPTIONS.values(), ids=OPTIONS)
@@ -193,19 +193,19 @@ def test_chunks_of_tokens_unembed_to_the_same_logits_from_the_subtree_alone():
 
 
 def test_dropout_follows_its_key_and_is_off_without_one():
-    model, params = build(dropout=0.5)
-    still, _ = build()
+    model, params = build(dropout=0.5, layers=2)
+    still, _ = build(layers=2)
     logits = logits_of(model)
     np.testing.assert_array_equal(logits(params, BATCH), logits_of(still)(params, BATCH))
     first, again, other = (logits(params, BATCH, jax.random.key(seed)) for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     assert np.abs(first - other).max() > 1e-2
-    scanned, _ = build(Layout(unroll=False), dropout=0.5)
+    scanned, _ = build(Layout(unroll=False), dropout=0.5, layers=2)
     np.testing.assert_allclose(logits_of(scanned)(params, BATCH, jax.random.key(0)), first, atol=1e-5)
 
 
 def test_eight_devices_compute_what_one_computes():
-    model, params = build(vocabulary=32)
+    model, params = build(vocabulary=32, kv_heads=2, tied=False, layers=2)
     batch = jax.tree.map(lambda x: jnp.tile(x, (2, 1)), BATCH)
     expected = loss_of(model)(params, batch)
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
