@@ -7,8 +7,8 @@ Models of several sizes are trained at each of a few compute budgets (Hoffmann e
     python -m launch.local --config=experiments/isoflop.py:cpu --workers=2
     python -m launch.local --config=experiments/isoflop.py:smoke --workers=2
 
-Cost: smoke half a minute, quickstart 6 minutes, cpu 2 hours (not run), each on 2 CPU cores; gpu 25 minutes on
-one H100 (not run); full some days on a pod, with a corpus of yours (not run). The times not run are estimates.
+Cost: smoke half a minute, quickstart 6 minutes, cpu 2 hours (not run), each on 2 CPU cores; gpu 25 minutes
+on one H100 (not run); full some days on a pod, on a corpus of yours (not run). What was not run is estimated.
 
 Result (quickstart, 2026-11-22): N_opt ~ C^0.38 (90% interval 0.23 to 0.49, Approach 2); the forecast for 4.2
 times the largest budget was 1.726 nats/token (1.629 to 1.818), the hold-out reached 1.688.
