@@ -108,12 +108,13 @@ SCALES = {
     ),
 }
 
+SMALL = Text(Python(), sequence_length=128, batch_size=4, held_out_bytes=2**18)
 DATA = {
+    "smoke": dataclasses.replace(SMALL, held_out_bytes=2**15),
     "gpu": Text(Python(packages=True), sequence_length=256, batch_size=32),
     # Name a corpus of some 20 billion tokens: --config.data.corpus=FOLDER.
     "full": Text(tokenizer=SentencePiece(vocabulary=32768), sequence_length=1024, batch_size=256),
 }
-SMALL = Text(Python(), sequence_length=128, batch_size=4, held_out_bytes=2**18)
 
 
 def get_config(scale: str) -> Run:
