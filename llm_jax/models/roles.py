@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from llm_jax.models import Params, Role
+from llm_jax.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +87,8 @@ def draw(key: jax.Array, shapes: Params, layers: int) -> Params:
     random = [
         leaf.size for (_, leaf), row in zip(flat, rows, strict=True) if row.init not in ("zeros", "ones")
     ]
-    stream, start, leaves = jax.random.normal(key, (sum(random),)), 0, []
+    # Whole on every device: cutting a spread stream would move it about.
+    stream, start, leaves = constrain(jax.random.normal(key, (sum(random),)), None), 0, []
     for (_, leaf), row in zip(flat, rows, strict=True):
         if row.init in ("zeros", "ones"):
             leaves.append(jnp.full(leaf.shape, float(row.init == "ones")))
