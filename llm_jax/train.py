@@ -32,8 +32,9 @@ from llm_jax.progress import Progress
 from llm_jax.records import Record, environment, load_run, metrics
 from llm_jax.run import SCHEMA, Run
 
-# A training loss of so many times the first one, or a held-out loss above the first, counts as divergence.
-DIVERGED = 3.0
+# What counts as divergence: a training loss of so many times the first one, and a held-out loss of so many
+# times that of guessing evenly.
+DIVERGED, WORSE_THAN_GUESSING = 3.0, 1.5
 
 # Called with (steps done, parameters to evaluate) at every evaluation; what it returns is logged.
 Hook = Callable[[int, Params], dict[str, float]]
@@ -161,7 +162,9 @@ def train(run: Run, folder: str | Path, hooks: Sequence[Hook] = (), progress: An
             checkpoints.save(steps, state, wait=True)
         checkpoints.close()
         scores = evaluate(steps) if status == "done" else {}
-        if not all(map(math.isfinite, scores.values())) or scores.get("loss", -math.inf) > first_loss:
+        guessing = math.log(max(run.data.vocabulary, 2))
+        broken = scores.get("loss", 0.0) > WORSE_THAN_GUESSING * guessing
+        if broken or not all(map(math.isfinite, scores.values())):
             status, scores = "diverged", {}
         logged = metrics(folder).set_index("step")
         speed = stopwatch.tokens_per_second or float(logged["tokens_per_second"].iloc[-1])

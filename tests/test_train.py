@@ -15,6 +15,7 @@ import pytest
 from llm_jax import config, optimizers, records
 from llm_jax.config import UserError
 from llm_jax.models import Term
+from llm_jax.models.transformer import LayerNorm
 from llm_jax.step import State, accumulate, make_init, make_step
 from llm_jax.train import train
 
@@ -141,7 +142,8 @@ def test_a_run_whose_loss_grows_without_overflowing_has_diverged_too(tiny_run, t
 
 
 def test_weights_that_the_last_step_breaks_are_noticed(tiny_run, tmp_path):
-    run = changed(tiny_run, optimizer__learning_rate=1e30, tokens=8 * 32, execution__mesh__data=1)
+    run = changed(tiny_run, optimizer__learning_rate=3e38, model__norm=LayerNorm(), tokens=8 * 32)
+    run = changed(run, execution__mesh__data=1)
     result = train(run, tmp_path / "run")
     assert result["steps"] == 1 and np.isfinite(losses(tmp_path / "run")).all()
     assert result["status"] == "diverged"
