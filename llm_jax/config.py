@@ -22,6 +22,7 @@ import hashlib
 import importlib.util
 import itertools
 import json
+import math
 import pathlib
 import sys
 import types
@@ -29,7 +30,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
-from absl import app, flags
+from absl import app, flags, logging
 
 
 class UserError(ValueError):
@@ -262,6 +263,7 @@ def run_main(main: Callable[[], int | None]) -> None:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
             sys.exit(2)
 
+    logging.set_verbosity(logging.WARNING)  # JAX tells of every kind of device that it did not find
     app.run(lambda _: guarded(main), flags_parser=functools.partial(guarded, parse_flags))
 
 
@@ -355,7 +357,7 @@ def _parse(annotation: Any, text: str, path: str) -> Any:
             return text.lower() in ("true", "1")
         if option in (int, float):
             number = _number(text)
-            if number is not None and (option is float or number == int(number)):
+            if number is not None and (option is float or (math.isfinite(number) and number == int(number))):
                 return option(number)
         if typing.get_origin(option) is Literal:
             for choice in typing.get_args(option):

@@ -51,7 +51,8 @@ class Progress:
         self._start: tuple[float, int] | None = None
         self._last = -math.inf
         self._status = Status(label, 0, total_steps)
-        self._send()
+        if write is not None:
+            self._send()
 
     def update(self, step: int, loss: float, tokens_per_second: float) -> None:
         """Says that `step` steps are done (those before a restart count); `loss` is the last one's."""
@@ -65,8 +66,9 @@ class Progress:
             self._send()
 
     def close(self) -> None:
-        """Sends the last status and leaves the bar as it is."""
-        self._send()
+        """Sends the last status, if there was any, and leaves the bar as it is."""
+        if self._start is not None:
+            self._send()
         if self._display is not None:
             self._display.close()
 

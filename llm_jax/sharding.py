@@ -6,6 +6,7 @@ is spread over. The same program then runs on one device and on many.
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,7 +42,11 @@ class MeshConfig:
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
     """The mesh over `data`, `fsdp` and `tensor`; raises UserError if the devices don't make it up."""
-    devices = jax.devices() if devices is None else devices
+    try:
+        devices = jax.devices() if devices is None else devices
+    except (RuntimeError, AssertionError):
+        wanted = os.environ.get("JAX_PLATFORMS", "")
+        raise UserError(f"no device of JAX_PLATFORMS={wanted} here; unset it, or say cpu") from None
     shape = dataclasses.asdict(config)
     if any(size == 0 or size < -1 for size in shape.values()) or list(shape.values()).count(-1) > 1:
         raise UserError(f"mesh {_say(shape)}: sizes are positive, and at most one is -1 (what is left)")

@@ -78,7 +78,10 @@ def train(run: Run, folder: str | Path, hooks: Sequence[Hook] = (), progress: An
         compiled = program.cache_info().misses
         parts = program(shape, mesh)
         compile_seconds = parts.compile_seconds if program.cache_info().misses > compiled else 0.0
-        record.start(described(run, source), execution_facts(run, parts, mesh))
+        try:
+            record.start(described(run, source), execution_facts(run, parts, mesh))
+        except OSError as error:
+            raise UserError(f"{folder} can't be a run's folder: {error.strerror}") from None
 
         # ---- the state, new or restored ----
         checkpoints = Checkpoints(
@@ -338,8 +341,13 @@ def main() -> None:
     name = f"{Path(picked.module.__file__).stem}-{picked.scale}"
     folder = Path(flags.FLAGS.folder or Path("runs") / name / run.identity())
     print(f"{folder}: {run.steps:,} steps of {run.data.tokens_per_step:,} tokens")
-    with contextlib.closing(Progress(run.steps, run.name or run.identity())) as progress:
-        result = train(run, folder, progress=progress)
+    signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        with contextlib.closing(Progress(run.steps, run.name or run.identity())) as progress:
+            result = train(run, folder, progress=progress)
+    except SystemExit:
+        print(f"stopped, and saved in {folder}; the same command continues")
+        raise
     for key in ("status", "loss", "loss_standard_error", "bits_per_byte", "train_loss", "tokens_per_second"):
         print(f"{key:>22}  {result.get(key)}")
     print(f"{'records':>22}  {folder}")
