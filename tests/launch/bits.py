@@ -88,7 +88,7 @@ class LabelLoss(Objective, kind="bits_label"):
 
 
 def get_config(scale):
-    data = Bits(seconds=0.005 if scale == "slow" else 0.0)
+    data = Bits(seconds=0.04 if scale == "slow" else 0.0)
     execution = Execution(checkpoint=Checkpointing(every_seconds=0.0, every_steps=20))
     return Run(
         Classifier(), data, AdamW(learning_rate=0.03), LabelLoss(), tokens=16 * 100, execution=execution
