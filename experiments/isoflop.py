@@ -81,7 +81,7 @@ SCALES = {
     "smoke": Isoflop(
         budgets_flops=(1e9, 2e9),
         holdout_flops=9e9,
-        shapes=ladder((4, 6, 8, 10, 12, 16, 20), 1),
+        shapes=ladder((4, 6, 8, 12, 16), 1),
         sizes=5,
         minimum_steps=20,
         bootstrap=200,
