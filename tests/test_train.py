@@ -41,7 +41,8 @@ def finished(tiny_run, tmp_path_factory):
 def test_a_run_learns_and_its_result_says_what_analysis_needs(finished, tiny_run):
     folder, result = finished
     assert result["status"] == "done"
-    assert losses(folder)[0] == pytest.approx(np.log(257), abs=0.3)
+    # Logits of deviation 1 cost half a nat beside guessing evenly.
+    assert losses(folder)[0] == pytest.approx(np.log(257) + 0.5, abs=0.3)
     assert losses(folder)[-1] < 3.2
     assert abs(result["loss"] - losses(folder)[-5:].mean()) < 0.3
     assert result["bits_per_byte"] == pytest.approx(

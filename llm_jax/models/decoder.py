@@ -110,15 +110,14 @@ class Decoder:
         one = jnp.zeros((1, 1), jnp.int32)
         x_BTD = jnp.zeros((1, 1, self.embed.width), self.embed.dtype)
         context = self.context(one, attention="reference")
-        layers = sum(len(blocks) * repeats for _, blocks, repeats in self.groups())
         keys = iter(jax.random.split(key, 3 + len(self.pattern) + self.tail))
 
         def single(module: nn.Module, *inputs: Any) -> Params:
-            return draw(next(keys), jax.eval_shape(module.init, key, *inputs)["params"], layers)
+            return draw(next(keys), jax.eval_shape(module.init, key, *inputs)["params"])
 
         def stack(block: Block, repeats: int) -> Params:
             shapes = jax.eval_shape(lambda: block.init(key, x_BTD, context))["params"]
-            return jax.lax.map(lambda k: draw(k, shapes, layers), jax.random.split(next(keys), repeats))
+            return jax.lax.map(lambda k: draw(k, shapes), jax.random.split(next(keys), repeats))
 
         params = {"embed": single(self.embed, one, one)}
         for name, blocks, repeats in self.groups():

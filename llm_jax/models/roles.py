@@ -22,32 +22,36 @@ class Rule:
     """One row: logical axes, initialisation, and the number of leading dimensions that a matrix sums over.
 
     init: a constant; "fan_in", normal with variance 1 / summed dimensions, so that outputs have the scale of
-    the inputs at every width; "branch", that divided by the 2 x layers branches that add up in the residual
-    stream (GPT-2); "table", normal with deviation 0.02 (GPT-2).
+    the inputs at every width; "unit_rows", normal with rows of length about 1, so that the logits of a tied
+    embedding have deviation 1; "small", normal with deviation 0.02.
+
+    Blocks start as the identity: their last matrices are zero, so that the stream begins as the embedding and
+    not as noise (Fixup, arXiv:1901.09321). Beside GPT-2's initialisation (embedding 0.02, last matrices
+    divided by sqrt(2 x layers)) a tied model of width 48 reaches 1.66 instead of 1.95 nats/byte in 500 steps.
     """
 
     axes: tuple[str | None, ...]
-    init: Literal["zeros", "ones", "fan_in", "branch", "table"]
+    init: Literal["zeros", "ones", "fan_in", "unit_rows", "small"]
     inputs: int = 0
     decay: bool = False
     muon: bool = False
 
 
-def _matrix(*axes: str | None, inputs: int = 1, init: Literal["fan_in", "branch"] = "fan_in") -> Rule:
+def _matrix(*axes: str | None, inputs: int = 1, init: Literal["fan_in", "zeros"] = "fan_in") -> Rule:
     return Rule(axes, init, inputs, decay=True, muon=True)
 
 
 TABLE: dict[str, Rule] = {
-    "embedding": Rule(("vocabulary", "embed"), "table", decay=True),
-    "position": Rule((None, "embed"), "table", decay=True),
+    "embedding": Rule(("vocabulary", "embed"), "unit_rows", decay=True),
+    "position": Rule((None, "embed"), "small", decay=True),
     "head": Rule(("embed", "vocabulary"), "fan_in", inputs=1, decay=True),
     "query": _matrix("embed", "heads", "head_dim"),
     "key": _matrix("embed", "kv_heads", "head_dim"),
     "value": _matrix("embed", "kv_heads", "head_dim"),
-    "out": _matrix("heads", "head_dim", "embed", inputs=2, init="branch"),
+    "out": _matrix("heads", "head_dim", "embed", inputs=2, init="zeros"),
     "gate": _matrix("embed", "mlp"),
     "up": _matrix("embed", "mlp"),
-    "down": _matrix("mlp", "embed", init="branch"),
+    "down": _matrix("mlp", "embed", init="zeros"),
     "query_bias": Rule(("heads", "head_dim"), "zeros"),
     "key_bias": Rule(("kv_heads", "head_dim"), "zeros"),
     "value_bias": Rule(("kv_heads", "head_dim"), "zeros"),
@@ -76,28 +80,32 @@ def parameter(module: nn.Module, name: str, shape: tuple[int, ...]) -> jax.Array
     return module.param(name, nn.initializers.zeros, shape)
 
 
-def draw(key: jax.Array, shapes: Params, layers: int) -> Params:
-    """Fresh parameters of these shapes, for a model of so many layers.
+def draw(key: jax.Array, shapes: Params) -> Params:
+    """Fresh parameters of these shapes.
 
     One stream of normal numbers is cut into the leaves: XLA compiles every call of a generator for itself, up
     to two seconds each on a CPU where sizes aren't powers of two.
     """
     flat, tree = jax.tree_util.tree_flatten_with_path(shapes)
-    rows = [rule(path[-1].key) for path, _ in flat]
-    random = [
-        leaf.size for (_, leaf), row in zip(flat, rows, strict=True) if row.init not in ("zeros", "ones")
-    ]
+    named = [(rule(path[-1].key), leaf.shape) for path, leaf in flat]
+    needed = sum(math.prod(shape) for row, shape in named if row.init not in ("zeros", "ones"))
     # Whole on every device: cutting a spread stream would move it about.
-    stream, start, leaves = constrain(jax.random.normal(key, (sum(random),)), None), 0, []
-    for (_, leaf), row in zip(flat, rows, strict=True):
+    stream, start, leaves = constrain(jax.random.normal(key, (needed,)), None), 0, []
+    for row, shape in named:
         if row.init in ("zeros", "ones"):
-            leaves.append(jnp.full(leaf.shape, float(row.init == "ones")))
-            continue
-        deviation = 0.02 if row.init == "table" else math.prod(leaf.shape[: row.inputs]) ** -0.5
-        deviation *= (2 * layers) ** -0.5 if row.init == "branch" else 1
-        leaves.append(deviation * stream[start : start + leaf.size].reshape(leaf.shape))
-        start += leaf.size
+            leaves.append(jnp.full(shape, float(row.init == "ones")))
+        else:
+            stop = start + math.prod(shape)
+            leaves.append(_deviation(row, shape) * stream[start:stop].reshape(shape))
+            start = stop
     return jax.tree.unflatten(tree, leaves)
+
+
+def _deviation(row: Rule, shape: tuple[int, ...]) -> float:
+    """The standard deviation of a leaf at the start."""
+    if row.init == "small":
+        return 0.02
+    return (shape[-1] if row.init == "unit_rows" else math.prod(shape[: row.inputs])) ** -0.5
 
 
 def roles(params: Params) -> Any:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from llm_jax.models import plain_roles
+from llm_jax.models.blocks import normalise
 from llm_jax.models.positions import Learned
 from llm_jax.models.roles import TABLE, roles
 from llm_jax.models.transformer import LayerNorm, Transformer
@@ -55,17 +56,25 @@ def test_a_parameter_without_a_row_is_an_error():
 
 def test_outputs_of_matrices_have_the_scale_of_their_inputs_at_every_width():
     for width in (32, 256):
-        config = Transformer(layers=8, width=width, heads=4, vocabulary=61)
-        params = config.build().init(jax.random.key(0))
+        params = (
+            Transformer(layers=8, width=width, heads=4, vocabulary=61, tied=False)
+            .build()
+            .init(jax.random.key(0))
+        )
         block = params["body"]["0"]
-        for leaf, inputs, gain in [
-            (block["mixer"]["query"], width, 1),
-            (block["mlp"]["up"], width, 1),
-            (block["mixer"]["out"], width, 0.25),
-            (block["mlp"]["down"], config.size_of_mlp, 0.25),
-        ]:
-            assert float(leaf.std()) == pytest.approx(gain * inputs**-0.5, rel=0.05)
-        assert float(params["embed"]["embedding"].std()) == pytest.approx(0.02, rel=0.1)
+        for leaf in (block["mixer"]["query"], block["mlp"]["up"], params["head"]["head"]):
+            assert float(leaf.std()) == pytest.approx(width**-0.5, rel=0.05)
+        assert float(jnp.square(params["embed"]["embedding"]).sum(-1).mean()) == pytest.approx(1, rel=0.1)
+
+
+def test_blocks_start_as_the_identity():
+    model = Transformer(layers=3, width=16, vocabulary=31).build()
+    params = model.init(jax.random.key(0))
+    hidden = model.apply(params, {"tokens": jnp.arange(31)[None]}, None).hidden[0]
+    embedding = params["embed"]["embedding"]
+    np.testing.assert_allclose(
+        hidden, normalise(embedding, jnp.ones(16), None, 1e-5, centre=False), atol=1e-5
+    )
 
 
 def test_layers_start_different():
