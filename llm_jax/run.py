@@ -17,7 +17,7 @@ from llm_jax.optimizers import AdamW, Optimizer
 from llm_jax.sharding import MeshConfig
 
 # Raised when the meaning of an unchanged config changes, so that old results are not taken for new ones.
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclasses.dataclass(frozen=True)
