@@ -50,12 +50,12 @@ class Isoflop(Sweep, kind="isoflop"):
     the largest model check it with `rate_seeds` seeds.
     """
 
-    budgets_flops: tuple[float, ...] = (1.5e10, 3e10, 6e10, 1.2e11)
-    holdout_flops: float = 5e11
-    shapes: tuple[tuple[int, int], ...] = tuple((w, 2) for w in (*range(8, 21, 2), *range(24, 49, 4)))
+    budgets_flops: tuple[float, ...] = (2e10, 4e10, 8e10, 1.6e11)
+    holdout_flops: float = 7e11
+    shapes: tuple[tuple[int, int], ...] = tuple((w, 2) for w in (*range(6, 21, 2), *range(24, 65, 4)))
     sizes: int = 7
-    span: float = 3.0
-    tokens_per_parameter: float = 75.0
+    span: float = 4.0
+    tokens_per_parameter: float = 40.0
     rate_exponent: float = -0.7
     rate_seeds: int = 2
     minimum_steps: int = 100
