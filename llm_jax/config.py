@@ -24,6 +24,7 @@ import itertools
 import json
 import math
 import pathlib
+import re
 import sys
 import types
 import typing
@@ -247,10 +248,37 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     try:
         left = flags.FLAGS(rest)
     except flags.Error as error:
-        raise UserError(str(error).replace("\n", " ")) from None
+        raise UserError(_plainly(error)) from None
     if len(left) > 1:
         raise UserError(f"unexpected argument {left[1]!r}; flags are written --name=value")
     return left
+
+
+def _plainly(error: flags.Error) -> str:
+    """absl's complaint in plain words."""
+    if isinstance(error, flags.UnrecognizedFlagError):
+        return (
+            f"no flag --{error.flagname}; {nearest(error.flagname, [f'--{name}' for name in _own_flags()])}"
+        )
+    text = " ".join(str(error).split())
+    if missing := re.fullmatch(r"Missing value for flag (--\w+)", text):
+        return f"{missing[1]} needs a value: {missing[1]}=VALUE"
+    given, _, why = text.removeprefix("flag ").partition(": ")
+    if not given.startswith("--"):
+        return text
+    number = "invalid literal" in why or "could not convert" in why
+    wanted = "an integer" if "int()" in why else "a number"
+    return f"{given} is not {wanted}" if number else f"{given}: {why}"
+
+
+def _own_flags() -> list[str]:
+    """The names of the flags that the command itself defined, without absl's."""
+    return [
+        name
+        for module, defined in flags.FLAGS.flags_by_module_dict().items()
+        if not module.startswith("absl")
+        for name in (flag.name for flag in defined)
+    ]
 
 
 def run_main(main: Callable[[], int | None]) -> None:

@@ -216,7 +216,7 @@ def test_the_command_line_picks_a_file_a_scale_and_fields(tmp_path):
         (["--config=FILE", "--config.layer=3"], "no field 'layer' in Config; did you mean 'layers'?"),
         (["--config=FILE", "--config.layers=x"], "config.layers: 'x' is not an integer"),
         (["--config=FILE", "--config.layers"], "--config.layers needs a value"),
-        (["--config=FILE", "--confg=3"], "Unknown command line flag 'confg'"),
+        (["--config=FILE", "--confg=3"], "no flag --confg; did you mean '--config'?"),
         (["--config=FILE", "stray"], "unexpected argument 'stray'"),
         (["--config=BROKEN"], "an experiment file defines SCALES"),
     ],

@@ -8,6 +8,7 @@ fit.json and figures. The library behind it is llm_jax.scaling.fits.
 
 import json
 import math
+import os
 import pathlib
 from collections.abc import Mapping
 
@@ -19,8 +20,8 @@ from llm_jax.scaling.curves import METHODS
 from llm_jax.scaling.fits import fit
 from llm_jax.scaling.isoflop import IsoflopFit
 from llm_jax.scaling.laws import Law
+from llm_jax.scaling.reading import read_points
 from llm_jax.scaling.results import Estimate, Fit, plain, row
-from llm_jax.scaling.tables import read_points
 
 
 def define_flags() -> None:
@@ -52,6 +53,8 @@ def main() -> None:
     f = flags.FLAGS
     if f.points is None:
         raise UserError("--points is missing, for example --points=points.csv (columns N, D, loss)")
+    if f.out:
+        check_folder(pathlib.Path(f.out))
     questions = [_numbers(text, "predict") for text in f.predict]
     options = {name: f[name].value for name in ("bootstrap", "level", "seed", "where", "counting")}
     options["columns"] = _pairs(f.columns, "columns")
@@ -97,16 +100,22 @@ def write(
         drawn = {}
     predictions = [{"at": asked} | {k: e._asdict() for k, e in found.items()} for asked, found in answers]
     content = result.to_json() | {"predictions": plain(predictions)}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out={folder} can't be a folder: {error.strerror}") from None
+    folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / "fit.json"]
     write_atomically(paths[0], json.dumps(content, indent=1) + "\n")
     for name, figure in drawn.items():
         paths.append(folder / f"{name}.png")
         paths[-1].write_bytes(style.png(figure))
     return paths
+
+
+def check_folder(folder: pathlib.Path) -> None:
+    """Raises UserError where `folder` can't be made or written to; makes nothing yet."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise UserError(f"--out={folder} can't be a folder: {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"--out={folder}: nothing can be written in {there}")
 
 
 def answer(result: Fit | IsoflopFit, question: Mapping[str, float]) -> tuple[str, dict[str, Estimate]]:

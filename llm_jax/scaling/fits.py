@@ -85,6 +85,8 @@ def fit_law(
 
     wide = dataclasses.replace(problem, delta=max(delta, _GRID_DELTA))
     ends = solver.minimise(wide, grid, ones)
+    near = ~ends.converged & (ends.objective < 1.01 * ends.objective.min())
+    ends = solver.resume(wide, ends, ones, near)
     best = int(ends.objective.argmin())
     # A perfect fit has an objective of rounding errors only, hence the second term.
     agree = ends.objective <= ends.objective[best] * (1 + 1e-6) + 1e-24 * len(ones)
@@ -92,6 +94,8 @@ def fit_law(
     if not (ends.converged[best] and end.converged[0]):
         warnings.append("the descent to the optimum stopped before it converged")
     draws = _bootstrap(problem, end.free, bootstrap, seed)
+    if len(draws) < bootstrap:
+        warnings.append(f"{bootstrap - len(draws)} of {bootstrap} refits did not converge and are left out")
     theta = problem.theta(end.free)[0]
     residuals = problem.y - law.log_loss(theta[None], problem.x)[0]
     doubts, condition = _judge(problem, end.free, draws, names, agree)
@@ -180,7 +184,8 @@ def _narrow(problem: solver.Problem, delta: float, free: np.ndarray, weights: np
 def _bootstrap(problem: solver.Problem, best: np.ndarray, count: int, seed: int) -> np.ndarray:
     """Free parameters [S, F] of refits to runs drawn with replacement, each from the best fit.
 
-    A draw of fewer distinct runs than parameters determines nothing and is drawn again.
+    Those that don't converge, however long they are given, are left out: S may be less than `count`. A draw
+    of fewer distinct runs than parameters determines nothing and is drawn again.
     """
     n, generator = len(problem.y), np.random.default_rng(seed)
     weights = np.empty((0, n))
@@ -191,7 +196,10 @@ def _bootstrap(problem: solver.Problem, best: np.ndarray, count: int, seed: int)
     if not count:
         return best[:0]
     wide = dataclasses.replace(problem, delta=max(problem.delta, _GRID_DELTA))
-    return _narrow(wide, problem.delta, np.repeat(best, count, axis=0), weights.astype(float)).free
+    weights = weights.astype(float)
+    ends = _narrow(wide, problem.delta, np.repeat(best, count, axis=0), weights)
+    ends = solver.resume(problem, ends, weights, ~ends.converged)
+    return ends.free[ends.converged]
 
 
 def _sensitivity(problem: solver.Problem, best: np.ndarray) -> tuple[np.ndarray, float]:

@@ -60,6 +60,20 @@ class Report:
         return [str(check) for check in self.rates if check.doubtful]
 
     @property
+    def too_small(self) -> str:
+        """Why the sweep is too small to judge the law by, in a sentence; empty where it isn't."""
+        points, needed = self.law.points.frame, 3 * self.law.free
+        budgets = points["budget_flops"].nunique() if "budget_flops" in points else 3
+        if len(points) >= needed and budgets >= 3:
+            return ""
+        at = f" at {budgets} budget{'s' * (budgets != 1)}" if budgets < 3 else ""
+        return (
+            f"This sweep is too small to judge the law by: {len(points)} runs{at} for {self.law.free} "
+            f"parameters, where {needed} at 3 budgets are the least. It shows that everything runs; "
+            "its numbers mean little."
+        )
+
+    @property
     def all_warnings(self) -> list[str]:
         """The caller's, the rate checks', then the fits', each once."""
         fitted = (f"Approach {fit.approach}: {text}" for fit in self.fits for text in fit.warnings)
@@ -118,7 +132,11 @@ def write(folder: str | pathlib.Path, report: Report) -> pathlib.Path:
 
 def summary(report: Report) -> str:
     """The report as text for a terminal: runs, fits, forecasts against measured, checks, warnings."""
-    parts = [report.title, str(runs_table(report, TERMINAL))]
+    parts = [
+        report.title,
+        *([report.too_small] if report.too_small else []),
+        str(runs_table(report, TERMINAL)),
+    ]
     parts += [fit.table() for fit in report.fits]
     parts += ["\n".join(verdict(outcome)) for outcome in report.outcomes]
     parts += ["\n".join(map(str, report.rates))] if report.rates else []

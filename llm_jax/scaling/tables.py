@@ -1,4 +1,4 @@
-"""Tables of points: read, filtered by an expression, and checked before any law is fitted to them.
+"""Tables of points: filtered by an expression, and checked before any law is fitted to them.
 
 A table has one row a run and the columns a law needs: N [parameters], D [tokens], C [FLOPs], loss
 [nats/token]. Whatever else stands in it may be used by a filter. What can't be fitted is refused with its
@@ -8,7 +8,6 @@ line; runs that diverged are left out, and said so.
 import ast
 import dataclasses
 import operator
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -37,34 +36,6 @@ class Points:
     notes: tuple[str, ...] = ()
 
 
-def read_points(path: str | pathlib.Path) -> pd.DataFrame:
-    """The table at `path` (.csv, .parquet, .json records or .jsonl); a row's label is its line in a CSV.
-
-    Raises UserError where there is no such file, it can't be read as a table, or it has no rows.
-    """
-    path = pathlib.Path(path)
-    if not path.is_file():
-        near = [str(p) for p in path.parent.iterdir() if p.is_file()] if path.parent.is_dir() else []
-        raise UserError(f"no table at {str(path)!r}; {nearest(str(path), near)}")
-    try:
-        if path.suffix == ".parquet":
-            frame = pd.read_parquet(path)
-        elif path.suffix in (".json", ".jsonl"):
-            frame = pd.read_json(path, lines=path.suffix == ".jsonl")
-        else:
-            frame = pd.read_csv(path, skipinitialspace=True)
-    except (ValueError, OSError) as error:
-        first = (str(error).splitlines() or [""])[0]
-        raise UserError(
-            f"{path}: not a readable {path.suffix.lstrip('.') or 'csv'} table ({first})"
-        ) from None
-    if not len(frame):
-        raise UserError(f"{path}: the table has no rows")
-    if path.suffix not in (".parquet", ".json", ".jsonl"):
-        frame.index = pd.RangeIndex(2, len(frame) + 2, name="line")
-    return frame
-
-
 def check_points(
     frame: pd.DataFrame,
     needs: Sequence[str],
@@ -81,7 +52,11 @@ def check_points(
     for name, source in (columns or {}).items():
         _column(frame, source, f"the column for {name}")
         frame[name] = frame[source]
-    excluded, notes = [], []
+    excluded, notes = [], list(frame.attrs.get("notes", ()))
+    for name in needs:
+        if name not in frame and (source := _like(frame, name)):
+            notes.append(f"the column {source!r} is read as {name}")
+            frame = frame.rename(columns={source: name})
     if "status" in frame:
         for label in frame.index[frame["status"] != "done"]:
             excluded.append(Excluded(_name(frame, label), f"status {frame.at[label, 'status']}"))
@@ -96,7 +71,8 @@ def check_points(
         notes.append(f"{int(kept.sum())} of {len(frame)} runs are where {where}")
         frame = frame[kept]
     if not len(frame):
-        raise UserError("no runs are left to fit" + (f" where {where}" if where else ""))
+        why = f" where {where}" if where else f": the status of all {len(excluded)} is another than 'done'"
+        raise UserError(f"no runs are left to fit{why}")
     for name in (*needs, "budget_flops") if "C" in needs and "budget_flops" in frame else needs:
         frame[name] = _numbers(frame, name)
     _refuse_repeats(frame, [name for name in needs if name != "loss"])
@@ -168,6 +144,15 @@ def _column(frame: pd.DataFrame, name: str, what: str, hint: str = "") -> np.nda
     return frame[name].to_numpy()
 
 
+def _like(frame: pd.DataFrame, name: str) -> str | None:
+    """The one column that differs from `name` by case and blanks alone; UserError where there are several."""
+    near = [column for column in map(str, frame) if column.strip().lower() == name.lower()]
+    if len(near) > 1:
+        both = " and ".join(map(repr, near))
+        raise UserError(f"the columns {both} could each be {name}; say which by --columns={name}={near[0]}")
+    return near[0] if near else None
+
+
 def _name(frame: pd.DataFrame, label: Any) -> str:
     return str(frame.at[label, "name"]) if "name" in frame else f"{frame.index.name or 'row'} {label}"
 
@@ -181,7 +166,8 @@ def _numbers(frame: pd.DataFrame, name: str) -> pd.Series:
         if pd.isna(cell):
             raise UserError(f"{place} is missing (NaN); fill the cell or leave the row out with --where")
         if np.isnan(value):
-            raise UserError(f"{place} is {cell!r}, not a number")
+            comma = "; decimals are written with a point" if isinstance(cell, str) and "," in cell else ""
+            raise UserError(f"{place} is {cell!r}, not a number{comma}")
         if value > 0:
             raise UserError(f"{place} is {value:g}; nothing above {LIMITS[name]:g} is a measurement")
         raise UserError(f"{place} is {value:g}; it must be positive")

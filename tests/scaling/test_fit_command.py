@@ -51,6 +51,13 @@ def test_approach_2_prints_every_budget(points):
         (["--points=POINTS"], "no column 'N'"),
         (["--points=POINTS", "--columns=N=params", "--approach=2", "--law=power"], "belongs to Approach 3"),
         (["--points=POINTS", "--predict=N=many"], "not a positive number"),
+        (["--bootstrap=abc"], "--bootstrap=abc is not an integer"),
+        (["--level=high"], "--level=high is not a number"),
+        (["--level=3"], "in the range [0.01, 0.999]"),
+        (["--loss"], "--loss needs a value: --loss=VALUE"),
+        (["--bootstrp=3"], "no flag --bootstrp; did you mean '--bootstrap'?"),
+        (["--points=absent.csv", "--out=POINTS"], "can't be a folder"),
+        (["--points=absent.csv", "--out=POINTS/deeper"], "points.csv is a file"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(points, arguments, said):

@@ -11,6 +11,7 @@ import scipy.optimize
 from known_laws import TRUTH, few_starts, sweep
 
 from llm_jax.config import UserError
+from llm_jax.scaling import fits, solver
 from llm_jax.scaling.fits import fit_law
 from llm_jax.scaling.laws import PowerLaw, TiedChinchilla
 
@@ -203,6 +204,30 @@ def test_a_loss_that_is_no_loss_is_refused():
     for text, said in (("huber:0", "positive"), ("huber:x", "positive"), ("hubr", "did you mean")):
         with pytest.raises(UserError, match=said):
             fit_law(sweep(), few_starts(), loss=text)
+
+
+def test_refits_that_do_not_converge_are_counted_and_left_out(monkeypatch):
+    points = sweep(noise=0.003)
+    monkeypatch.setattr(fits.solver, "resume", lambda problem, ends, weights, which: ends)
+    minimise = solver.minimise
+
+    def stubborn(*arguments, **options):
+        ends = minimise(*arguments, **options)
+        return ends._replace(converged=ends.converged & (np.arange(len(ends.converged)) % 10 != 9))
+
+    monkeypatch.setattr(fits.solver, "minimise", stubborn)
+    fit = fit_law(points, few_starts(), bootstrap=50)
+    assert len(fit.draws) == 45 and "5 of 50 refits did not converge and are left out" in fit.warnings
+
+
+def test_a_slow_valley_is_followed_to_its_end():
+    """Losses that fall for ever: E sinks towards 0, and every step moves it by a little."""
+    N = np.geomspace(1e3, 1e5, 4).repeat(4)
+    D = np.tile(np.geomspace(1e5, 1e7, 4), 4)
+    scatter = np.random.default_rng(1).normal(size=16)
+    points = pd.DataFrame(dict(N=N, D=D, loss=(4 / N**0.08 + 30 / D**0.4) * np.exp(0.01 * scatter)))
+    fit = fit_law(points, bootstrap=50)
+    assert not any("converge" in warning for warning in fit.warnings)
 
 
 def test_all_parameters_fixed_leaves_nothing_to_fit():

@@ -101,13 +101,13 @@ def test_the_page_is_no_wider_than_a_phone(folder, tmp_path):
         pytest.skip("no chromium here")
     frame = tmp_path / "phone.html"
     frame.write_text(
-        f'<iframe id="f" src="file://{folder}/report.html" style="width:390px;height:844px"></iframe><script>'
+        f'<iframe id="f" src="file://{folder}/report.html" style="width:360px;height:780px"></iframe><script>'
         "f.onload = () => document.title = f.contentDocument.documentElement.scrollWidth</script>"
     )
     flags = "--headless --no-sandbox --disable-gpu --allow-file-access-from-files --virtual-time-budget=5000"
     command = [chromium, *flags.split(), f"--user-data-dir={tmp_path}", "--dump-dom", f"file://{frame}"]
     shown = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
-    assert 300 < int(re.search(r"<title>(\d+)</title>", shown)[1]) <= 390
+    assert 300 < int(re.search(r"<title>(\d+)</title>", shown)[1]) <= 360
 
 
 def test_the_numbers_on_the_page_are_those_of_the_fits(page, story):
@@ -134,6 +134,18 @@ def test_a_doubtful_rate_is_said_and_marks_the_exponents(page, story):
     assert "rate not optimal at N=30,000" in page.text and "a†" in page.text
     confirmed = dataclasses.replace(story, rates=story.rates[1:])
     assert confirmed.all_warnings == [] and "†" not in str(list(report.fit_tables(confirmed)))
+
+
+def test_a_sweep_too_small_for_its_law_says_so_before_anything_else(story, tmp_path):
+    assert story.too_small == "" and "too small" not in report.summary(story)
+    grid = story.runs[(story.runs["role"] == "grid") & (story.runs["budget_flops"] < 5e13)]
+    small = report.Report("Small", grid, fit(grid, sweep.FewStarts(), bootstrap=0), warnings=["w"])
+    page = Page(report.write(tmp_path, small).read_text())
+    assert page.text.index("too small to judge the law by: 11 runs at 2 budgets") < page.text.index(
+        "Warnings ("
+    )
+    assert [a for tag, a in page.tags if tag == "details"] == [{"class": "box warn"}]  # closed
+    assert report.summary(small).splitlines()[2].startswith("This sweep is too small")
 
 
 def test_what_users_write_is_escaped(page, folder):

@@ -7,7 +7,7 @@ from known_laws import few_starts, sweep
 
 from llm_jax.config import UserError
 from llm_jax.scaling.fits import fit_law
-from llm_jax.scaling.tables import check_points, filter_rows, read_points
+from llm_jax.scaling.tables import check_points, filter_rows
 
 NEEDS = ("N", "D", "loss")
 
@@ -50,41 +50,20 @@ def test_a_wrong_column_name_is_answered_with_the_nearest():
         check_points(sweep(), NEEDS, columns={"loss": "los"})
 
 
-def test_files_that_are_no_tables_are_named(tmp_path):
-    with pytest.raises(UserError, match="no table at"):
-        read_points(tmp_path / "absent.csv")
-    (tmp_path / "points.csv").write_text("N,D,loss\n")
-    with pytest.raises(UserError, match="no rows"):
-        read_points(tmp_path / "points.csv")
-    with pytest.raises(UserError, match=r"did you mean '.*points\.csv'"):
-        read_points(tmp_path / "point.csv")
-    (tmp_path / "empty.csv").write_text("")
-    (tmp_path / "binary.csv").write_bytes(bytes(range(256)))
-    (tmp_path / "torn.json").write_text('{"N": [1, 2')
-    for name in ("empty.csv", "binary.csv", "torn.json"):
-        with pytest.raises(UserError, match="not a readable"):
-            read_points(tmp_path / name)
-
-
-def test_a_csv_parquet_and_json_table_are_the_same(tmp_path):
-    frame = sweep().head(4)
-    frame.to_csv(tmp_path / "a.csv", index=False)
-    frame.to_parquet(tmp_path / "a.parquet")
-    frame.to_json(tmp_path / "a.json", orient="records", double_precision=15)
-    for name in ("a.csv", "a.parquet", "a.json"):
-        assert np.allclose(read_points(tmp_path / name).to_numpy(), frame.to_numpy(), rtol=1e-9)
-
-
-def test_a_bad_cell_of_a_file_is_named_by_its_line(tmp_path):
-    (tmp_path / "a.csv").write_text("N,D,loss\n1e6,1e8,3.5\n1e7,1e8,-3.1\n")
-    with pytest.raises(UserError, match=r"line 3: loss is -3\.1"):
-        check_points(read_points(tmp_path / "a.csv"), NEEDS)
-
-
 def test_columns_can_have_other_names_and_c_follows_from_n_and_d():
     frame = sweep().rename(columns={"N": "params", "D": "tokens"}).drop(columns="C")
     points = check_points(frame, ("N", "D", "C", "loss"), columns={"N": "params", "D": "tokens"})
     assert np.allclose(points.frame["C"], sweep()["C"]) and points.notes == ("no column C: it is 6 N D",)
+
+
+def test_a_column_in_another_case_is_understood_and_told_and_two_are_refused():
+    frame = sweep().rename(columns={"N": "n", "D": "d", "loss": " Loss"})
+    points = check_points(frame, NEEDS)
+    assert (
+        np.allclose(points.frame["N"], sweep()["N"]) and "the column ' Loss' is read as loss" in points.notes
+    )
+    with pytest.raises(UserError, match="'Loss' and 'LOSS' could each be loss"):
+        check_points(sweep().rename(columns={"loss": "Loss"}).assign(LOSS=1.0), NEEDS)
 
 
 def test_diverged_runs_are_left_out_and_told():
@@ -135,3 +114,5 @@ def test_a_filter_is_never_run_as_python(expression, said):
 def test_a_filter_that_leaves_nothing_says_so():
     with pytest.raises(UserError, match="no runs are left to fit where N > 1e29"):
         check_points(sweep(), NEEDS, where="N > 1e29")
+    with pytest.raises(UserError, match="the status of all 35 is another than 'done'"):
+        check_points(sweep().assign(status="finished"), NEEDS)
