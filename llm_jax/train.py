@@ -4,7 +4,6 @@ python -m llm_jax.train --config=experiments/isoflop.py --config.model.layers=4
 """
 
 import contextlib
-import dataclasses
 import math
 import os
 import signal
@@ -19,18 +18,17 @@ import numpy as np
 from absl import flags
 from jax._src import xla_bridge  # no public way to ask whether devices are in use yet
 
-from llm_jax import config, optimizers, sharding
+from llm_jax import config, facts, optimizers, sharding
 from llm_jax.checkpoints import Checkpoints
 from llm_jax.config import UserError
 from llm_jax.data import Source, cache_folder
 from llm_jax.held_out import score
-from llm_jax.kernels import devices
 from llm_jax.kernels.memory import keep_freed_memory
-from llm_jax.models import Batch, Params, counting
-from llm_jax.program import Program, Shape, program
+from llm_jax.models import Batch, Params
+from llm_jax.program import Shape, program
 from llm_jax.progress import Progress
-from llm_jax.records import Record, environment, load_run, metrics
-from llm_jax.run import SCHEMA, Run
+from llm_jax.records import Record, load_run, metrics
+from llm_jax.run import Run
 
 # What counts as divergence: a training loss of so many times the first one, and a held-out loss of so many
 # times that of guessing evenly.
@@ -67,19 +65,19 @@ def train(run: Run, folder: str | Path, hooks: Sequence[Hook] = (), progress: An
     )
     tables = optimizers.tables(run.optimizer, run.objective, steps)
     held_out = source.held_out()
-    numbers = counts(run, source)
+    numbers = facts.counts(run, source)
 
     folder = Path(folder)
     record = Record(folder, writes=jax.process_index() == 0)
     with record, jax.set_mesh(mesh), catching_sigterm() as terminated:
         if (folder / "result.json").exists():
-            record.start(described(run, source), {})  # refuses the result of another run
+            record.start(facts.described(run, source), {})  # refuses the result of another run
             return load_run(folder)["result"]
         compiled = program.cache_info().misses
         parts = program(shape, mesh)
         compile_seconds = parts.compile_seconds if program.cache_info().misses > compiled else 0.0
         try:
-            record.start(described(run, source), execution_facts(run, parts, mesh))
+            record.start(facts.described(run, source), facts.execution_facts(run, parts, mesh))
         except OSError as error:
             raise UserError(f"{folder} can't be a run's folder: {error.strerror}") from None
 
@@ -91,8 +89,8 @@ def train(run: Run, folder: str | Path, hooks: Sequence[Hook] = (), progress: An
         first, state = restored or (0, parts.init(jax.random.PRNGKey(run.seed)))
         record.resume_at(first)
         earlier = metrics(folder)
-        first_loss = float(earlier["loss"].iloc[0]) if first else None
-        seconds_before = float(earlier["seconds"].iloc[-1]) if first else 0.0
+        first_loss = float(earlier["loss"].dropna().iloc[0]) if first else None
+        seconds_before = float(earlier["seconds"].dropna().iloc[-1]) if first else 0.0
 
         def seconds() -> float:
             """Wall-clock time of this start and those before it, as far as their steps count."""
@@ -114,7 +112,7 @@ def train(run: Run, folder: str | Path, hooks: Sequence[Hook] = (), progress: An
             return row
 
         # ---- steps, one in flight: a step's metrics are fetched after the next one is dispatched ----
-        stopwatch = Stopwatch(run.data.tokens_per_step)
+        stopwatch = facts.Stopwatch(run.data.tokens_per_step)
         saved_at = time.perf_counter()
         in_flight: tuple[int, dict[str, jax.Array]] | None = None
         status = "done"
@@ -130,7 +128,8 @@ def train(run: Run, folder: str | Path, hooks: Sequence[Hook] = (), progress: An
             first_loss = row["loss"] if first_loss is None else first_loss
             if not math.isfinite(row["loss"]) or row["loss"] > DIVERGED * first_loss > 0:
                 status = "diverged"
-            if step % execution.log_every_steps == 0 or step == steps - 1 or status == "diverged":
+            last = step + 1 == steps or status == "diverged"
+            if step == 0 or last or _every(execution.log_every_steps, step + 1):
                 record.log(step + 1, row | {"tokens_per_second": rate, "seconds": seconds()})
             if progress is not None:
                 progress.update(step + 1, row["loss"], rate)
@@ -170,25 +169,18 @@ def train(run: Run, folder: str | Path, hooks: Sequence[Hook] = (), progress: An
         if broken or not all(map(math.isfinite, scores.values())):
             status, scores = "diverged", {}
         logged = metrics(folder).set_index("step")
-        speed = stopwatch.tokens_per_second or float(logged["tokens_per_second"].iloc[-1])
-        facts = {
-            "identity": run.identity(),
-            "name": run.name,
-            "status": status,
-            **dataclasses.asdict(run.cell),
+        result = facts.outcome(
+            run,
+            source,
+            mesh,
+            status,
             **scores,
-            "train_loss": float(logged["loss"][logged.index > steps - max(1, steps // 20)].mean()),
             **numbers,
-            "epochs": dict(source.epochs(steps * run.data.batch_size)),
-            "steps": steps,
-            "seed": run.seed,
-            "wall_seconds": seconds(),
-            "compile_seconds": compile_seconds,
-            "tokens_per_second": speed,
-            "resumes": resumes(run, mesh),
-            "cores": cores(),
-        }
-        result = facts | speeds(facts, run, mesh) | environment()
+            train_loss=float(logged["loss"][logged.index > steps - max(1, steps // 20)].mean()),
+            wall_seconds=seconds(),
+            compile_seconds=compile_seconds,
+            tokens_per_second=stopwatch.tokens_per_second or float(logged["tokens_per_second"].iloc[-1]),
+        )
         record.finish(result)
     return result
 
@@ -201,90 +193,6 @@ def refuse_repeats(run: Run, source: Source) -> None:
             f"{needed:,} tokens are more than the {source.available_tokens:,} of one epoch; ask for fewer "
             "(--config.tokens) or for repetition (--config.data.repeat=true)"
         )
-
-
-class Stopwatch:
-    """Tokens per second over the steps of this process; compiling, evaluating and saving don't count."""
-
-    def __init__(self, tokens_per_step: int) -> None:
-        self.tokens_per_step = tokens_per_step
-        self.steps, self.seconds = 0, 0.0
-        self.last: float | None = None
-
-    def lap(self) -> float:
-        """Called when a step's metrics have arrived; returns the rate so far (0 before the second step)."""
-        now = time.perf_counter()
-        if self.last is not None:
-            self.steps, self.seconds = self.steps + 1, self.seconds + now - self.last
-        self.last = now
-        return self.tokens_per_second
-
-    def restart(self) -> None:
-        self.last = None
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.steps * self.tokens_per_step / self.seconds if self.steps else 0.0
-
-
-def described(run: Run, source: Source) -> dict[str, Any]:
-    """What config.json says of a run wherever and however it is executed."""
-    return {
-        "identity": run.identity(),
-        "schema": SCHEMA,
-        "scientific": config.scientific(run),
-        "config": config.to_json(run),
-        "cell": dataclasses.asdict(run.cell),
-        "data": dict(source.record),
-    }
-
-
-def counts(run: Run, source: Source) -> dict[str, Any]:
-    """N by every counting, D, and FLOPs by every convention, per token and of the run (6ND, exact ...)."""
-    tokens = run.steps * run.data.tokens_per_step
-    facts = counting.count(run.resolved_model, source.spec, run.data.tokens_per_step)
-    whole = {
-        name.removesuffix("_per_token").replace("flops_6n", "flops_6nd"): value and value * tokens
-        for name, value in facts.items()
-        if name.endswith("_per_token")
-    }
-    return facts | whole | {"D": tokens}
-
-
-def execution_facts(run: Run, parts: Program, mesh: jax.sharding.Mesh) -> dict[str, Any]:
-    """What this start's execution was: layout and mesh, devices, versions, git revision."""
-    axes = jax.tree.map(lambda role: role.axes, parts.roles)
-    return {
-        "layout": config.to_json(run.execution) | {"mesh": dict(mesh.shape)},
-        "kept_whole": sharding.describe(parts.params, axes, mesh),
-        "cores": cores(),
-        "environment": environment(),
-    }
-
-
-def speeds(facts: dict[str, Any], run: Run, mesh: jax.sharding.Mesh) -> dict[str, Any]:
-    """Achieved FLOP/s by the exact count, and the share of the devices' peak (None if that isn't known)."""
-    if facts["flops_exact_per_token"] is None:
-        return {"flops_per_second": None, "mfu": None}
-    achieved = facts["tokens_per_second"] * facts["flops_exact_per_token"]
-    dtype = getattr(run.model, "dtype", "float32")
-    peak = devices.peak_flops(mesh.devices.flat[0], dtype)
-    return {"flops_per_second": achieved, "mfu": None if peak is None else achieved / (peak * mesh.size)}
-
-
-def resumes(run: Run, mesh: jax.sharding.Mesh) -> str:
-    """How closely a killed run that continues repeats the one that wasn't killed.
-
-    On a CPU the number of cores decides how sums are split between threads.
-    """
-    if mesh.devices.flat[0].platform == "cpu":
-        return "bit for bit with as many cores"
-    return "bit for bit" if run.execution.deterministic else "to 1e-5 over 20 steps"
-
-
-def cores() -> int:
-    """How many CPU cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def prepare_xla(deterministic: bool) -> None:

@@ -72,9 +72,31 @@ def test_eight_devices_give_the_losses_of_one(finished, tiny_run, tmp_path, mesh
     np.testing.assert_allclose(losses(tmp_path / "run")[:20], losses(finished[0])[:20], atol=1e-5)
 
 
-def test_micro_batches_give_the_losses_of_the_whole_batch(finished, tiny_run, tmp_path):
-    train(changed(tiny_run, execution__mesh__data=1, execution__micro_batches=4), tmp_path / "run")
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"micro_batches": 4},
+        {"layout__unroll": False, "layout__remat": "full"},
+        {"layout__attention": "reference"},
+    ],
+    ids=str,
+)
+def test_how_a_run_is_executed_does_not_change_its_losses(finished, tiny_run, tmp_path, fields):
+    fields = {f"execution__{name}": value for name, value in fields.items()}
+    run = changed(tiny_run, execution__mesh__data=1, **fields)
+    train(run, tmp_path / "run")
+    assert run.identity() == tiny_run.identity()
     np.testing.assert_allclose(losses(tmp_path / "run")[:20], losses(finished[0])[:20], atol=1e-5)
+
+
+def test_what_is_written_on_the_way_does_not_change_a_run(finished, tiny_run, tmp_path):
+    fields = {"log_every_steps": 7, "evaluate_every_steps": 3, "checkpoint__every_steps": 11}
+    fields = {f"execution__{name}": value for name, value in fields.items()}
+    result = train(changed(tiny_run, execution__mesh__data=1, **fields), tmp_path / "run")
+    assert result["loss"] == finished[1]["loss"]
+    table = records.metrics(tmp_path / "run").set_index("step")
+    assert list(table["loss"].dropna().index) == [1, 7, 14, 21, 28, 35, 40]
+    assert list(table["held_out/loss"].dropna().index) == list(range(3, 40, 3))
 
 
 def test_accumulated_gradients_are_those_of_the_big_batch_with_uneven_masks():
