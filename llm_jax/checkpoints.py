@@ -85,16 +85,19 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps that have a manifest, ascending."""
-        return sorted(int(p.stem) for p in self.folder.glob("*.json") if p.stem.isdigit())
+        return manifest.steps(self.folder)
 
-    def restore(self, abstract_state: Any, step: int | None = None) -> tuple[int, Any] | None:
+    def restore(
+        self, abstract_state: Any, step: int | None = None, at_most: int | None = None
+    ) -> tuple[int, Any] | None:
         """The newest sound checkpoint as (step, state), or None if no save was ever finished.
 
         abstract_state: the tree with a ShapeDtypeStruct (or an array) for each leaf; its shardings say where
-        the state goes, whatever mesh it was saved from. `step` asks for that step and no other. Raises
-        UserError if none is sound, and for another architecture, naming the first array that differs.
+        the state goes, whatever mesh it was saved from. `step` asks for that step and no other, `at_most` for
+        none after that one. Raises UserError if none is sound, and for another architecture, naming the first
+        array that differs.
         """
-        found = self._sound(step)
+        found = self._sound(step, at_most)
         if found is None:
             return None
         state = self._load(found, abstract_state, "", same_type=True)
@@ -165,12 +168,12 @@ class Checkpoints:
 
     # ---- reading ----
 
-    def _sound(self, step: int | None) -> int | None:
+    def _sound(self, step: int | None, at_most: int | None = None) -> int | None:
         """The step to restore, the same in every process; process 0 alone reads and checks the files."""
         found, error = None, None
         if self._leader:
             try:
-                found = self._newest_sound() if step is None else self._checked(step)
+                found = self._newest_sound(at_most) if step is None else self._checked(step)
             except UserError as problem:
                 error = problem
         if jax.process_count() > 1:
@@ -185,12 +188,13 @@ class Checkpoints:
             raise error
         return found
 
-    def _newest_sound(self) -> int | None:
-        steps = self.steps()
+    def _newest_sound(self, at_most: int | None) -> int | None:
+        last = float("inf") if at_most is None else at_most
+        steps = [step for step in self.steps() if step <= last]
         passed = [
             f"{path.name} (its save was not finished)"
             for path in sorted(self.folder.glob("*"), reverse=True)
-            if path.name.isdigit() and int(path.name) > (steps[-1] if steps else -1)
+            if path.name.isdigit() and (steps[-1] if steps else -1) < int(path.name) <= last
         ]
         for step in reversed(steps):
             problem = manifest.problem(self._place(step))

@@ -18,6 +18,11 @@ def place(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.json")
 
 
+def steps(checkpoints: Path) -> list[int]:
+    """The steps of a run's checkpoints that have a manifest, ascending; their files are not checked."""
+    return sorted(int(path.stem) for path in checkpoints.glob("*.json") if path.stem.isdigit())
+
+
 def write(folder: Path, facts: Mapping[str, Any]) -> None:
     """Writes the manifest of all files that are in `folder` now, with `facts` in it; whole or not at all."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())

@@ -1,7 +1,8 @@
 """Records: what a run leaves on disk for analysis, and how it is read. Nothing else is.
 
     config.json                 identity, config and where the run stands; written once, by the first start
-    metrics/00000.jsonl ...     numbered parts, one JSON row a step; a new part at each start
+    metrics/00000.jsonl ...     numbered parts, one JSON row a step; a new part at each start, which says from
+                                which step it goes on, and of which run's state if not of its own
     result.json                 written last and atomically: a run is complete exactly if it stands
     tensorboard/                the metrics once more, as TensorBoard events
     checkpoints/                see checkpoints.py
@@ -50,7 +51,8 @@ class Record:
         self._writes, self._rows_per_part, self._tensorboard = writes, rows_per_part, tensorboard
         self._facts: dict[str, Any] = {}
         self._lock = self._part = self._events = None
-        self._rows = self._resumed = 0
+        self._rows = 0
+        self._head: dict[str, Any] = {"resume_at": 0}
 
     def start(self, config_json: Mapping[str, Any], facts: Mapping[str, Any] | None = None) -> None:
         """Takes the folder: writes config.json, or checks that it belongs to the same identity.
@@ -73,10 +75,17 @@ class Record:
         if not place.exists():
             write_atomically(place, dumps({**config_json, **self._facts}, indent=1) + "\n")
 
-    def resume_at(self, step: int) -> None:
-        """Says that the run goes on from `step` (0: from the start): rows past it no longer count."""
+    def resume_at(self, step: int, trunk: Mapping[str, Any] | None = None) -> None:
+        """Says that the run goes on from `step` (0: from the start): rows past it no longer count.
+
+        trunk: the run that the state is from if it isn't this one, {"folder", "identity", ...}; its rows up
+        to `step` are this run's rows too, read where they stand. The folder is kept relative to this one.
+        """
         assert self._part is None, "resume_at comes before the first row"
-        self._resumed = step
+        self._head = {"resume_at": step}
+        if trunk is not None:
+            place = os.path.relpath(Path(trunk["folder"]).absolute(), self.folder)
+            self._head["trunk"] = {**trunk, "folder": place}
         if self._writes:
             self._open_part()
 
@@ -119,12 +128,12 @@ class Record:
         number = 1 + max((int(p.stem) for p in folder.glob("*.jsonl")), default=-1)
         head: dict[str, Any] = {"part": number}
         if self._part is None:
-            head |= {"resume_at": self._resumed, "time": time.time(), "facts": self._facts}
+            head |= self._head | {"time": time.time(), "facts": self._facts}
             if self._tensorboard:
                 from tensorboardX import SummaryWriter  # late: it imports torch where there is one
 
                 # Viewers drop what earlier files say of steps from purge_step on.
-                purge = {"purge_step": self._resumed + 1} if number else {}
+                purge = {"purge_step": self._head["resume_at"] + 1} if number else {}
                 place, suffix = str(self.folder / "tensorboard"), f".{number:05d}"
                 self._events = SummaryWriter(place, flush_secs=10, filename_suffix=suffix, **purge)
         else:
@@ -152,15 +161,24 @@ def load_run(folder: str | Path) -> dict[str, Any]:
 
 
 def metrics(folder: str | Path) -> "pandas.DataFrame":
-    """The metrics of a run, one row a step, with a column `step`; what a step didn't log is nan."""
+    """The metrics of a run, one row a step, with a column `step`; what a step didn't log is nan.
+
+    A branch's first rows are its trunk's, as long as that run's folder is there.
+    """
     import pandas
 
     return pandas.DataFrame(_rows(Path(folder)) or {"step": []})
 
 
 def starts(folder: str | Path) -> list[dict[str, Any]]:
-    """Every start of a run: {"resume_at": step, "time": seconds since 1970, "facts": {...}}."""
+    """Every start of a run: {"resume_at": step, "time": seconds since 1970, "facts": {...}}; see `trunk`."""
     return [line for line in _lines(Path(folder)) if "resume_at" in line]
+
+
+def trunk(folder: str | Path) -> dict[str, Any] | None:
+    """The run whose state this one began with, {"folder", "identity", "from_step", ...}; None: its own."""
+    origins = [start for start in starts(folder) if start["resume_at"] == 0 or "trunk" in start]
+    return origins[-1].get("trunk") if origins else None
 
 
 def load_sweep(folder: str | Path) -> "pandas.DataFrame":
@@ -246,8 +264,17 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
         if "part" not in line:
             rows.setdefault(line["step"], {}).update(line)
         elif "resume_at" in line:
+            rows = _rows_of_trunk(folder, line["trunk"]) if "trunk" in line else rows
             rows = {step: row for step, row in rows.items() if step <= line["resume_at"]}
     return [rows[step] for step in sorted(rows)]
+
+
+def _rows_of_trunk(folder: Path, trunk: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+    """The trunk's rows by step; none if its folder has gone or belongs to another run by now."""
+    place = folder / trunk["folder"]
+    if not (place / "config.json").exists() or _read(place / "config.json")["identity"] != trunk["identity"]:
+        return {}
+    return {row["step"]: row for row in _rows(place)}
 
 
 def _run_folders(root: Path) -> Iterator[Path]:

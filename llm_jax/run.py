@@ -54,12 +54,16 @@ class Checkpointing:
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
-    """How a run is executed: nothing here changes what it computes beyond rounding."""
+    """How a run is executed: nothing here changes what it computes beyond rounding.
+
+    trunk: the folder of a run whose first steps are this one's too; they are taken from there (trunks.py).
+    """
 
     mesh: MeshConfig = MeshConfig()
     layout: Layout = Layout()
     micro_batches: int = 1
     checkpoint: Checkpointing = Checkpointing()
+    trunk: str = ""
     evaluate_every_steps: int = 0
     log_every_steps: int = 1
     deterministic: bool = False
@@ -98,6 +102,7 @@ class Run:
             raise UserError(f"tokens: {self.tokens} is less than 1")
         if self.execution.micro_batches > 1 and getattr(self.model, "dropout", 0):
             raise UserError("dropout draws anew in each micro-batch: set execution.micro_batches=1")
+        self.optimizer.schedule.check_length(self.steps)
         config.check(self.resolved_model, "config.model")
 
     def identity(self, content: bool = True) -> str:

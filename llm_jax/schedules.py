@@ -15,20 +15,37 @@ from llm_jax.config import Tagged, UserError
 
 @dataclasses.dataclass(frozen=True)
 class Schedule(Tagged):
-    """Root of the union; every member warms up over a fraction of the run's steps."""
+    """Root of the union; every member warms up over a fraction of the run's steps, or over `warmup_steps`.
+
+    Runs of different lengths have their first steps in common if the warm-up is given in steps (trunks.py).
+    """
 
     warmup_fraction: float = 0.02
+    warmup_steps: int | None = dataclasses.field(default=None, kw_only=True)
 
     def validate(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.type is float and not 0 <= value <= 1:
                 raise UserError(f"schedule.{field.name} is {value}; a fraction lies between 0 and 1")
+        if self.warmup_steps is not None and self.warmup_steps < 0:
+            raise UserError(f"schedule.warmup_steps is {self.warmup_steps}; it is none, or 0 or more")
+
+    def check_length(self, steps: int) -> None:
+        """Raises UserError if a run of `steps` steps ends before its warm-up does."""
+        if (self.warmup_steps or 0) >= steps:
+            raise UserError(
+                f"schedule.warmup_steps is {self.warmup_steps}, which leaves nothing of the {steps} steps"
+            )
+
+    def warmup(self, steps: int) -> int:
+        """How many of the steps warm up."""
+        return round(self.warmup_fraction * steps) if self.warmup_steps is None else self.warmup_steps
 
     def table(self, steps: int) -> np.ndarray:
         """float64 [steps]: the factor of the peak rate at each step of a run of that many steps."""
         step = np.arange(steps, dtype=np.float64)
-        warmup = round(self.warmup_fraction * steps)
+        warmup = self.warmup(steps)
         return np.where(step < warmup, (step + 1) / (warmup + 1), self.after_warmup(step, warmup, steps))
 
     def after_warmup(self, step: np.ndarray, warmup: int, steps: int) -> np.ndarray:
@@ -68,6 +85,8 @@ class Cosine(Schedule, kind="cosine"):
 class WSD(Schedule, kind="wsd"):
     """Warm-up, stable, decay: the peak rate, then a decay over the last `decay_fraction` of the steps.
 
+    Until its decay begins it is the trunk of every longer run; it never begins before the warm-up has ended.
+
     Hu et al. 2024 (arXiv:2404.06395); the shape 1 - sqrt from Hägele et al. 2024 (arXiv:2405.18392).
     """
 
@@ -77,7 +96,7 @@ class WSD(Schedule, kind="wsd"):
 
     def validate(self) -> None:
         super().validate()
-        if self.warmup_fraction + self.decay_fraction > 1:
+        if self.warmup_steps is None and self.warmup_fraction + self.decay_fraction > 1:
             raise UserError(
                 f"schedule.warmup_fraction {self.warmup_fraction} and schedule.decay_fraction "
                 f"{self.decay_fraction} together exceed the run; their sum is at most 1"

@@ -18,7 +18,7 @@ import numpy as np
 from absl import flags
 from jax._src import xla_bridge  # no public way to ask whether devices are in use yet
 
-from llm_jax import config, facts, optimizers, sharding
+from llm_jax import config, facts, optimizers, records, sharding, trunks
 from llm_jax.checkpoints import Checkpoints
 from llm_jax.config import UserError
 from llm_jax.data import Source, cache_folder
@@ -39,7 +39,7 @@ Hook = Callable[[int, Params], dict[str, float]]
 
 
 def train(run: Run, folder: str | Path, hooks: Sequence[Hook] = (), progress: Any = None) -> dict[str, Any]:
-    """Trains `run` in `folder`, from its last checkpoint if there is one; returns what result.json holds.
+    """Trains `run` in `folder`, from its last checkpoint or its trunk's; returns what result.json holds.
 
     progress: an object with update(steps done, loss, tokens per second).
     Raises UserError before anything is written if the run can't be done. On SIGTERM the state is saved and
@@ -66,8 +66,9 @@ def train(run: Run, folder: str | Path, hooks: Sequence[Hook] = (), progress: An
     tables = optimizers.tables(run.optimizer, run.objective, steps)
     held_out = source.held_out()
     numbers = facts.counts(run, source)
-
     folder = Path(folder)
+    trunk = trunks.find(run, folder)
+
     record = Record(folder, writes=jax.process_index() == 0)
     with record, jax.set_mesh(mesh), catching_sigterm() as terminated:
         if (folder / "result.json").exists():
@@ -85,15 +86,20 @@ def train(run: Run, folder: str | Path, hooks: Sequence[Hook] = (), progress: An
         checkpoints = Checkpoints(
             folder / "checkpoints", execution.checkpoint.keep_last, execution.checkpoint.keep_steps
         )
-        restored = checkpoints.restore(parts.state)
-        first, state = restored or (0, parts.init(jax.random.PRNGKey(run.seed)))
-        record.resume_at(first)
+        restored = checkpoints.restore(parts.state) or (trunk and trunk.restore(parts.state, run))
+        first, state, *origin = restored or (0, parts.init(jax.random.PRNGKey(run.seed)))
+        record.resume_at(first, *origin)
+        branched = records.trunk(folder)
+        shared = branched["from_step"] if branched else 0
         earlier = metrics(folder)
-        first_loss = float(earlier["loss"].dropna().iloc[0]) if first else None
-        seconds_before = float(earlier["seconds"].dropna().iloc[-1]) if first else 0.0
+        first_loss = float(earlier["loss"].dropna().iloc[0]) if len(earlier) else None
+        seconds_shared, seconds_before = (
+            float(rows["seconds"].max()) if len(rows) else 0.0
+            for rows in (earlier[earlier["step"] <= shared], earlier)
+        )
 
         def seconds() -> float:
-            """Wall-clock time of this start and those before it, as far as their steps count."""
+            """Wall-clock time of this start and those before it, the trunk's too, as far as steps count."""
             return seconds_before + time.perf_counter() - started
 
         def load(step: int) -> Batch:
@@ -160,7 +166,7 @@ def train(run: Run, folder: str | Path, hooks: Sequence[Hook] = (), progress: An
         settle()
 
         # ---- the end ----
-        if status == "done" and execution.checkpoint.at_end and first < steps:
+        if status == "done" and execution.checkpoint.at_end and checkpoints.latest() != steps:
             checkpoints.save(steps, state, wait=True)
         checkpoints.close()
         scores = evaluate(steps) if status == "done" else {}
@@ -176,8 +182,9 @@ def train(run: Run, folder: str | Path, hooks: Sequence[Hook] = (), progress: An
             status,
             **scores,
             **numbers,
+            **facts.spent(steps, branched, numbers),
             train_loss=float(logged["loss"][logged.index > steps - max(1, steps // 20)].mean()),
-            wall_seconds=seconds(),
+            wall_seconds=seconds() - seconds_shared,
             compile_seconds=compile_seconds,
             tokens_per_second=stopwatch.tokens_per_second or float(logged["tokens_per_second"].iloc[-1]),
         )

@@ -12,7 +12,7 @@ ROWS = [
     ["models", "data"],
     ["checkpoints", "manifest", "records", "environment", "progress"],
     ["optimizers", "schedules", "losses", "interop"],
-    ["pack", "train", "program", "step", "run", "facts", "held_out", "inference"],
+    ["pack", "train", "trunks", "program", "step", "run", "facts", "held_out", "inference"],
     ["scaling", "posttraining", "evaluation"],
     ["score", "generate", "chat", "aot"],
 ]

@@ -14,7 +14,7 @@ STEPS = 200
 ALL = [Constant(0.1), Linear(0.1, 0.05), Cosine(0.1, 0.05), WSD(0.1, 0.25, "linear", 0.05), WSD(0.1)]
 
 
-@pytest.mark.parametrize("schedule", ALL, ids=str)
+@pytest.mark.parametrize("schedule", [*ALL, Cosine(warmup_steps=20)], ids=str)
 def test_warm_up_rises_in_equal_parts_to_a_peak_of_one_and_never_starts_at_zero(schedule):
     table = schedule.table(STEPS)
     np.testing.assert_allclose(np.diff(table[:21], prepend=0.0), 1 / 21, rtol=1e-12)
@@ -83,12 +83,21 @@ def test_the_shortest_runs_have_positive_rates(schedule, steps):
         (WSD(decay_fraction=2.0), "decay_fraction is 2.0"),
         (WSD(warmup_fraction=0.6, decay_fraction=0.6), "together exceed the run"),
         (WSD(shape="cubic"), "one of linear, cosine, one_minus_sqrt"),
+        (Cosine(warmup_steps=-1), "warmup_steps is -1"),
     ],
     ids=str,
 )
 def test_schedules_that_make_no_sense_are_refused(schedule, words):
     with pytest.raises(UserError, match=words):
         config.check(schedule)
+
+
+def test_a_warm_up_in_steps_is_as_long_in_runs_of_any_length_and_must_end_before_the_run():
+    short, long = (WSD(warmup_steps=20).table(steps) for steps in (100, 1000))
+    assert (short[:81] == long[:81]).all() and short[81] < long[81]
+    WSD(warmup_steps=20).check_length(21)
+    with pytest.raises(UserError, match="leaves nothing of the 20 steps"):
+        WSD(warmup_steps=20).check_length(20)
 
 
 def test_schedules_are_chosen_by_name():
