@@ -2,7 +2,8 @@
 
     failures = Pool(missing, experiment, shares(workers=2, planned=len(runs))).run()
 
-The biggest runs come first, so that the last ones to end are short. A worker that dies is replaced, and its
+The biggest runs come first, so that the last ones to end are short, and a worker goes on with the shape that
+it has compiled. A worker that dies is replaced, and its
 run goes on from its checkpoint. Two pools may work on the same runs: each run belongs to the process that
 writes in its folder, and whoever comes second takes another and looks in again.
 """
@@ -24,6 +25,7 @@ from typing import Any, Literal
 
 from launch.sweep import LOG, Planned
 from llm_jax.config import UserError
+from llm_jax.program import Shape
 from llm_jax.progress import Status, Sweep
 
 TRIES = 3
@@ -82,6 +84,7 @@ class Worker:
     def __init__(self, experiment: Path, share: Share) -> None:
         self.share = share
         self.run: Planned | None = None
+        self.compiled: set[int] = set()  # numbers of shapes
         self.state: Literal["starting", "taking", "leaving"] = "starting"
         self.silent = False  # it has closed its pipe
         self.pipe, write = os.pipe()
@@ -151,6 +154,8 @@ class Pool:
 
     def __init__(self, runs: Sequence[Planned], experiment: Path, shares: Sequence[Share]) -> None:
         self._waiting = collections.deque(sorted(runs, key=lambda run: -run.flops))
+        numbers: dict[Shape, int] = {}  # hashing a shape takes a while
+        self._shape = {run: numbers.setdefault(run.shape, len(numbers)) for run in runs}
         self._elsewhere: list[Planned] = []  # other launchers have them
         self._experiment, self._free = experiment, list(shares)
         self._workers: list[Worker] = []
@@ -188,12 +193,18 @@ class Pool:
 
     # ---- runs ----
 
-    def _next(self) -> Planned | None:
-        """The next run that nobody else has."""
+    def _next(self, worker: Worker) -> Planned | None:
+        """The next run that nobody else has, best of a shape that this worker, or no other, has compiled."""
+        mine = worker.compiled
+        others = set().union(*(other.compiled for other in self._workers)) - mine
         while self._waiting:
-            run = self._waiting.popleft()
+            run = min(
+                self._waiting, key=lambda run: (self._shape[run] not in mine, self._shape[run] in others)
+            )
+            self._waiting.remove(run)
             if run.status != "running":
                 run.forget_failure()
+                mine.add(self._shape[run])
                 return run
             self._leave(run)
         return None
@@ -228,7 +239,7 @@ class Pool:
     def _occupy(self) -> None:
         """Gives the runs that wait to idle workers, and starts workers for the rest."""
         for worker in self._workers:
-            if worker.state == "taking" and worker.run is None and (run := self._next()):
+            if worker.state == "taking" and worker.run is None and (run := self._next(worker)):
                 worker.give(run)
         starting = sum(worker.state == "starting" for worker in self._workers)
         while self._free and len(self._waiting) > starting:

@@ -18,6 +18,7 @@ from llm_jax import config, records
 from llm_jax.config import Chosen, UserError
 from llm_jax.data import DataConfig, Source
 from llm_jax.models import ModelConfig, counting
+from llm_jax.program import Shape, shape_of
 from llm_jax.run import Run
 
 if TYPE_CHECKING:
@@ -29,13 +30,14 @@ FAILURE = "failure.json"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Planned:
-    """One run of a plan: its folder, its name on the screen, its price in FLOPs."""
+    """One run of a plan: its folder, its name on the screen, its price in FLOPs, the shape of its program."""
 
     run: Run
     identity: str
     folder: Path
     label: str
     flops: float
+    shape: Shape
 
     @property
     def begun(self) -> bool:
@@ -139,7 +141,9 @@ def make_plan(experiment: Chosen, folder: Path) -> Plan:
     planned: dict[str, list[Planned]] = {stage: [] for stage in stages}
     for identity, (stage, run) in unique.items():
         label = run.name if run.name and names[run.name] == 1 else f"{run.name or 'run'} {identity}"
-        planned[stage].append(Planned(run, identity, folder / identity, label, flops(run)))
+        planned[stage].append(
+            Planned(run, identity, folder / identity, label, flops(run), shape_of(run, _source(run.data)))
+        )
     return Plan(experiment, folder, tuple(planned["sweep"]), tuple(planned["holdout"]))
 
 

@@ -39,6 +39,10 @@ class Objective(Tagged):
         """Weights that may change from step to step; they become columns `weights/<term>` of the tables."""
         return {}
 
+    def structure(self) -> "Objective":
+        """What of it decides the compiled program: weights are arrays there."""
+        return dataclasses.replace(self, **{name: 0.0 for name in self.weights() if hasattr(self, name)})
+
 
 def total(terms: Mapping[str, Term], counts: Mapping[str, jax.Array] | None = None) -> jax.Array:
     """The loss: sum over terms of weight * sum / count (a term that counts nothing adds nothing).

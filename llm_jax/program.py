@@ -14,10 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_jax import optimizers, sharding
+from llm_jax.data import Source
 from llm_jax.held_out import make_scorer
 from llm_jax.losses import Objective
 from llm_jax.models import Layout, ModelConfig
 from llm_jax.optimizers import Optimizer
+from llm_jax.run import Run
 from llm_jax.step import State, make_init, make_step, state_shardings
 
 KEY = jax.ShapeDtypeStruct((2,), np.uint32)
@@ -27,7 +29,7 @@ KEY = jax.ShapeDtypeStruct((2,), np.uint32)
 class Shape:
     """All that a program depends on: hashable, so that equal shapes find the same program.
 
-    optimizer: its structure alone (`optimizers.structure`). spec: of the global batch.
+    objective, optimizer: their structure alone. spec: of the global batch.
     """
 
     model: ModelConfig
@@ -36,6 +38,18 @@ class Shape:
     layout: Layout
     micro_batches: int
     spec: tuple[tuple[str, jax.ShapeDtypeStruct], ...]
+
+
+def shape_of(run: Run, source: Source) -> Shape:
+    """The shape of a run's program."""
+    return Shape(
+        run.resolved_model,
+        run.objective.structure(),
+        optimizers.structure(run.optimizer),
+        run.execution.layout,
+        run.execution.micro_batches,
+        tuple(source.spec.items()),
+    )
 
 
 class Program:

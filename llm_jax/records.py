@@ -28,6 +28,8 @@ from llm_jax.environment import environment
 if TYPE_CHECKING:
     import pandas
 
+SECONDS_BETWEEN_EVENTS = 0.5  # of TensorBoard, beside those of evaluations
+
 NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 _writing: set[Path] = set()  # the folders that this process writes in
@@ -52,6 +54,8 @@ class Record:
         self._facts: dict[str, Any] = {}
         self._lock = self._part = self._events = None
         self._rows = 0
+        self._unseen: tuple[int, Mapping[str, float]] | None = None
+        self._shown = -math.inf
         self._head: dict[str, Any] = {"resume_at": 0}
 
     def start(self, config_json: Mapping[str, Any], facts: Mapping[str, Any] | None = None) -> None:
@@ -97,10 +101,18 @@ class Record:
             self._open_part()
         self._part.write(dumps({"step": int(step), **row}) + "\n")
         self._rows += 1
-        if self._events is not None:
-            for name, value in row.items():
-                if math.isfinite(value):
-                    self._events.add_scalar(name, float(value), step)
+        self._unseen = (int(step), row)
+        if time.monotonic() - self._shown > SECONDS_BETWEEN_EVENTS or "loss" not in row:
+            self._show()
+
+    def _show(self) -> None:
+        """The latest row as TensorBoard events; those of every step would take longer than a small step."""
+        if self._events is None or self._unseen is None:
+            return
+        (step, row), self._unseen, self._shown = self._unseen, None, time.monotonic()
+        for name, value in row.items():
+            if math.isfinite(value):
+                self._events.add_scalar(name, float(value), step)
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """Writes result.json, whole or not at all, and gives the folder free."""
@@ -110,6 +122,7 @@ class Record:
 
     def close(self) -> None:
         """Gives the folder free; without `finish` before it, the run counts as missing."""
+        self._show()
         for thing in (self._events, self._part, self._lock):
             if thing is not None:
                 thing.close()

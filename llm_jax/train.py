@@ -25,7 +25,7 @@ from llm_jax.data import Source, cache_folder
 from llm_jax.held_out import score
 from llm_jax.kernels.memory import keep_freed_memory
 from llm_jax.models import Batch, Params
-from llm_jax.program import Shape, program
+from llm_jax.program import program, shape_of
 from llm_jax.progress import Progress
 from llm_jax.records import Record, load_run, metrics
 from llm_jax.run import Run
@@ -55,14 +55,7 @@ def train(run: Run, folder: str | Path, hooks: Sequence[Hook] = (), progress: An
     sharding.check_batch(run.data.batch_size, execution.micro_batches, mesh)
     source = run.data.open()
     refuse_repeats(run, source)
-    shape = Shape(
-        run.resolved_model,
-        run.objective,
-        optimizers.structure(run.optimizer),
-        execution.layout,
-        execution.micro_batches,
-        tuple(source.spec.items()),
-    )
+    shape = shape_of(run, source)
     tables = optimizers.tables(run.optimizer, run.objective, steps)
     held_out = source.held_out()
     numbers = facts.counts(run, source)
