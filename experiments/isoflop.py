@@ -80,8 +80,8 @@ def ladder(widths: Sequence[int], layers: int) -> tuple[tuple[int, int], ...]:
 SCALES = {
     "quickstart": Isoflop(),
     "smoke": Isoflop(
-        budgets_flops=(1e9, 2e9),
-        holdout_flops=9e9,
+        budgets_flops=(5e8, 1e9, 2e9),
+        holdout_flops=8e9,
         shapes=ladder((4, 6, 8, 12, 16), 1),
         sizes=5,
         minimum_steps=20,
@@ -246,26 +246,26 @@ def rate_checks(base: Run, runs: pd.DataFrame) -> list[RateCheck]:
     return check_rates(table, [rate(base, width) for width in table["width"]], MULTIPLES)
 
 
-def laws(base: Run) -> dict[str, Callable[[pd.DataFrame], fits.Fit | isoflop.IsoflopFit]]:
+def laws(bootstrap: int) -> dict[str, Callable[[pd.DataFrame], fits.Fit | isoflop.IsoflopFit]]:
     """What a forecast may be made with: the law of N and D, or the power law through the isoFLOP minima."""
-    options = {"bootstrap": base.sweep.bootstrap, "counting": COUNTING}
+    options = {"bootstrap": bootstrap, "counting": COUNTING}
     return {
         "Approach 3": lambda grid: fits.fit_law(grid, "chinchilla", **options),
         "Approach 2": lambda grid: isoflop.fit_isoflop(grid, **options),
     }
 
 
-def backtests(base: Run, grid: pd.DataFrame) -> dict[str, float]:
+def backtests(grid: pd.DataFrame) -> dict[str, float]:
     """How far each law, fitted without the largest budget, misses that one's best run [of ln loss]."""
     grid = grid[grid["status"] == "done"]
-    return {name: forecasting.backtest(make_fit, grid) for name, make_fit in laws(base).items()}
+    return {name: forecasting.backtest(make_fit, grid) for name, make_fit in laws(bootstrap=0).items()}
 
 
 def forecast(base: Run, runs: pd.DataFrame, run: Run) -> forecasting.Forecast:
     """The loss that `run` will reach, by the law that the back-test prefers; written before it starts."""
     grid = points(runs[runs["role"] == "grid"])
-    errors = backtests(base, grid)
-    fit = laws(base)[min(errors, key=errors.get)](grid)
+    errors = backtests(grid)
+    fit = laws(base.sweep.bootstrap)[min(errors, key=errors.get)](grid)
     cell = next(cell for cell in cells(base, "holdout") if cell["D"] == run.tokens)
     noise = max((c.relative_spread for c in rate_checks(base, runs) if c.judged), default=None)
     return forecasting.make(fit, N=cell["N"], D=cell["D"], C=cell["flops"], seed_noise=noise)
@@ -274,7 +274,7 @@ def forecast(base: Run, runs: pd.DataFrame, run: Run) -> forecasting.Forecast:
 def report(base: Run, folder: Path, runs: pd.DataFrame, forecasts: Mapping[str, Any]) -> dict[str, Any]:
     """Fits, prints and writes the report; returns its numbers."""
     grid = points(runs[runs["role"] == "grid"])
-    warnings, minima, tests = [], None, backtests(base, grid)
+    warnings, minima, tests = [], None, backtests(grid)
     try:
         minima = isoflop.fit_isoflop(grid, bootstrap=base.sweep.bootstrap, counting=COUNTING)
     except UserError as error:
