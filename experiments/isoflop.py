@@ -64,7 +64,10 @@ class Isoflop(Sweep, kind="isoflop"):
 
     def validate(self) -> None:
         if not self.budgets_flops or self.minimum_steps < 1 or self.bootstrap < 100 or self.rate_seeds < 2:
-            raise UserError("sweep needs a budget, minimum_steps >= 1, bootstrap >= 100, rate_seeds >= 2")
+            raise UserError(
+                "sweep.budgets_flops needs a budget, sweep.minimum_steps is at least 1, sweep.bootstrap at "
+                "least 100, sweep.rate_seeds at least 2"
+            )
         if self.holdout_flops < 4 * max(self.budgets_flops, default=0):
             raise UserError(
                 f"sweep.holdout_flops is {self.holdout_flops:.3g}; a check of the law lies at least 4 times "

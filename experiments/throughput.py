@@ -95,9 +95,9 @@ class Throughput:
 
     def validate(self) -> None:
         if not self.shapes:
-            raise UserError("throughput: there are no shapes to measure")
+            raise UserError("shapes is empty: there is nothing to measure")
         if self.rounds < 1 or self.seconds <= 0:
-            raise UserError("throughput: rounds is at least 1, seconds are positive")
+            raise UserError("rounds is at least 1, seconds is positive")
 
 
 CPU = (

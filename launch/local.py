@@ -114,6 +114,7 @@ def matmul_speed(size: int = 1024, seconds: float = 0.3) -> float:
 
 
 if __name__ == "__main__":
+    flags.adopt_module_key_flags(config)
     flags.DEFINE_integer("workers", None, "processes that train at once", lower_bound=1)
     flags.DEFINE_bool("dry_run", False, "print the plan and its price, and do nothing")
     flags.DEFINE_string("folder", None, "where the runs go; runs/<experiment>-<scale> if not given")

@@ -26,7 +26,7 @@ from typing import Any, Literal
 from launch.sweep import LOG, Planned
 from llm_jax.config import UserError
 from llm_jax.program import Shape
-from llm_jax.progress import Status, Sweep
+from llm_jax.progress import Status, SweepProgress
 
 TRIES = 3
 SECONDS_BETWEEN_LOOKS = 1.0  # at runs that another launcher has
@@ -166,7 +166,7 @@ class Pool:
         self._count = len(runs)
         self._looked = time.monotonic()
         self._selector = selectors.DefaultSelector()
-        self._display = Sweep({run.label: run.flops for run in runs})
+        self._display = SweepProgress({run.label: run.flops for run in runs})
 
     def run(self) -> dict[Planned, str]:
         """Blocks until every run is complete or has failed; returns the reasons of those that failed.
@@ -255,6 +255,8 @@ class Pool:
                     worker.state = "taking"
                 case {"kind": "progress", "status": status}:
                     self._display.show(Status(*status))
+                case {"kind": "continues", "step": step}:
+                    self._display.say(f"{worker.run.label}: continued from step {step:,}")
                 case {"kind": "finished", "status": status, "loss": loss}:
                     self._end(worker.run, status if loss is None else f"{status}, loss {loss:.4f}")
                     worker.run = None

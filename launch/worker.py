@@ -8,6 +8,7 @@ on the file descriptor FD:
 
     {"kind": "ready"}                       at the start
     {"kind": "progress", "status": [...]}   progress.Status, a few times a second
+    {"kind": "continues", "step"}           from a checkpoint
     {"kind": "finished", "status", "loss"}  and the next task is taken
     {"kind": "refused", "message": ...}     a UserError; the process ends
     {"kind": "failed", "message": ...}      any other error; the process ends
@@ -34,10 +35,24 @@ from launch.sweep import LOG
 from llm_jax import config
 from llm_jax.config import UserError
 from llm_jax.progress import Progress
+from llm_jax.records import how_it_ended
 from llm_jax.run import Run
 from llm_jax.train import train
 
 Say = Callable[..., None]
+
+
+class Reporter(Progress):
+    """A run's progress as messages."""
+
+    def __init__(self, run: Run, label: str, say: Say) -> None:
+        self._say = say
+        super().__init__(run.steps, label, write=lambda status: say(kind="progress", status=status))
+
+    def begin(self, step: int) -> None:
+        super().begin(step)
+        if step:
+            self._say(kind="continues", step=step)
 
 
 def attempt(task: dict[str, Any], say: Say) -> bool:
@@ -49,8 +64,7 @@ def attempt(task: dict[str, Any], say: Say) -> bool:
         os.dup2(log.fileno(), 2)
     try:
         run = config.from_json(Run, task["run"])
-        write = lambda status: say(kind="progress", status=status)  # noqa: E731
-        result = train(run, folder, progress=Progress(run.steps, task["label"], write))
+        result = train(run, folder, progress=Reporter(run, task["label"], say))
     except UserError as error:
         print(f"error: {error}", flush=True)
         say(kind="refused", message=str(error))
@@ -59,7 +73,7 @@ def attempt(task: dict[str, Any], say: Say) -> bool:
         traceback.print_exc()
         say(kind="failed", message=" ".join(f"{type(error).__name__}: {error}".split())[:300])
         return False
-    say(kind="finished", status=result["status"], loss=result.get("loss"))
+    say(kind="finished", status=how_it_ended(result), loss=result.get("loss"))
     return True
 
 

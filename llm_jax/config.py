@@ -14,28 +14,24 @@ On the command line `--config=FILE.py[:scale]` picks an experiment file and `--c
 any field of what its `get_config(scale)` returns.
 """
 
-import ast
 import dataclasses
-import difflib
 import functools
 import hashlib
 import importlib.util
-import itertools
 import json
-import math
 import pathlib
 import re
+import shlex
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
 from absl import app, flags, logging
 
-
-class UserError(ValueError):
-    """What a user got wrong, in one line that names it and says what would be right (exit code 2)."""
+from llm_jax import values
+from llm_jax.values import UserError, nearest
 
 
 class Tagged:
@@ -63,6 +59,11 @@ class Tagged:
     def parse(cls, text: str) -> "Tagged":
         """What `--config.field=text` stands for; a root may also accept paths or short forms."""
         return member(cls, text)()
+
+    @classmethod
+    def choices(cls) -> list[str]:
+        """What `parse` accepts, in words."""
+        return list(cls.members)
 
 
 def member(root: type[Tagged], kind: str) -> type:
@@ -109,8 +110,24 @@ def override(config: Any, path: str, text: str) -> Any:
     if name == "kind" and isinstance(parent, Tagged):
         return replace(config, parent_path, _change_kind(parent, text))
     if isinstance(parent, tuple):
-        return replace(config, path, _parse(type(parent[_index(parent, name, path)]), text, path))
-    return replace(config, path, _parse(_field_type(parent, name), text, path))
+        return replace(config, path, values.parse(type(parent[_index(parent, name, path)]), text, path))
+    return replace(config, path, values.parse(_field_type(parent, name), text, path))
+
+
+def listing(config: Any, path: str = "config") -> Iterator[tuple[str, str]]:
+    """("--config.field=value", what else it may be) for every field of `config` and of the configs in it."""
+    for name, annotation in values.hints(type(config)).items():
+        value, place = getattr(config, name), f"{path}.{name}"
+        parts = value if isinstance(value, tuple) else ()
+        if isinstance(value, Tagged):
+            yield f"--{place}={value.kind}", f"one of {', '.join(value.root.choices())}"
+        elif not dataclasses.is_dataclass(value) and not any(map(dataclasses.is_dataclass, parts)):
+            yield f"--{place}={shlex.quote(values.write(value))}", values.say(annotation)
+        if dataclasses.is_dataclass(value):
+            yield from listing(value, place)
+        for index, part in enumerate(parts):
+            if dataclasses.is_dataclass(part):
+                yield from listing(part, f"{place}.{index}")
 
 
 def to_json(config: Any) -> Any:
@@ -123,7 +140,7 @@ def to_json(config: Any) -> Any:
 
 def from_json(annotation: Any, value: Any, path: str = "config") -> Any:
     """The config of type `annotation` that `to_json` wrote; raises UserError where it doesn't fit."""
-    options = _options(annotation)
+    options = values.options(annotation)
     if value is None and type(None) in options:
         return None
     for option in options:
@@ -133,15 +150,17 @@ def from_json(annotation: Any, value: Any, path: str = "config") -> Any:
                 raise UserError(f"{path}: expected fields of {option.__name__}, got {value!r}")
             if issubclass(option, Tagged):
                 option = member(option, str(value.pop("kind", getattr(option, "kind", None))))
-            hints = _hints(option)
+            kinds = values.hints(option)
             for name in value:
-                if name not in hints:
-                    suggestion = nearest(name, hints)
+                if name not in kinds:
+                    suggestion = nearest(name, kinds)
                     raise UserError(f"{path}: no field {name!r} in {option.__name__}; {suggestion}")
-            return option(**{k: from_json(hints[k], v, f"{path}.{k}") for k, v in value.items()})
+            return option(**{k: from_json(kinds[k], v, f"{path}.{k}") for k, v in value.items()})
         if typing.get_origin(option) is tuple:
-            return tuple(from_json(t, v, path) for t, v in zip(_items(option, value), value, strict=True))
-    return _coerce(annotation, value, path)
+            return tuple(
+                from_json(t, v, path) for t, v in zip(values.items(option, value), value, strict=True)
+            )
+    return values.coerce(annotation, value, path)
 
 
 def check(config: Any, path: str = "config") -> None:
@@ -150,9 +169,9 @@ def check(config: Any, path: str = "config") -> None:
     A config states its rules across fields in `validate()`; they are checked here, once, after all
     overrides, so that fields that must change together can.
     """
-    for name, annotation in _hints(type(config)).items():
+    for name, annotation in values.hints(type(config)).items():
         value = getattr(config, name)
-        _coerce(annotation, value, f"{path}.{name}")
+        values.coerce(annotation, value, f"{path}.{name}")
         for index, item in enumerate(value if isinstance(value, tuple) else (value,)):
             if dataclasses.is_dataclass(item):
                 check(item, f"{path}.{name}.{index}" if isinstance(value, tuple) else f"{path}.{name}")
@@ -171,9 +190,9 @@ def scientific(config: Any, content: bool = True) -> Any:
     if not dataclasses.is_dataclass(config):
         return config
     out: dict[str, Any] = {"kind": config.kind} if isinstance(config, Tagged) else {}
-    hints = _hints(type(config))
+    kinds = values.hints(type(config))
     for field in dataclasses.fields(config):
-        value = _coerce(hints[field.name], getattr(config, field.name), field.name)
+        value = values.coerce(kinds[field.name], getattr(config, field.name), field.name)
         if field.metadata.get("identity", True) and value != _default(field):
             out[field.name] = scientific(value, content)
     return out | (config.fingerprint() if content and hasattr(config, "fingerprint") else {})
@@ -195,9 +214,10 @@ def load_experiment(place: str) -> tuple[types.ModuleType, str]:
     if not path.is_file():
         near = sorted(str(p) for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
         raise UserError(f"no experiment file {name!r}; {nearest(name, near)}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    unique = f"{path.stem} ({path.resolve()})"
+    spec = importlib.util.spec_from_file_location(unique, path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault(path.stem, module)  # dataclasses look up their module's names there
+    sys.modules[unique] = module  # dataclasses look up their module's names there
     spec.loader.exec_module(module)
     for needed in ("SCALES", "get_config"):
         if not hasattr(module, needed):
@@ -218,20 +238,45 @@ class Chosen:
     overrides: tuple[tuple[str, str], ...]
 
 
-_FILE = flags.DEFINE_string("config", None, "experiment FILE.py[:scale]; --config.a.b=value overrides it")
+_FILE = flags.DEFINE_string(
+    "config",
+    None,
+    "experiment FILE.py[:scale], for example experiments/isoflop.py:smoke; --config.a.b=value sets a field, "
+    "--config.help lists all fields and what they may be, --config.a.help those of a",
+)
 _overrides: list[tuple[str, str]] = []
+_help: list[str] = []
 
 
 def chosen() -> Chosen:
-    """The experiment and config that `--config` and `--config.a.b=value` name."""
+    """The experiment and config that `--config` and `--config.a.b=value` name.
+
+    With --config.help their fields are printed instead, as they stand after the overrides.
+    """
     if _FILE.value is None:
         raise UserError("--config is missing, for example --config=experiments/isoflop.py:smoke")
     module, scale = load_experiment(_FILE.value)
     config = module.get_config(scale)
     for path, text in _overrides:
         config = override(config, path, text)
+    if _help:
+        for place in _help:
+            _print_fields(config, place)
+        sys.exit(0)
     check(config)
     return Chosen(module, scale, config, tuple(_overrides))
+
+
+def _print_fields(config: Any, place: str) -> None:
+    """The listing of `config`, or of what stands at `place` in it."""
+    start = f"--config.{place}".rstrip(".")
+    rows = [row for row in listing(config) if row[0].startswith((f"{start}=", f"{start}."))]
+    if not rows:
+        known = [flag.partition("=")[0].removeprefix("--config.") for flag, _ in listing(config)]
+        raise UserError(f"no field {place!r}; {nearest(place, known)}")
+    width = min(60, max(len(flag) for flag, _ in rows))
+    for flag, words in rows:
+        print(f"{flag:<{width}}  {words}")
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
@@ -242,6 +287,9 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
             rest.append(item)
             continue
         path, given, text = item.lstrip("-").removeprefix("config.").partition("=")
+        if not given and path.rpartition(".")[2] == "help":
+            _help.append(path.rpartition(".")[0])
+            continue
         if not given and (text := next(items, None)) is None:
             raise UserError(f"{item} needs a value: {item}=VALUE")
         _overrides.append((path, text))
@@ -295,41 +343,18 @@ def run_main(main: Callable[[], int | None]) -> None:
     app.run(lambda _: guarded(main), flags_parser=functools.partial(guarded, parse_flags))
 
 
-# ---- types ----
-
-
-@functools.cache
-def _hints(cls: type) -> dict[str, Any]:
-    hints = typing.get_type_hints(cls)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
-
-
-def _options(annotation: Any) -> tuple[Any, ...]:
-    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
-    return typing.get_args(annotation) if union else (annotation,)
-
-
-def _items(annotation: Any, value: Sequence) -> tuple[Any, ...]:
-    """The type of each item of a tuple field."""
-    args = typing.get_args(annotation)
-    return (args[0],) * len(value) if len(args) == 2 and args[1] is Ellipsis else args
+# ---- fields ----
 
 
 def _default(field: dataclasses.Field) -> Any:
     return field.default_factory() if callable(field.default_factory) else field.default
 
 
-def nearest(name: str, names: Sequence[str] | Mapping[str, Any]) -> str:
-    """What to say of a `name` that doesn't exist: the nearest of `names`, or all of them."""
-    near = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
-    return f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(names) or 'none'}"
-
-
 def _field_type(config: Any, name: str) -> Any:
-    hints = _hints(type(config))
-    if name not in hints:
-        raise UserError(f"no field {name!r} in {type(config).__name__}; {nearest(name, hints)}")
-    return hints[name]
+    kinds = values.hints(type(config))
+    if name not in kinds:
+        raise UserError(f"no field {name!r} in {type(config).__name__}; {nearest(name, kinds)}")
+    return kinds[name]
 
 
 def _index(items: tuple, text: str, path: str) -> int:
@@ -341,89 +366,6 @@ def _index(items: tuple, text: str, path: str) -> int:
 def _change_kind(config: Tagged, kind: str) -> Tagged:
     """The member `kind` of the union that `config` belongs to, with what was set of the fields both have."""
     cls = member(type(config), kind)
-    shared = [field for field in dataclasses.fields(config) if field.name in _hints(cls)]
+    shared = [field for field in dataclasses.fields(config) if field.name in values.hints(cls)]
     given = {field.name: getattr(config, field.name) for field in shared}
     return cls(**{field.name: given[field.name] for field in shared if given[field.name] != _default(field)})
-
-
-def _say(annotation: Any) -> str:
-    if typing.get_origin(annotation) is Literal:
-        return "one of " + ", ".join(map(str, typing.get_args(annotation)))
-    if len(_options(annotation)) > 1:
-        return " or ".join(_say(option) for option in _options(annotation))
-    if typing.get_origin(annotation) is tuple:
-        return f"a tuple such as (a, b) of {_say(typing.get_args(annotation)[0])}"
-    words = {int: "an integer", float: "a number", bool: "true or false", str: "a text", type(None): "none"}
-    return words.get(annotation, getattr(annotation, "__name__", str(annotation)))
-
-
-def _coerce(annotation: Any, value: Any, path: str) -> Any:
-    """`value` if it is of the type `annotation` (an integer where a float is asked for becomes one)."""
-    for option in _options(annotation):
-        origin = typing.get_origin(option)
-        if origin is Literal and value in typing.get_args(option):
-            return value
-        if origin is tuple and isinstance(value, tuple):
-            types_ = _items(option, value)
-            if len(types_) == len(value):
-                return tuple(_coerce(t, v, path) for t, v in zip(types_, value, strict=True))
-        if option is float and type(value) is int:
-            return float(value)
-        if type(value) is bool and option is not bool:
-            continue
-        if isinstance(option, type) and isinstance(value, option):
-            return value
-    raise UserError(f"{path}: {value!r} is not {_say(annotation)}")
-
-
-def _parse(annotation: Any, text: str, path: str) -> Any:
-    """`text` from the command line as a value of the type `annotation`."""
-    for option in _options(annotation):
-        if option is type(None) and text.lower() == "none":
-            return None
-        if option is bool and text.lower() in ("true", "false", "1", "0"):
-            return text.lower() in ("true", "1")
-        if option in (int, float):
-            number = _number(text)
-            if number is not None and (option is float or (math.isfinite(number) and number == int(number))):
-                return option(number)
-        if typing.get_origin(option) is Literal:
-            for choice in typing.get_args(option):
-                if str(choice) == text:
-                    return choice
-        if typing.get_origin(option) is tuple:
-            parts = _parts(text)
-            kinds = _items(option, parts)
-            if len(kinds) == len(parts):
-                return tuple(_parse(t, part.strip("'\""), path) for t, part in zip(kinds, parts, strict=True))
-        if isinstance(option, type) and issubclass(option, Tagged):
-            return option.parse(text)
-        if option is str:
-            return text
-    raise UserError(f"config.{path}: {text!r} is not {_say(annotation)}")
-
-
-def _parts(text: str) -> list[str]:
-    """The items of "(a, b)" or "a, b"; items may be tuples themselves."""
-    text = text.strip()
-    if text[:1] in ("(", "[") and text[-1:] in (")", "]") and _depths(text)[:-1].count(0) == 0:
-        text = text[1:-1]
-    depths, parts, start = _depths(text), [], 0
-    for place in [i for i, sign in enumerate(text) if sign == "," and depths[i] == 0] + [len(text)]:
-        parts.append(text[start:place].strip())
-        start = place + 1
-    return [part for part in parts if part]
-
-
-def _depths(text: str) -> list[int]:
-    """How many brackets are open after each character."""
-    return list(itertools.accumulate((sign in "([") - (sign in ")]") for sign in text))
-
-
-def _number(text: str) -> float | int | None:
-    """A Python number such as 12, 3e-3 or 1_000; infinities are written inf."""
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        value = float(text) if text.lower().lstrip("+-") in ("inf", "infinity") else None
-    return value if type(value) in (int, float) else None

@@ -18,6 +18,7 @@ from llm_jax.config import Tagged, UserError
 from llm_jax.losses import Objective
 from llm_jax.models import Params, Role
 from llm_jax.schedules import Constant, Cosine, Schedule
+from llm_jax.values import hints
 
 Hyper = Mapping[str, Any]  # one row of the tables: a scalar for each column
 Roles = Any  # a tree of Role
@@ -248,7 +249,7 @@ def _chain(optimizer: Optimizer, roles: Roles, hyper: Hyper) -> optax.GradientTr
 
 
 def _floats(optimizer: Optimizer) -> list[str]:
-    return [field.name for field in dataclasses.fields(optimizer) if field.type is float]
+    return [name for name, kind in hints(type(optimizer)).items() if kind is float]
 
 
 # ---- links of the chains ----

@@ -2,8 +2,8 @@
 
 A run reports through `Progress`; alone, it draws its own bar. In a sweep the parent draws: it gives each
 worker a way to send (`Progress(..., write=connection.send)`, each on a pipe of its own, so that a killed
-worker breaks nobody else's) and feeds what arrives to `Sweep.show`. Where the output is no terminal (a log
-file, CI) plain lines are printed now and then instead.
+worker breaks nobody else's) and feeds what arrives to `SweepProgress.show`. Where the output is no terminal
+(a log file, CI) plain lines are printed now and then instead.
 """
 
 import math
@@ -42,17 +42,30 @@ class Progress:
     """The reporting side: `update` is called at every step and passes on a few statuses a second.
 
     write: takes a `Status`; by default the run's own bar on stderr. If whoever listens has gone (an OSError),
-    the run goes on silently.
+    the run goes on silently. headline: printed above that bar when the run begins, which it may never do.
     """
 
-    def __init__(self, total_steps: int, label: str, write: Callable[[Status], None] | None = None) -> None:
+    def __init__(
+        self,
+        total_steps: int,
+        label: str,
+        write: Callable[[Status], None] | None = None,
+        headline: str = "",
+    ) -> None:
         self._display = Display() if write is None else None
-        self._write = write or self._display.show
+        self._write, self._headline = write or self._display.show, headline
         self._start: tuple[float, int] | None = None
         self._last = -math.inf
         self._status = Status(label, 0, total_steps)
-        if write is not None:
+        if write is not None or self._display.terminal:
             self._send()
+
+    def begin(self, step: int) -> None:
+        """Says that nothing stands in the way of the run any more, and that it goes on from `step`."""
+        self._status = self._status._replace(step=step)
+        if self._display is not None:
+            self._display.say(self._headline + (f", continued from step {step:,}" if step else ""))
+        self._send()
 
     def update(self, step: int, loss: float, tokens_per_second: float) -> None:
         """Says that `step` steps are done (those before a restart count); `loss` is the last one's."""
@@ -66,9 +79,11 @@ class Progress:
             self._send()
 
     def close(self) -> None:
-        """Sends the last status, if there was any, and leaves the bar as it is."""
+        """Sends the last status, if there was any, and leaves the bar as it is, or none without a step."""
         if self._start is not None:
             self._send()
+        elif self._display is not None:
+            self._display.remove(self._status.run)
         if self._display is not None:
             self._display.close()
 
@@ -140,7 +155,7 @@ class Display:
         self._bars.clear()
 
 
-class Sweep:
+class SweepProgress:
     """The parent's side: bars of the runs in flight, and one line for all of them.
 
     costs: {run: cost}, in any unit, of the runs to be done; they weigh the runs in the time left.
@@ -174,8 +189,9 @@ class Sweep:
         self._display.say(line)
 
     def close(self) -> None:
-        """Leaves the sweep's line as the last one."""
-        self._draw(now=True)
+        """Leaves the sweep's line as the last one (it is already where the last run's end was printed)."""
+        if self._line is not None or len(self._ended) < len(self._costs):
+            self._draw(now=True)
         self._display.close()
         if self._line is not None:
             self._line.leave = True

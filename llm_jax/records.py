@@ -194,6 +194,13 @@ def trunk(folder: str | Path) -> dict[str, Any] | None:
     return origins[-1].get("trunk") if origins else None
 
 
+def how_it_ended(result: Mapping[str, Any]) -> str:
+    """How a run ended, by its result: done, or diverged and at which step."""
+    if result["status"] != "diverged":
+        return result["status"]
+    return f"diverged at step {result['steps_done']:,} of {result['steps']:,}"
+
+
 def load_sweep(folder: str | Path) -> "pandas.DataFrame":
     """One row for each run in `folder` or in folders under it, sorted by name.
 

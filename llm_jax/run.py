@@ -49,7 +49,10 @@ class Checkpointing:
 
     def validate(self) -> None:
         if self.keep_last < 1 or self.every_steps < 0 or self.every_seconds < 0:
-            raise UserError("checkpoint: keep_last is at least 1, every_steps and every_seconds at least 0")
+            raise UserError(
+                "execution.checkpoint.keep_last is at least 1, execution.checkpoint.every_steps and "
+                "execution.checkpoint.every_seconds are at least 0"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +73,7 @@ class Execution:
 
     def validate(self) -> None:
         if self.micro_batches < 1 or self.log_every_steps < 1:
-            raise UserError("execution: micro_batches and log_every_steps are at least 1")
+            raise UserError("execution.micro_batches and execution.log_every_steps are at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,9 +102,13 @@ class Run:
 
     def validate(self) -> None:
         if self.tokens < 1:
-            raise UserError(f"tokens: {self.tokens} is less than 1")
+            raise UserError(f"tokens is {self.tokens}; it must be at least 1")
+        if not 0 <= self.seed < 1 << 32:
+            raise UserError(f"seed is {self.seed}; it lies in 0 .. 4294967295")
         if self.execution.micro_batches > 1 and getattr(self.model, "dropout", 0):
-            raise UserError("dropout draws anew in each micro-batch: set execution.micro_batches=1")
+            raise UserError(
+                "model.dropout draws anew in each micro-batch: set --config.execution.micro_batches=1"
+            )
         self.optimizer.schedule.check_length(self.steps)
         config.check(self.resolved_model, "config.model")
 

@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 
 from llm_jax.config import Tagged, UserError
+from llm_jax.values import hints
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,18 +25,20 @@ class Schedule(Tagged):
     warmup_steps: int | None = dataclasses.field(default=None, kw_only=True)
 
     def validate(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type is float and not 0 <= value <= 1:
-                raise UserError(f"schedule.{field.name} is {value}; a fraction lies between 0 and 1")
+        for name, kind in hints(type(self)).items():
+            value = getattr(self, name)
+            if kind is float and not 0 <= value <= 1:
+                raise UserError(f"optimizer.schedule.{name} is {value}; a fraction lies between 0 and 1")
         if self.warmup_steps is not None and self.warmup_steps < 0:
-            raise UserError(f"schedule.warmup_steps is {self.warmup_steps}; it is none, or 0 or more")
+            raise UserError(
+                f"optimizer.schedule.warmup_steps is {self.warmup_steps}; it is none, or 0 or more"
+            )
 
     def check_length(self, steps: int) -> None:
         """Raises UserError if a run of `steps` steps ends before its warm-up does."""
         if (self.warmup_steps or 0) >= steps:
             raise UserError(
-                f"schedule.warmup_steps is {self.warmup_steps}, which leaves nothing of the {steps} steps"
+                f"optimizer.schedule.warmup_steps is {self.warmup_steps}, which leaves nothing of the {steps} steps"
             )
 
     def warmup(self, steps: int) -> int:
@@ -98,8 +101,9 @@ class WSD(Schedule, kind="wsd"):
         super().validate()
         if self.warmup_steps is None and self.warmup_fraction + self.decay_fraction > 1:
             raise UserError(
-                f"schedule.warmup_fraction {self.warmup_fraction} and schedule.decay_fraction "
-                f"{self.decay_fraction} together exceed the run; their sum is at most 1"
+                f"optimizer.schedule.warmup_fraction {self.warmup_fraction} and "
+                f"optimizer.schedule.decay_fraction {self.decay_fraction} together exceed the run; their sum "
+                "is at most 1"
             )
 
     def after_warmup(self, step: np.ndarray, warmup: int, steps: int) -> np.ndarray:

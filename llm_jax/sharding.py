@@ -49,12 +49,14 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
         raise UserError(f"no device of JAX_PLATFORMS={wanted} here; unset it, or say cpu") from None
     shape = dataclasses.asdict(config)
     if any(size == 0 or size < -1 for size in shape.values()) or list(shape.values()).count(-1) > 1:
-        raise UserError(f"mesh {_say(shape)}: sizes are positive, and at most one is -1 (what is left)")
+        raise UserError(
+            f"execution.mesh {_say(shape)}: sizes are positive, and at most one is -1 (what is left)"
+        )
     known = math.prod(size for size in shape.values() if size > 0)
     if known > len(devices):
-        raise UserError(f"mesh {_say(shape)} needs {known} devices, and there are {len(devices)}")
+        raise UserError(f"execution.mesh {_say(shape)} needs {known} devices, and there are {len(devices)}")
     if -1 in shape.values() and len(devices) % known:
-        raise UserError(f"mesh {_say(shape)}: {known} does not divide the {len(devices)} devices")
+        raise UserError(f"execution.mesh {_say(shape)}: {known} does not divide the {len(devices)} devices")
     shape = {name: len(devices) // known if size == -1 else size for name, size in shape.items()}
     used = devices[: math.prod(shape.values())]
     return Mesh(
@@ -105,8 +107,9 @@ def check_batch(rows: int, micro_batches: int, mesh: Mesh) -> None:
     ways = math.prod(mesh.shape[n] for n in TABLE["batch"])
     if rows % (micro_batches * ways):
         raise UserError(
-            f"a batch of {rows} rows doesn't divide over {ways} devices (data x fsdp) and {micro_batches} "
-            f"micro-batches; a multiple of {ways * micro_batches} does"
+            f"a batch of {rows} rows (data.batch_size) doesn't divide over {ways} devices (data x fsdp) and "
+            f"{micro_batches} micro-batches (execution.micro_batches); a multiple of "
+            f"{ways * micro_batches} does"
         )
 
 

@@ -27,7 +27,7 @@ from llm_jax.kernels.memory import keep_freed_memory
 from llm_jax.models import Batch, Params
 from llm_jax.program import program, shape_of
 from llm_jax.progress import Progress
-from llm_jax.records import Record, load_run, metrics
+from llm_jax.records import Record, how_it_ended, load_run, metrics
 from llm_jax.run import Run
 
 # What counts as divergence: a training loss of so many times the first one, and a held-out loss of so many
@@ -41,7 +41,7 @@ Hook = Callable[[int, Params], dict[str, float]]
 def train(run: Run, folder: str | Path, hooks: Sequence[Hook] = (), progress: Any = None) -> dict[str, Any]:
     """Trains `run` in `folder`, from its last checkpoint or its trunk's; returns what result.json holds.
 
-    progress: an object with update(steps done, loss, tokens per second).
+    progress: an object with begin(steps done) and update(steps done, loss, tokens per second).
     Raises UserError before anything is written if the run can't be done. On SIGTERM the state is saved and
     SystemExit(143) raised. A loss that isn't finite, or grows past `DIVERGED`, ends the run as 'diverged'.
     """
@@ -82,6 +82,8 @@ def train(run: Run, folder: str | Path, hooks: Sequence[Hook] = (), progress: An
         restored = checkpoints.restore(parts.state) or (trunk and trunk.restore(parts.state, run))
         first, state, *origin = restored or (0, parts.init(jax.random.PRNGKey(run.seed)))
         record.resume_at(first, *origin)
+        if progress is not None:
+            progress.begin(first)
         branched = records.trunk(folder)
         shared = branched["from_step"] if branched else 0
         earlier = metrics(folder)
@@ -176,6 +178,7 @@ def train(run: Run, folder: str | Path, hooks: Sequence[Hook] = (), progress: An
             **scores,
             **numbers,
             **facts.spent(steps, branched, numbers),
+            steps_done=int(logged.index[-1]),
             train_loss=float(logged["loss"][logged.index > steps - max(1, steps // 20)].mean()),
             wall_seconds=seconds() - seconds_shared,
             compile_seconds=compile_seconds,
@@ -238,6 +241,9 @@ def catching_sigterm() -> Iterator[threading.Event]:
 
 # ---- the command ----
 
+# What is printed of a result.
+SHOWN = "status", "loss", "loss_standard_error", "bits_per_byte", "train_loss", "tokens_per_second", "records"
+
 
 def main() -> None:
     picked = config.chosen()
@@ -248,20 +254,27 @@ def main() -> None:
         run = config.replace(run, "execution.deterministic", True)
     name = f"{Path(picked.module.__file__).stem}-{picked.scale}"
     folder = Path(flags.FLAGS.folder or Path("runs") / name / run.identity())
-    print(f"{folder}: {run.steps:,} steps of {run.data.tokens_per_step:,} tokens")
+    headline = f"{folder}: {run.steps:,} steps of {run.data.tokens_per_step:,} tokens"
+    was_complete = (folder / "result.json").exists()
     signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     try:
-        with contextlib.closing(Progress(run.steps, run.name or run.identity())) as progress:
+        with contextlib.closing(
+            Progress(run.steps, run.name or run.identity(), headline=headline)
+        ) as progress:
             result = train(run, folder, progress=progress)
     except SystemExit:
         print(f"stopped, and saved in {folder}; the same command continues")
         raise
-    for key in ("status", "loss", "loss_standard_error", "bits_per_byte", "train_loss", "tokens_per_second"):
-        print(f"{key:>22}  {result.get(key)}")
-    print(f"{'records':>22}  {folder}")
+    if was_complete:
+        print(f"{folder} is complete; nothing was trained")
+    shown = result | {"status": how_it_ended(result), "records": folder}
+    for key in SHOWN:
+        if shown.get(key) is not None:
+            print(f"{key:>22}  {shown[key]}")
 
 
 if __name__ == "__main__":
+    flags.adopt_module_key_flags(config)
     flags.DEFINE_string("folder", None, "the run's folder; runs/<experiment>-<scale>/<identity> if not given")
     flags.DEFINE_bool("deterministic", False, "repeat bit for bit on a GPU too, at some cost in speed")
     config.run_main(main)

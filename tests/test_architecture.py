@@ -7,7 +7,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 ROWS = [
-    ["config"],
+    ["config", "values"],
     ["kernels", "sharding"],
     ["models", "data"],
     ["checkpoints", "manifest", "records", "environment", "progress"],

@@ -30,7 +30,7 @@ def test_every_scale_is_a_valid_run_that_json_keeps(experiment):
 
 
 def test_what_every_experiment_asks_for_is_pinned(experiment):
-    path = ROOT / "tests" / "golden" / f"{experiment.__name__}.json"
+    path = ROOT / "tests" / "golden" / f"{pathlib.Path(experiment.__file__).stem}.json"
     base = experiment.get_config("smoke")
     runs = [base, *(experiment.sweep(base) if hasattr(experiment, "sweep") else [])]
     runs += experiment.holdout(base) if hasattr(experiment, "holdout") else []
@@ -45,4 +45,4 @@ def test_what_every_experiment_asks_for_is_pinned(experiment):
 def test_the_docstring_asks_the_question_and_gives_the_command(experiment):
     first = experiment.__doc__.splitlines()[0]
     assert first.endswith("?")
-    assert f"experiments/{experiment.__name__}.py:smoke" in experiment.__doc__
+    assert f"experiments/{pathlib.Path(experiment.__file__).stem}.py:smoke" in experiment.__doc__

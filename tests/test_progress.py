@@ -8,7 +8,7 @@ import termios
 import pytest
 
 from llm_jax import progress
-from llm_jax.progress import Progress, Status, Sweep, clock
+from llm_jax.progress import Progress, Status, SweepProgress, clock
 
 
 class Clock:
@@ -47,6 +47,19 @@ def test_the_time_left_counts_the_steps_of_this_session_only(time):
     assert sent[-2].seconds_left is None and sent[-1].seconds_left == pytest.approx(50)
 
 
+def test_a_run_that_begins_says_from_where_and_one_that_is_refused_says_nothing(capfd):
+    for begins in (False, True):
+        reporter = Progress(100, "run", headline="runs/x: 100 steps")
+        if begins:
+            reporter.begin(40)
+        reporter.close()
+        said = capfd.readouterr()
+        assert (said.out, said.err.splitlines()[:1]) == (
+            "",
+            ["runs/x: 100 steps, continued from step 40"] if begins else [],
+        )
+
+
 def test_a_run_goes_on_if_nobody_listens_any_more():
     reader, writer = os.pipe()
     os.close(reader)
@@ -59,7 +72,7 @@ def test_a_run_goes_on_if_nobody_listens_any_more():
 
 def test_without_a_terminal_lines_are_printed_now_and_then(time):
     log = io.StringIO()
-    sweep = Sweep({"a": 1.0, "b": 3.0}, log)
+    sweep = SweepProgress({"a": 1.0, "b": 3.0}, log)
     for step in range(1, 101):
         time.now += 1
         sweep.show(Status("a", step, 100, 4 - step / 100, 41_000.0, 100.0 - step))
@@ -71,11 +84,12 @@ def test_without_a_terminal_lines_are_printed_now_and_then(time):
     assert "a: step 11/100, loss 3.8900, 41,000 tokens/s, 1:29 left\n" in text
     assert 9 <= text.count("\na: step") <= 12 and "a: step 100/100" in text
     assert "a: loss 3.0000 in 1:40\nsweep: 1/2 runs done, 1:40 elapsed, 5:00 left\n" in text
-    assert text.endswith("sweep: 1/2 runs done, 1 failed, 1:40 elapsed, 0:00 left\n")
+    last = "sweep: 1/2 runs done, 1 failed, 1:40 elapsed, 0:00 left\n"
+    assert text.endswith(last) and text.count(last) == 1
 
 
 def test_costs_weigh_the_runs_in_the_time_left(time):
-    sweep = Sweep({"small": 1.0, "large": 9.0}, io.StringIO())
+    sweep = SweepProgress({"small": 1.0, "large": 9.0}, io.StringIO())
     sweep.show(Status("large", 1, 3))
     assert sweep.fraction == pytest.approx(0.3)
     time.now += 30
@@ -84,7 +98,7 @@ def test_costs_weigh_the_runs_in_the_time_left(time):
 
 def test_late_messages_of_a_run_that_ended_are_ignored(time):
     log = io.StringIO()
-    sweep = Sweep({"a": 1.0}, log)
+    sweep = SweepProgress({"a": 1.0}, log)
     sweep.end("a", "done")
     sweep.show(Status("a", 1, 10))
     assert sweep.fraction == 1.0 and "step" not in log.getvalue()
@@ -131,7 +145,7 @@ def terminal():
 
 def test_on_a_terminal_there_is_a_bar_for_each_run_and_one_line_for_the_sweep(terminal):
     stream, look = terminal
-    sweep = Sweep({"narrow": 1.0, "wide-run": 1.0}, stream)
+    sweep = SweepProgress({"narrow": 1.0, "wide-run": 1.0}, stream)
     sweep.show(Status("narrow", 5, 10, 3.25, 41_000.0, 5.0))
     sweep.show(Status("wide-run", 0, 10))
     lines = look()
@@ -158,10 +172,20 @@ def test_a_single_run_draws_its_own_bar_and_leaves_it(terminal, monkeypatch):
     assert line.startswith("run 100%|") and "loss 3.2500" in line
 
 
+def test_on_a_terminal_the_bar_of_a_run_that_is_refused_goes_away(terminal, monkeypatch):
+    stream, look = terminal
+    monkeypatch.setattr(progress.sys, "stderr", stream)
+    reporter = Progress(10, "run", headline="runs/x: 10 steps")
+    (line,) = look()
+    assert line.endswith("| step 0/10, compiling")
+    reporter.close()
+    assert look() == []
+
+
 def test_a_terminal_without_a_size_gets_lines(terminal):
     stream, look = terminal
     fcntl.ioctl(stream.fileno(), termios.TIOCSWINSZ, struct.pack("HHHH", 0, 0, 0, 0))
-    Sweep({"a": 1.0}, stream).show(Status("a", 5, 10, 3.0, 1.0, 1.0))
+    SweepProgress({"a": 1.0}, stream).show(Status("a", 5, 10, 3.0, 1.0, 1.0))
     assert "a: step 5/10, loss 3.0000, 1 tokens/s, 0:01 left" in look()
 
 

@@ -73,7 +73,7 @@ class Text(DataConfig, kind="text"):
         self.validate()
         parts = self.corpus.sources()
         found = [catalogue(part.corpus) for part in parts]
-        training = [self.split(item.hashes, item.sizes_bytes)[1] for item in found]
+        training = [self.split(part, item)[1] for part, item in zip(parts, found, strict=True)]
         total = sum(part.weight for part in parts)
 
         def texts(most_bytes: int) -> Iterator[str]:
@@ -92,9 +92,10 @@ class Text(DataConfig, kind="text"):
         parts = self.corpus.sources()
         return parts if len(parts) > 1 else (dataclasses.replace(parts[0], unique_tokens=self.unique_tokens),)
 
-    def split(self, hashes: np.ndarray, sizes_bytes: np.ndarray) -> list[np.ndarray]:
+    def split(self, part: Weighted, found: Catalogue | Store) -> list[np.ndarray]:
         """[held-out, training] numbers of documents."""
-        return split(hashes, sizes_bytes, self.held_out_fraction, self.held_out_bytes)
+        name, fraction = part.corpus.name, self.held_out_fraction
+        return split(found.hashes, found.sizes_bytes, fraction, self.held_out_bytes, name)
 
 
 class TextSource(Source):
@@ -103,7 +104,7 @@ class TextSource(Source):
     def __init__(self, config: Text, codec: Codec, found: list[Catalogue], stores: list[Store]) -> None:
         self.config, self.codec, self._catalogues = config, codec, found
         self._parts, length = config.parts(), config.sequence_length
-        splits = [config.split(store.hashes, store.sizes_bytes) for store in stores]
+        splits = [config.split(part, store) for part, store in zip(self._parts, stores, strict=True)]
         self._streams = [Stream(store, train) for store, (_, train) in zip(stores, splits, strict=True)]
         self._held_out = [
             Stream(store, held, closing=length + 1)
@@ -111,16 +112,21 @@ class TextSource(Source):
             if len(held)
         ]
         self._windows = np.array(
-            [_windows(part, stream, length) for part, stream in zip(self._parts, self._streams, strict=True)]
+            [self._windows_of(number, part.unique_tokens) for number, part in enumerate(self._parts)]
         )
         self._turns, self._ranks = turns(tuple(part.weight for part in self._parts))
         self._shares = np.bincount(self._turns)
         rows = self._rows_of_one_epoch()
         self.available_tokens = None if config.repeat else rows * length
         if rows < config.batch_size:
+            tokens = sum(
+                part.unique_tokens or stream.size
+                for part, stream in zip(self._parts, self._streams, strict=True)
+            )
             raise UserError(
-                f"the corpus {config.corpus.name} has {rows * length:,} tokens to train on: less than one "
-                f"batch of {config.batch_size} rows of {length}"
+                f"the corpus {config.corpus.name} has {tokens:,} tokens to train on, and a batch takes "
+                f"{config.batch_size} rows of {length}, {config.tokens_per_step:,}: give it more text, or "
+                "lower --config.data.batch_size or --config.data.sequence_length"
             )
 
     @functools.cached_property
@@ -149,7 +155,7 @@ class TextSource(Source):
             late = int(np.argmax(epoch > 0))
             raise UserError(
                 f"row {indices[late]} lies past the first epoch of {self._names[which[late]]}: train on at "
-                f"most {self.available_tokens:,} tokens, or set data.repeat=true"
+                f"most {self.available_tokens:,} tokens, or set --config.data.repeat=true"
             )
         key = mix(mix(mix(which.astype(np.uint64)) + np.uint64(seed % (1 << 64))) + epoch.astype(np.uint64))
         first = shuffled(place, self._windows[which], key) * self.config.sequence_length
@@ -224,6 +230,16 @@ class TextSource(Source):
         tokenizer |= {"fingerprint": self.codec.fingerprint, "library": self.codec.library}
         return {"sources": sources, "tokenizer": tokenizer, "held_out": scored}
 
+    def _windows_of(self, number: int, unique_tokens: int | None) -> int:
+        """How many windows of a source may be used."""
+        size, single = self._streams[number].size, len(self._parts) == 1
+        if unique_tokens is not None and not 0 < unique_tokens <= size:
+            field = "data.unique_tokens" if single else f"data.corpus.parts.{number}.unique_tokens"
+            raise UserError(
+                f"{field} is {unique_tokens:,}, but {self._names[number]} has {size:,} tokens to train on"
+            )
+        return (size if unique_tokens is None else unique_tokens) // self.config.sequence_length
+
     def _rows_of_one_epoch(self) -> int:
         """Global rows before any source would begin its second epoch."""
         blocks, rest = np.divmod(self._windows, self._shares)
@@ -242,15 +258,3 @@ class TextSource(Source):
             for name, value in stream.windows(first[chosen], length, fields).items():
                 out.setdefault(name, np.empty((len(which), length), np.int32))[chosen] = value
         return out
-
-
-def _windows(part: Weighted, stream: Stream, length: int) -> int:
-    """How many windows of a source may be used."""
-    if part.unique_tokens is None:
-        return stream.size // length
-    if part.unique_tokens > stream.size:
-        raise UserError(
-            f"unique_tokens is {part.unique_tokens:,}, but {part.corpus.name} has {stream.size:,} tokens to "
-            "train on"
-        )
-    return part.unique_tokens // length

@@ -69,24 +69,29 @@ def catalogue(corpus: Corpus) -> Catalogue:
 
 
 def _scan(corpus: Corpus, longest: int) -> Catalogue:
-    hashes, sizes, uncut, latest = array.array("Q"), array.array("q"), 0, -1
+    hashes, sizes, uncut, latest, blank = array.array("Q"), array.array("q"), 0, -1, True
     with progress("reading " + corpus.name) as bar:
         for number, text in texts(corpus, longest):
             data = text.encode()
             hashes.append(int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little"))
             sizes.append(len(data))
-            uncut, latest = uncut + (number != latest), number
+            uncut, latest, blank = uncut + (number != latest), number, blank and text.isspace()
             bar.update(len(data))
-    if not hashes:
-        raise UserError(f"the corpus {corpus.name} is empty: it has no text")
+    if blank:
+        what = "has nothing but white space" if hashes else "is empty"
+        raise UserError(
+            f"the corpus {corpus.name} {what}: there is nothing to learn from; name files with text"
+        )
     return Catalogue(np.array(hashes, np.uint64), np.array(sizes, np.int64), longest, uncut)
 
 
-def split(hashes: np.ndarray, sizes_bytes: np.ndarray, fraction: float, most_bytes: int) -> list[np.ndarray]:
+def split(
+    hashes: np.ndarray, sizes_bytes: np.ndarray, fraction: float, most_bytes: int, name: str
+) -> list[np.ndarray]:
     """[held-out, training] numbers of documents in the order of their hashes.
 
     Held out are the first `fraction` of the documents, as far as they have `most_bytes`, one at least.
-    Raises UserError where nothing would be left to train on.
+    Raises UserError where nothing would be left to train on of the corpus `name`.
     """
     order = np.argsort(hashes, kind="stable")
     if fraction == 0:
@@ -95,7 +100,11 @@ def split(hashes: np.ndarray, sizes_bytes: np.ndarray, fraction: float, most_byt
     count = max(1, min(int(fraction * len(order)), within))
     count = int(np.searchsorted(hashes[order], hashes[order[count - 1]], side="right"))
     if count == len(order):
-        raise UserError("the corpus is too small to hold documents out: it has only one (or copies of one)")
+        copies = "one document" if count == 1 else f"{count:,} copies of one document"
+        raise UserError(
+            f"the corpus {name} has only {copies} of {sizes_bytes[0]:,} bytes, so none can be held out to be "
+            "scored; give it more text, or score nothing by --config.data.held_out_fraction=0"
+        )
     return [order[:count], order[count:]]
 
 

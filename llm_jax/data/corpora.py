@@ -1,6 +1,7 @@
 """Corpora: where documents come from. A corpus is a stream of texts in a fixed order."""
 
 import dataclasses
+import functools
 import glob
 import os
 import pathlib
@@ -25,6 +26,10 @@ class Corpus(Tagged):
             hint = readers.near(text, [*cls.members, *os.listdir()], otherwise)
             raise UserError(f"no corpus {text!r}; {hint}")
         return Files(paths=(text,))
+
+    @classmethod
+    def choices(cls) -> list[str]:
+        return [*cls.members, "a file, folder or pattern"]
 
     def documents(self) -> Iterator[Iterable[str]]:
         """The documents in a fixed order, each as an iterable of chunks of text."""
@@ -74,7 +79,7 @@ class Python(Corpus, kind="python"):
             yield from readers.read(path, ".txt", "", "replace")
 
     def stamp(self) -> Any:
-        return {"kind": self.kind, "files": _facts(self._paths())}
+        return {"kind": self.kind, "files": _installed(self)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +154,12 @@ class Mixture(Corpus, kind="mixture"):
     def sources(self) -> tuple[Weighted, ...]:
         self.validate()
         return self.parts
+
+
+@functools.cache
+def _installed(corpus: Python) -> list[tuple[str, int, int]]:
+    """Looked at once in a process: every run's identity asks, and an interpreter's files stay as they are."""
+    return _facts(corpus._paths())
 
 
 def _form(path: pathlib.Path) -> str:

@@ -37,14 +37,15 @@ class Markov(Corpus, kind="markov"):
 
     def validate(self) -> None:
         if not 2 <= self.states <= len(_ALPHABET):
-            raise UserError(f"markov.states is {self.states}; it lies in 2 .. {len(_ALPHABET)}")
+            raise UserError(f"data.corpus.states is {self.states}; it lies in 2 .. {len(_ALPHABET)}")
         if not (self.order >= 1 and self.states**self.order <= 1 << 20):
             raise UserError(
-                f"markov.order is {self.order}; it is at least 1, and states**order at most 2**20"
+                f"data.corpus.order is {self.order}; it is at least 1, and states**order at most 2**20"
             )
         if min(self.documents_count, self.mean_length) < 2 or not self.sharpness > 0 or self.seed < 0:
             raise UserError(
-                "markov needs 2 documents and a mean_length of 2 or more, sharpness > 0, seed >= 0"
+                "data.corpus.documents_count and data.corpus.mean_length are at least 2, "
+                "data.corpus.sharpness is positive, data.corpus.seed at least 0"
             )
 
     @functools.cached_property

@@ -18,6 +18,8 @@ from llm_jax.config import UserError, nearest
 
 FORMATS = (".txt", ".jsonl", ".parquet")
 PACKED = (".gz", ".xz", ".zst")
+REPLACE = "--config.data.corpus.errors=replace"
+FIELD = "--config.data.corpus.text_field=NAME names another"
 _CHUNK_BYTES = 1 << 20
 
 
@@ -113,7 +115,7 @@ def _lines(path: pathlib.Path, file: BinaryIO, text_field: str, errors: str) -> 
             raise UserError(f"{path}: line {number} is not JSON: {error.msg}") from None
         text = record.get(text_field) if isinstance(record, dict) else None
         if not isinstance(text, str):
-            raise UserError(f"{path}: line {number} has no text in the field {text_field!r}")
+            raise UserError(f"{path}: line {number} has no text in the field {text_field!r}; {FIELD}")
         yield (_sound(text, f"{path}: line {number}", errors),)
         offset += len(line)
 
@@ -129,12 +131,12 @@ def _table(path: pathlib.Path, file: BinaryIO, text_field: str, errors: str) -> 
         table = pyarrow.parquet.ParquetFile(file)
         if text_field not in table.schema_arrow.names:
             raise UserError(
-                f"{path}: no column {text_field!r}; there are: {', '.join(table.schema_arrow.names)}"
+                f"{path}: no column {text_field!r}; there are: {', '.join(table.schema_arrow.names)}; {FIELD}"
             )
         kind = table.schema_arrow.field(text_field).type
         kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
         if not any(word in str(kind) for word in ("string", "binary")):
-            raise UserError(f"{path}: the column {text_field!r} holds {kind}, not text")
+            raise UserError(f"{path}: the column {text_field!r} holds {kind}, not text; {FIELD}")
         row = 0
         for batch in table.iter_batches(batch_size=64, columns=[text_field]):
             for value in batch.column(0).cast(kind).cast(pyarrow.large_binary()):
@@ -152,14 +154,14 @@ def _sound(text: str, place: str, errors: str) -> str:
     except UnicodeEncodeError as error:
         if errors == "strict":
             raise UserError(
-                f"{place}: character {error.start} is half a surrogate; corpus.errors=replace replaces it"
+                f"{place}: character {error.start} is half a surrogate; {REPLACE} replaces it"
             ) from None
         return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
     return text
 
 
 def _not_utf8(place: object, offset: int) -> UserError:
-    return UserError(f"{place}: byte {offset} is not UTF-8; corpus.errors=replace replaces such bytes")
+    return UserError(f"{place}: byte {offset} is not UTF-8; {REPLACE} replaces such bytes")
 
 
 _READERS = {".txt": _text, ".jsonl": _lines, ".parquet": _table}

@@ -54,6 +54,10 @@ class Tokenizer(Tagged):
         suffix = pathlib.Path(text).suffix
         return files[suffix](path=text) if suffix in files else super().parse(text)
 
+    @classmethod
+    def choices(cls) -> list[str]:
+        return [*cls.members, "a .model or .json file"]
+
     def size(self) -> int:
         """The number of token ids."""
         raise NotImplementedError
@@ -108,11 +112,13 @@ class SentencePiece(Tokenizer, kind="sentencepiece"):
 
     def validate(self) -> None:
         if not 260 <= self.vocabulary <= 1 << 20:
-            raise UserError(f"tokenizer.vocabulary is {self.vocabulary}; it must lie in 260 .. 1048576")
+            raise UserError(f"data.tokenizer.vocabulary is {self.vocabulary}; it must lie in 260 .. 1048576")
         if not 0.9 <= self.character_coverage <= 1:
-            raise UserError(f"tokenizer.character_coverage is {self.character_coverage}; it lies in 0.9 .. 1")
+            raise UserError(
+                f"data.tokenizer.character_coverage is {self.character_coverage}; it lies in 0.9 .. 1"
+            )
         if self.sample_bytes < 1:
-            raise UserError(f"tokenizer.sample_bytes is {self.sample_bytes}; it must be at least 1")
+            raise UserError(f"data.tokenizer.sample_bytes is {self.sample_bytes}; it must be at least 1")
 
     def size(self) -> int:
         return self.vocabulary
@@ -261,7 +267,7 @@ class HuggingFaceCodec:
         self._tokenizer.encode_special_tokens = True
         names = self._tokenizer.get_vocab(with_added_tokens=True)
         if eot is not None and eot not in names:
-            hint = readers.near(eot, names, "tokenizer.eot=none adds one")
+            hint = readers.near(eot, names, "--config.data.tokenizer.eot=none adds one")
             raise UserError(f"{path}: no token {eot!r}; {hint}")
         size = max(names.values()) + 1
         self.eot = size if eot is None else names[eot]
@@ -302,12 +308,12 @@ def _about_vocabulary(vocabulary: int, message: str) -> str:
     """SentencePiece's refusal in words that say what would be right."""
     if found := re.search(r"required_chars\. \d+ vs (\d+)", message):
         return (
-            f"tokenizer.vocabulary={vocabulary} is too small: bytes and characters of this corpus take "
-            f"{found[1]}; raise it or lower tokenizer.character_coverage"
+            f"data.tokenizer.vocabulary={vocabulary} is too small: bytes and characters of this corpus take "
+            f"{found[1]}; raise it or lower data.tokenizer.character_coverage"
         )
     if found := re.search(r"value <= (\d+)", message):
         return (
-            f"tokenizer.vocabulary={vocabulary} is larger than the corpus supports: at most "
+            f"data.tokenizer.vocabulary={vocabulary} is larger than the corpus supports: at most "
             f"{found[1]} for its training documents"
         )
     return f"SentencePiece can't train on this corpus: {message}"

@@ -54,10 +54,10 @@ def attend(
         kind = "chunked" if why_not_cudnn(q_BTHK, segments, rule) else "cudnn"
     if kind == "cudnn":
         if reason := why_not_cudnn(q_BTHK, segments, rule):
-            raise UserError(f"attention=cudnn cannot run: {reason}; attention=chunked or auto can")
+            raise UserError(f"execution.layout.attention=cudnn cannot run: {reason}; chunked or auto can")
         return _cudnn(q_BTHK, k_BSGK, v_BSGK, segments, rule)
     if kind not in ("reference", "chunked"):
-        raise UserError(f"no attention {kind!r} here; there are auto, reference, chunked, cudnn")
+        raise UserError(f"no attention {kind!r} here; there are: auto, reference, chunked, cudnn")
     q_BTGRK = q_BTHK.reshape(*q_BTHK.shape[:2], key_heads, heads // key_heads, -1)
     q_BGRTK = q_BTGRK.transpose(0, 2, 3, 1, 4)
     k_BGSK, v_BGSK = k_BSGK.transpose(0, 2, 1, 3), v_BSGK.transpose(0, 2, 1, 3)

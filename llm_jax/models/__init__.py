@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 
-from llm_jax.config import Tagged, UserError
+from llm_jax.config import Tagged, UserError, nearest
 
 Params = Any  # nested dict of float32 arrays; a leaf's name is its role's name
 Batch = dict[str, jax.Array]
@@ -108,8 +108,14 @@ class ModelConfig(Tagged):
         from llm_jax.models.presets import PRESETS
 
         if text not in PRESETS and text not in cls.members:
-            raise UserError(f"no model {text!r}; there are: {', '.join([*cls.members, *PRESETS])}")
+            raise UserError(f"no model {text!r}; {nearest(text, cls.choices())}")
         return PRESETS[text] if text in PRESETS else super().parse(text)
+
+    @classmethod
+    def choices(cls) -> list[str]:
+        from llm_jax.models.presets import PRESETS
+
+        return [*cls.members, *PRESETS]
 
     def resolve(self, data: Any) -> "ModelConfig":
         """The same model with what only the data knows filled in (`data.vocabulary`: number of token ids)."""

@@ -14,7 +14,9 @@ class Positions(Tagged):
 
 def _check_theta(theta: float) -> None:
     if theta <= 0:
-        raise UserError(f"positions.theta={theta} must be positive, such as 10000: wavelengths grow to it")
+        raise UserError(
+            f"model.positions.theta={theta} must be positive, such as 10000: wavelengths grow to it"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Learned(Positions, kind="learned"):
 
     def validate(self) -> None:
         if self.length < 1:
-            raise UserError(f"positions.length={self.length}: learned positions need at least one")
+            raise UserError(f"model.positions.length={self.length}: learned positions need at least one")
 
 
 @dataclasses.dataclass(frozen=True)

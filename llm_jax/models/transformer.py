@@ -87,7 +87,10 @@ class Transformer(ModelConfig, kind="transformer"):
                 "each key/value head serves the same number of queries"
             )
         if isinstance(self.positions, Rotary) and self.size_of_head % 2:
-            raise UserError(f"a head of {self.size_of_head} can't be rotary: the head width must be even")
+            raise UserError(
+                f"a head of {self.size_of_head} can't be rotary: model.width / model.heads (or "
+                "model.head_width) must be even"
+            )
         if isinstance(self.positions, Sinusoidal) and self.width % 2:
             raise UserError(f"model.width={self.width} must be even for sinusoidal positions")
         if not self.windows or any(w is not None and w < 1 for w in self.windows):

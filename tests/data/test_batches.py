@@ -9,7 +9,7 @@ import pytest
 from llm_jax import config
 from llm_jax.config import UserError
 from llm_jax.data import Bytes, Files, Markov, Mixture, Text, Weighted
-from llm_jax.data.catalogue import catalogue, split
+from llm_jax.data.catalogue import catalogue
 from llm_jax.data.store import tokenize
 from llm_jax.data.windows import shuffled, turns
 
@@ -22,7 +22,7 @@ def text(corpus) -> Text:
 def stream(text: Text, side: int = 1) -> tuple[np.ndarray, np.ndarray]:
     """The plain way: all tokens of the held-out (0) or training (1) documents, and whose each is."""
     made = tokenize(text.corpus, catalogue(text.corpus), Bytes())
-    order = split(made.hashes, made.sizes_bytes, text.held_out_fraction, text.held_out_bytes)[side]
+    order = text.split(text.parts()[0], made)[side]
     pieces = [made.tokens[made.starts[d] : made.starts[d] + made.lengths[d]] for d in order]
     owner = np.repeat(np.arange(len(order)), [len(piece) for piece in pieces])
     return np.append(np.concatenate(pieces), 256), owner
@@ -247,16 +247,20 @@ def test_rows_can_be_loaded_shard_by_shard(text):
 
 
 def test_a_corpus_shorter_than_one_batch_is_refused(text):
-    with pytest.raises(UserError, match="less than one batch of 4096 rows of 32"):
-        dataclasses.replace(text, batch_size=4096).open()
-    with pytest.raises(UserError, match="less than one batch"):
-        dataclasses.replace(text, sequence_length=1 << 20).open()
+    has = dataclasses.replace(text, sequence_length=1, batch_size=1).open().available_tokens
+    remedy = "lower --config.data.batch_size or --config.data.sequence_length"
+    for shape in ({"batch_size": 4096}, {"sequence_length": 1 << 20}):
+        long = dataclasses.replace(text, **shape)
+        with pytest.raises(UserError, match=f"has {has:,} tokens .* {long.tokens_per_step:,}: .*{remedy}"):
+            long.open()
 
 
 def test_a_corpus_of_one_short_document_cannot_be_split(tmp_path):
-    (tmp_path / "one.txt").write_text("hello")
-    with pytest.raises(UserError, match="too small to hold documents out"):
-        Text(Files((str(tmp_path),)), sequence_length=2, batch_size=1).open()
+    remedy = "give it more text, or score nothing by --config.data.held_out_fraction=0"
+    for number, has in enumerate(("one document", "2 copies of one document")):
+        (tmp_path / f"{number}.txt").write_text("hello")
+        with pytest.raises(UserError, match=f"has only {has} of 5 bytes, .*{remedy}"):
+            Text(Files((str(tmp_path),)), sequence_length=2, batch_size=1).open()
     source = Text(Files((str(tmp_path),)), sequence_length=2, batch_size=1, held_out_fraction=0.0).open()
     assert source.held_out() is None and source.record["held_out"] is None
 

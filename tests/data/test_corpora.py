@@ -13,7 +13,7 @@ import pytest
 
 from llm_jax import config
 from llm_jax.config import UserError
-from llm_jax.data import Corpus, Files, Markov, Mixture, Python, Text, Weighted
+from llm_jax.data import Corpus, Files, Markov, Mixture, Python, Text, Weighted, corpora
 from llm_jax.data.catalogue import catalogue, split, texts
 from llm_jax.data.corpora import Corpus as Root
 from llm_jax.data.readers import cut
@@ -104,6 +104,7 @@ def test_installed_packages_join_the_standard_library_on_demand(tmp_path, monkey
         (path := tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"# {name}\n")
     whole = Text(Python(packages=True))
+    corpora._installed.cache_clear()
     assert read(whole.corpus) == [f"# {name}\n" for name in sorted(kept)]
     assert read(Python()) == ["# lib/ast.py\n"]
     assert whole.fingerprint() != Text(Python()).fingerprint()
@@ -113,8 +114,10 @@ def test_installed_packages_join_the_standard_library_on_demand(tmp_path, monkey
     shutil.copytree(tmp_path / "lib", moved / "lib")
     shutil.copytree(tmp_path / "64", moved / "64")
     folders |= {name: moved / path.relative_to(tmp_path) for name, path in folders.items()}
+    corpora._installed.cache_clear()
     assert whole.fingerprint() == before
     (moved / "64/fast.py").write_text("# changed\n")
+    corpora._installed.cache_clear()
     assert whole.fingerprint() != before
 
 
@@ -152,13 +155,13 @@ def test_a_document_keeps_its_side_when_others_come_and_copies_stay_together():
     generator = np.random.default_rng(0)
     hashes = generator.integers(0, 1 << 63, 1000).astype(np.uint64)
     sizes = np.full(1000, 10)
-    held, training = split(hashes, sizes, 0.1, 1 << 40)
+    held, training = split(hashes, sizes, 0.1, 1 << 40, "texts")
     assert len(held) == 100 and len(training) == 900
     assert hashes[held].max() < hashes[training].min()
-    fewer, _ = split(hashes, sizes, 0.1, 55)  # a limit in bytes takes the first of the same order
+    fewer, _ = split(hashes, sizes, 0.1, 55, "texts")  # a limit in bytes takes the first of the same order
     assert list(fewer) == list(held[:5])
     copied = np.repeat(hashes, 3)
-    held, training = split(copied, np.full(3000, 10), 0.1, 1 << 40)
+    held, training = split(copied, np.full(3000, 10), 0.1, 1 << 40, "texts")
     assert not set(copied[held]) & set(copied[training])
 
 
@@ -204,6 +207,8 @@ def test_an_empty_corpus_is_refused(tmp_path):
     (tmp_path / "nothing.txt").write_text("")
     says(Files((str(tmp_path / "nothing.txt"),)), "empty")
     says(Files((str(tmp_path),)), "empty")
+    (tmp_path / "blank.txt").write_text(" \n\t\u3000\n")
+    says(Files((str(tmp_path),)), "nothing but white space", "nothing to learn from")
     (tmp_path / "folder").mkdir()
     says(Files((str(tmp_path / "folder"),)), "no file in it")
 
@@ -214,7 +219,12 @@ def test_invalid_utf8_is_named_with_file_and_byte_offset_and_can_be_replaced(tmp
     data = b"x" + good.encode() + b"\xff tail"
     path = tmp_path / f"bad.txt{packed}"
     path.write_bytes(PACK[packed](data) if packed else data)
-    says(Files((str(path),)), str(path), f"byte {1 + len(good.encode())} ", "corpus.errors=replace")
+    says(
+        Files((str(path),)),
+        str(path),
+        f"byte {1 + len(good.encode())} ",
+        "--config.data.corpus.errors=replace",
+    )
     assert read(Files((str(path),), errors="replace"))[0] == "x" + good + "\ufffd tail"
 
 

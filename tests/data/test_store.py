@@ -105,27 +105,39 @@ def test_a_truncated_store_is_refused(files, name):
             text.open()
 
 
-def test_files_that_change_while_they_are_read_are_refused(files, corpus):
+def test_files_that_change_while_they_are_read_are_refused(files, corpus, cache):
     found = catalogue(files)
     (corpus / "20.txt").write_text("short")
     with pytest.raises(UserError, match="changed while they were read"):
         store.tokenize(files, found, Bytes())
+    assert not any((cache / "tokens").iterdir())
 
 
 def test_of_several_builders_one_builds_and_the_others_wait(cache):
-    built = []
+    built, building, refused = [], threading.Lock(), []
 
     def build(partial):
+        assert building.acquire(blocking=False)  # never two at once
         built.append(threading.get_ident())
-        time.sleep(0.05)
+        time.sleep(0.02)
+        building.release()
+        if len(built) <= 2:
+            raise UserError("not yet")
         partial.write_text("whole")
 
-    threads = [threading.Thread(target=once, args=(cache / "thing", build)) for _ in range(8)]
+    def attempt():
+        try:
+            once(cache / "thing", build)
+        except UserError as error:
+            refused.append(error)
+
+    threads = [threading.Thread(target=attempt) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(built) == 1 and (cache / "thing").read_text() == "whole"
+    assert (len(built), len(refused)) == (3, 2)
+    assert [(path.name, path.read_text()) for path in cache.iterdir()] == [("thing", "whole")]
 
 
 def test_a_cache_that_cannot_be_written_is_one_line(corpus, tmp_path, monkeypatch):
@@ -139,5 +151,5 @@ def test_nothing_of_a_bad_corpus_is_left_behind(corpus, cache):
     (corpus / "30.txt").write_bytes(b"\xff")
     with pytest.raises(UserError, match=r"30\.txt"):
         Text(Files((str(corpus),))).open()
-    assert [path.suffix for path in cache.rglob("*") if path.is_file()] == [".lock"]
+    assert not [path for path in cache.rglob("*") if path.is_file()]
     assert json.dumps(Files((str(corpus),)).stamp())

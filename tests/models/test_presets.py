@@ -28,8 +28,8 @@ def test_a_preset_has_the_published_number_of_parameters(name):
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)) == PARAMETERS[name]
 
 
-def test_an_unknown_model_is_answered_with_the_known():
-    with pytest.raises(UserError, match=r"no model 'llama3-8'; there are: transformer, .*llama3-8b"):
+def test_an_unknown_model_is_answered_with_the_nearest():
+    with pytest.raises(UserError, match=r"no model 'llama3-8'; did you mean 'llama3-8b'"):
         ModelConfig.parse("llama3-8")
     assert ModelConfig.parse("transformer").kind == "transformer"
 
