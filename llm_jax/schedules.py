@@ -38,7 +38,8 @@ class Schedule(Tagged):
         """Raises UserError if a run of `steps` steps ends before its warm-up does."""
         if (self.warmup_steps or 0) >= steps:
             raise UserError(
-                f"optimizer.schedule.warmup_steps is {self.warmup_steps}, which leaves nothing of the {steps} steps"
+                f"optimizer.schedule.warmup_steps is {self.warmup_steps}, which leaves nothing of the "
+                f"{steps} steps"
             )
 
     def warmup(self, steps: int) -> int:

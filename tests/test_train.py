@@ -155,7 +155,7 @@ def test_a_diverging_run_ends_with_a_record_that_says_so(tiny_run, tmp_path):
     assert result["status"] == "diverged"
     assert records.load_run(tmp_path / "run")["status"] == "diverged"
     steps = len(losses(tmp_path / "run"))
-    assert steps < 40 and records.outcome(result) == f"diverged at step {steps} of 40"
+    assert steps < 40 and records.how_it_ended(result) == f"diverged at step {steps} of 40"
 
 
 def test_a_run_whose_loss_grows_without_overflowing_has_diverged_too(tiny_run, tmp_path):
