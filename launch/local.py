@@ -76,10 +76,10 @@ def expected_time(plan: Plan) -> str:
     if not missing:
         return "all of it is complete"
     workers = min(len(missing), len(shares(flags.FLAGS.workers, len(plan.sweep))))
-    flops = sum(run.flops for run in missing)
-    if done := [run for run in plan.runs if run.status == "done"]:
+    flops = sum(run.price for run in missing)
+    if done := [run for run in plan.runs if run.status == "done" and run.price]:
         seconds = sum(records.load_run(run.folder)["result"]["wall_seconds"] for run in done)
-        expected = flops * seconds / sum(run.flops for run in done) / workers
+        expected = flops * seconds / sum(run.price for run in done) / workers
         return f"about {sweep.minutes(expected)} at the speed of the {len(done)} done"
     speed, source = expected_speed()
     if speed is None:

@@ -3,9 +3,9 @@
     failures = Pool(missing, experiment, shares(workers=2, planned=len(runs))).run()
 
 The biggest runs come first, so that the last ones to end are short, and a worker goes on with the shape that
-it has compiled. A worker that dies is replaced, and its
-run goes on from its checkpoint. Two pools may work on the same runs: each run belongs to the process that
-writes in its folder, and whoever comes second takes another and looks in again.
+it has compiled. A branch waits until its trunk's checkpoint stands, or will not come any more. A worker that
+dies is replaced, and its run goes on from its checkpoint. Two pools may work on the same runs: each run
+belongs to the process that writes in its folder, and whoever comes second takes another and looks in again.
 """
 
 import collections
@@ -149,6 +149,13 @@ def inheriting(cores: frozenset[int] | None) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
+def origin(run: Planned, shared: int) -> str:
+    """What to say of where a run started from: it ends with `shared` steps of another's."""
+    if shared:
+        return f"; {shared:,} of {run.run.steps:,} steps were its trunk's"
+    return f"; {run.trunk.label} left it no checkpoint, all steps are its own" if run.trunk else ""
+
+
 class Pool:
     """Runs `runs`, at most one worker process for each share."""
 
@@ -166,7 +173,7 @@ class Pool:
         self._count = len(runs)
         self._looked = time.monotonic()
         self._selector = selectors.DefaultSelector()
-        self._display = SweepProgress({run.label: run.flops for run in runs})
+        self._display = SweepProgress({run.label: run.price for run in runs})
 
     def run(self) -> dict[Planned, str]:
         """Blocks until every run is complete or has failed; returns the reasons of those that failed.
@@ -175,6 +182,8 @@ class Pool:
         end if all were refused for one and the same reason; damage in the folder of a run is a failure of
         that run. However it ends, no worker is left, and runs in flight have saved their state.
         """
+        for run in self._waiting:
+            run.forget_failure()  # all are tried again, and no branch should take its trunk for given up
         try:
             while self._waiting or self._elsewhere or any(worker.run for worker in self._workers):
                 self._look_elsewhere()
@@ -194,16 +203,16 @@ class Pool:
     # ---- runs ----
 
     def _next(self, worker: Worker) -> Planned | None:
-        """The next run that nobody else has, best of a shape that this worker, or no other, has compiled."""
+        """The next run that is ready and that nobody else has.
+
+        Best it has a shape that this worker, or else no other, has compiled.
+        """
         mine = worker.compiled
         others = set().union(*(other.compiled for other in self._workers)) - mine
-        while self._waiting:
-            run = min(
-                self._waiting, key=lambda run: (self._shape[run] not in mine, self._shape[run] in others)
-            )
+        while ready := [run for run in self._waiting if run.ready]:
+            run = min(ready, key=lambda run: (self._shape[run] not in mine, self._shape[run] in others))
             self._waiting.remove(run)
             if run.status != "running":
-                run.forget_failure()
                 mine.add(self._shape[run])
                 return run
             self._leave(run)
@@ -257,8 +266,9 @@ class Pool:
                     self._display.show(Status(*status))
                 case {"kind": "continues", "step": step}:
                     self._display.say(f"{worker.run.label}: continued from step {step:,}")
-                case {"kind": "finished", "status": status, "loss": loss}:
-                    self._end(worker.run, status if loss is None else f"{status}, loss {loss:.4f}")
+                case {"kind": "finished", "status": status, "loss": loss, "steps_shared": shared}:
+                    note = status if loss is None else f"{status}, loss {loss:.4f}"
+                    self._end(worker.run, note + origin(worker.run, shared))
                     worker.run = None
                 case {"kind": "failed", "message": reason}:
                     self._fail(worker.run, reason)

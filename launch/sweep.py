@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_jax import config, records
+from launch import branches
+from llm_jax import config, manifest, records
 from llm_jax.config import Chosen, UserError
 from llm_jax.data import DataConfig, Source
 from llm_jax.models import ModelConfig, counting
@@ -30,7 +31,11 @@ FAILURE = "failure.json"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Planned:
-    """One run of a plan: its folder, its name on the screen, its price in FLOPs, the shape of its program."""
+    """One run of a plan: its folder, its name on the screen, its FLOPs, the shape of its program, its start.
+
+    Its first `from_step` steps are taken from the state of another run; from that of `trunk`, if it hasn't
+    begun yet.
+    """
 
     run: Run
     identity: str
@@ -38,6 +43,13 @@ class Planned:
     label: str
     flops: float
     shape: Shape
+    trunk: "Planned | None" = None
+    from_step: int = 0
+
+    @property
+    def price(self) -> float:
+        """The FLOPs of the steps that it trains itself."""
+        return self.flops * (1 - self.from_step / self.run.steps)
 
     @property
     def begun(self) -> bool:
@@ -54,9 +66,29 @@ class Planned:
     def complete(self) -> bool:
         return self.status in ("done", "diverged")
 
+    @property
+    def ready(self) -> bool:
+        """It need not wait, any more: the state it starts from stands, or its trunk will not leave one."""
+        return (
+            self.trunk is None
+            or self.from_step in manifest.steps(self.trunk.folder / "checkpoints")
+            or self.trunk.status in ("done", "diverged", "failed")
+        )
+
     def task(self) -> dict[str, Any]:
         """All that a worker needs to know, as JSON values."""
-        return {"label": self.label, "folder": str(self.folder), "run": config.to_json(self.run)}
+        run = self.run
+        if self.trunk is not None and self.trunk.is_there:
+            run = config.replace(run, "execution.trunk", str(self.trunk.folder))
+        return {"label": self.label, "folder": str(self.folder), "run": config.to_json(run)}
+
+    @property
+    def is_there(self) -> bool:
+        """Its folder has its own record, not that of another run."""
+        try:
+            return self.begun and records.load_run(self.folder)["identity"] == self.identity
+        except UserError:
+            return False
 
     def record_failure(self, reason: str) -> None:
         """Says in the run's folder why it was given up; the next launch tries it again."""
@@ -97,6 +129,7 @@ class Plan:
             "overrides": dict(self.experiment.overrides),
             "runs": [
                 {"identity": item.identity, "label": item.label, "stage": stage, "flops": item.flops}
+                | {"trunk": item.trunk and item.trunk.identity, "from_step": item.from_step}
                 | dataclasses.asdict(item.run.cell)
                 for stage, items in stages.items()
                 for item in items
@@ -144,7 +177,7 @@ def make_plan(experiment: Chosen, folder: Path) -> Plan:
         planned[stage].append(
             Planned(run, identity, folder / identity, label, flops(run), shape_of(run, _source(run.data)))
         )
-    return Plan(experiment, folder, tuple(planned["sweep"]), tuple(planned["holdout"]))
+    return Plan(experiment, folder, *branches.connect([planned["sweep"], planned["holdout"]]))
 
 
 def flops(run: Run) -> float:
@@ -170,7 +203,7 @@ def _source(data: DataConfig) -> Source:
 
 
 def summary(plan: Plan) -> str:
-    """The plan as a text: runs by role and budget, what is complete, and the price of the rest."""
+    """The plan as a text: runs by role and budget, what is shared and complete, the price of the rest."""
     import pandas
 
     rows = pandas.DataFrame(
@@ -179,6 +212,7 @@ def summary(plan: Plan) -> str:
             "budget": item.run.cell.budget_flops,
             "tokens": item.run.steps * item.run.data.tokens_per_step,
             "flops": item.flops,
+            "price": item.price,
             "complete": item.complete,
         }
         for item in plan.runs
@@ -194,11 +228,11 @@ def summary(plan: Plan) -> str:
             f"{role:<12} {shown:>9} {len(group):>5} {group['complete'].sum():>8} {tokens:>21} "
             f"{group['flops'].sum():>11.2e}"
         )
-    left = rows["flops"][~rows["complete"]].sum()
+    left = rows["price"][~rows["complete"]].sum()
     total = f"{len(rows)} runs, {rows['flops'].sum():.2e} exact FLOPs"
     if left:
         total += f"; to do: {(~rows['complete']).sum()} runs, {left:.2e} FLOPs"
-    return "\n".join([*lines, total])
+    return "\n".join([*lines, total, *branches.summary(plan.runs)])
 
 
 def minutes(seconds: float) -> str:

@@ -9,7 +9,7 @@ on the file descriptor FD:
     {"kind": "ready"}                       at the start
     {"kind": "progress", "status": [...]}   progress.Status, a few times a second
     {"kind": "continues", "step"}           from a checkpoint
-    {"kind": "finished", "status", "loss"}  and the next task is taken
+    {"kind": "finished", "status", "loss", "steps_shared"}  and the next task is taken
     {"kind": "refused", "message": ...}     a UserError; the process ends
     {"kind": "failed", "message": ...}      any other error; the process ends
 
@@ -73,7 +73,8 @@ def attempt(task: dict[str, Any], say: Say) -> bool:
         traceback.print_exc()
         say(kind="failed", message=" ".join(f"{type(error).__name__}: {error}".split())[:300])
         return False
-    say(kind="finished", status=how_it_ended(result), loss=result.get("loss"))
+    facts = {"loss": result.get("loss"), "steps_shared": result["steps_shared"]}
+    say(kind="finished", status=how_it_ended(result), **facts)
     return True
 
 

@@ -40,15 +40,16 @@ def counts(run: Run, source: Source) -> dict[str, Any]:
     return facts | whole | {"D": tokens}
 
 
-def spent(steps: int, trunk: dict[str, Any] | None, numbers: dict[str, Any]) -> dict[str, Any]:
-    """What of a run was computed for it alone; all other counts are those of the unbroken run."""
+def spent(steps: int, done: int, trunk: dict[str, Any] | None, numbers: dict[str, Any]) -> dict[str, Any]:
+    """How far a run came, and what was computed for it alone; other counts are those of the unbroken run."""
     shared = trunk["from_step"] if trunk else 0
     flops = numbers["flops_6nd"] if numbers["flops_exact"] is None else numbers["flops_exact"]
     return {
         "trunk": trunk and trunk["identity"],
         "steps_shared": shared,
-        "steps_trained": steps - shared,
-        "flops_spent": flops * (steps - shared) / steps,
+        "steps_done": done,
+        "steps_trained": done - shared,
+        "flops_spent": flops * (done - shared) / steps,
     }
 
 

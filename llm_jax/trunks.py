@@ -52,7 +52,8 @@ def graph(
 
     Each takes from the run before it with which it shares most: how much there is to compute in all doesn't
     depend on the order, as that is the size of the tree that the tables make up. Within a rank (default: one
-    for all) comes first what shares most with all others, so that no branch waits for a branch under WSD.
+    for all) comes first what shares most with all others, and then has the longest constant part, so that
+    under WSD all others are branches of one trunk.
 
     offer(trunk, step): the last step up to `step` whose state run number `trunk` has or will have.
     Runs that are executed differently share nothing, as their roundings differ.
@@ -67,7 +68,8 @@ def graph(
         tables = {number: _tables(runs[number]) for number in group}
         shared = {(a, b): _agreeing(tables[a], tables[b]) for a in group for b in group}
         total = {a: sum(shared[a, b] for b in group if b != a) for a in group}
-        order = sorted(group, key=lambda number: (ranks[number] if ranks else 0, -total[number]))
+        constant = {number: extensible_steps(runs[number]) for number in group}
+        order = sorted(group, key=lambda n: (ranks[n] if ranks else 0, -total[n], -constant[n]))
         for place, number in enumerate(order[1:], 1):
             offers = [(offer(trunk, shared[trunk, number]), trunk) for trunk in order[:place]]
             step, trunk = max(offers, key=lambda pair: pair[0])

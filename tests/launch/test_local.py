@@ -60,6 +60,13 @@ def ended(process):
     return process.returncode, out, err
 
 
+def launched_workers():
+    """The process ids of the workers that this process has started."""
+    children = pathlib.Path(f"/proc/{os.getpid()}/task").glob("*/children")
+    pids = [int(pid) for file in children for pid in file.read_text().split()]
+    return [pid for pid in pids if b"launch.worker" in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
 def wait_for(condition, seconds=40.0):
     deadline = time.monotonic() + seconds
     while not condition():
@@ -263,11 +270,8 @@ def test_a_killed_worker_is_replaced_and_its_run_ends_as_if_undisturbed(bits, tm
 
     def kill():
         wait_for(lambda: any(checkpoints.glob("*.json")))
-        children = pathlib.Path(f"/proc/{os.getpid()}/task").glob("*/children")
-        workers = [int(pid) for file in children for pid in file.read_text().split()]
-        for pid in workers:
-            if b"launch.worker" in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes():
-                os.kill(pid, signal.SIGKILL)
+        for pid in launched_workers():
+            os.kill(pid, signal.SIGKILL)
 
     killer = threading.Thread(target=kill)
     killer.start()

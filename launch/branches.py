@@ -1,0 +1,84 @@
+"""The graph of a plan: which run starts from which other's state, by what stands on disk and what will.
+
+A run that has begun keeps the start it had. Every other one may start from any run of its stage, or of an
+earlier one, with which it has first steps in common (llm_jax/trunks.py); that one keeps the checkpoint.
+Sharing changes no result, so it is not asked for: it is found.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from llm_jax import config, manifest, records, trunks
+
+if TYPE_CHECKING:
+    from launch.sweep import Planned
+
+MOST_LINES = 12  # of a plan's trunks on the screen
+
+
+def connect(stages: Sequence[Sequence["Planned"]]) -> list[tuple["Planned", ...]]:
+    """The same runs, each with the trunk it starts from, and each trunk keeping the checkpoints it must."""
+    items = [item for stage in stages for item in stage]
+    stage_of = [number for number, stage in enumerate(stages) for _ in stage]
+    standing = [manifest.steps(item.folder / "checkpoints") for item in items]
+    complete = [item.complete for item in items]
+
+    def offer(trunk: int, step: int) -> int:
+        """A state that no longer comes by must stand."""
+        if not complete[trunk] and step > max(standing[trunk], default=0):
+            return step
+        return max((there for there in standing[trunk] if there <= step), default=0)
+
+    ranks = [-1 if done else stage for done, stage in zip(complete, stage_of, strict=True)]
+    starts = trunks.graph([item.run for item in items], ranks, offer)
+    kept: dict[int, set[int]] = {}
+    for number, start in list(starts.items()):
+        if complete[number] or standing[number]:
+            del starts[number]
+        else:
+            kept.setdefault(start.trunk, set()).add(start.from_step)
+    connected = list(items)
+    for number in sorted(range(len(items)), key=lambda number: _depth(number, starts)):
+        run = items[number].run
+        if number in kept:
+            longer = {trunks.extensible_steps(run)} - {0}
+            steps = {*kept[number], *longer, *run.execution.checkpoint.keep_steps}
+            run = config.replace(run, "execution.checkpoint.keep_steps", tuple(sorted(steps)))
+        if number in starts:
+            trunk, from_step = connected[starts[number].trunk], starts[number].from_step
+        else:
+            trunk, from_step = None, _begun_at(items[number]) if complete[number] or standing[number] else 0
+        connected[number] = dataclasses.replace(items[number], run=run, trunk=trunk, from_step=from_step)
+    ends = [sum(len(stage) for stage in stages[: number + 1]) for number in range(len(stages))]
+    return [tuple(connected[end - len(stage) : end]) for end, stage in zip(ends, stages, strict=True)]
+
+
+def _depth(number: int, starts: dict[int, trunks.Start]) -> int:
+    return 1 + _depth(starts[number].trunk, starts) if number in starts else 0
+
+
+def _begun_at(item: "Planned") -> int:
+    """The step of another run's state with which a run began (0: it began anew)."""
+    trunk = records.trunk(item.folder)
+    return trunk["from_step"] if trunk else 0
+
+
+def summary(items: Iterable["Planned"]) -> list[str]:
+    """What a plan's trunks save, and a line for each of them; nothing where there is none."""
+    items = list(items)
+    saved = sum(item.flops - item.price for item in items)
+    if not saved:
+        return []
+    flops = sum(item.flops for item in items)
+    lines = [f"shared trunks leave {flops - saved:.2e} FLOPs of that to compute: {saved / flops:.0%} saved"]
+    served: dict[Planned, list[Planned]] = {}
+    for item in items:
+        if item.trunk is not None:
+            served.setdefault(item.trunk, []).append(item)
+    for trunk, branches in served.items():
+        ends = sorted((branch.from_step, branch.run.steps) for branch in branches)
+        told = ", ".join(f"{start:,} to {end:,}" for start, end in ends)
+        lines.append(f"  trunk {trunk.label} ({trunk.run.steps:,} steps), branches from steps {told}")
+    more = len(lines) - 1 - MOST_LINES
+    return [*lines[: MOST_LINES + 1], f"  and {more} trunks more"] if more > 0 else lines
