@@ -20,7 +20,6 @@ so both went before its other work (`chrt -f 10`). A bare 1024 x 1024 product re
 
 import contextlib
 import dataclasses
-import html
 import importlib.util
 import json
 import os
@@ -28,7 +27,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,6 +44,7 @@ from llm_jax.models.transformer import LayerNorm, Transformer
 from llm_jax.optimizers import AdamW
 from llm_jax.program import Program
 from llm_jax.run import SCHEMA
+from llm_jax.scaling.page import Page, Table, write
 from llm_jax.sharding import MeshConfig
 
 
@@ -135,12 +134,12 @@ def measure(base: Throughput, folder: Path) -> dict[str, Any]:
             print(f"{shape.name}: {base.rounds} rounds of {base.seconds:g} s", flush=True)
             rows.append(measure_shape(base, shape, torch))
     shown = [cells(row) for row in rows]
-    table = [list(shown[0]), *(list(row.values()) for row in shown)]
+    table = Table(list(shown[0]), [list(row.values()) for row in shown])
     device, cores, load = jax.devices()[0].device_kind, os.cpu_count(), [row["load"] for row in rows]
     machine = f"{device}, {cores} cores, load average {min(load):.1f} to {max(load):.1f} while measuring"
-    print(f"{text(table)}\n{machine}")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.html").write_text(page(table, machine))
+    print(f"{table}\n{machine}")
+    question = __doc__.splitlines()[0]
+    write(folder, Page("Throughput", question, tables=[("Each shape", table)], notes=[machine]))
     return {"device": device, "cores": cores, "rows": rows}
 
 
@@ -237,7 +236,7 @@ class Torch:
         return reply["tokens_per_second"]
 
 
-# ---- the table, on the terminal and as a page ----
+# ---- the table ----
 
 
 def cells(row: dict[str, Any]) -> dict[str, str]:
@@ -259,22 +258,3 @@ def cells(row: dict[str, Any]) -> dict[str, str]:
         "ratio": f"{row['ratio']:.2f}",
         "range": f"{low:.2f} to {high:.2f}",
     }
-
-
-def text(rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as their widest cell, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(map(str.rjust, row, widths)) for row in rows)
-
-
-def page(rows: Sequence[Sequence[str]], machine: str) -> str:
-    """A self-contained page of the table."""
-    head, *body = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
-    return (
-        "<!doctype html><meta charset=utf-8><title>Throughput</title>"
-        "<meta name=viewport content='width=device-width, initial-scale=1'>"
-        "<style>body{font:16px sans-serif;margin:1em;color-scheme:light dark}div{overflow-x:auto}"
-        "td{padding:.3em .6em;text-align:right;white-space:nowrap}thead{font-weight:bold}</style>"
-        f"<h1>Throughput</h1><p>{html.escape(__doc__.splitlines()[0])}</p><p>{html.escape(machine)}</p>"
-        f"<div><table><thead><tr>{head}</thead><tbody><tr>{'<tr>'.join(body)}</tbody></table></div>"
-    )

@@ -1,27 +1,25 @@
-"""The report of a sweep: one self-contained page, its figures as PNGs beside it, and the same as text.
+"""The report of a sweep in N and D: what its page (page.py) shows, and the same as text.
 
-    result = report.Report(title, runs, law, isoflop, outcomes, rates)
-    print(report.summary(result))
-    path = report.write(folder, result)
-
-The page needs no network, fits a phone, and follows the reader's light or dark setting.
+result = report.Report(title, runs, law, isoflop, outcomes, rates)
+print(report.summary(result))
+path = report.write(folder, result)
 """
 
-import base64
 import dataclasses
 import math
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from llm_jax import records
-from llm_jax.scaling import figures, style
+from llm_jax.scaling import figures, page, style
 from llm_jax.scaling.curves import METHODS, Curve, curve_of
 from llm_jax.scaling.forecast import Outcome, fitted_flops
 from llm_jax.scaling.isoflop import FORMULAS, IsoflopFit
+from llm_jax.scaling.page import Answer, Drawing, Fitted, Page, Table, Tile
 from llm_jax.scaling.rates import RateCheck
 from llm_jax.scaling.results import Estimate, Fit
 
@@ -81,53 +79,25 @@ class Report:
         return list(dict.fromkeys([*self.warnings, *doubts, *fitted]))
 
 
-class Table(NamedTuple):
-    """Text cells under a header; `texts` are the columns that align left."""
-
-    header: list[str]
-    rows: list[list[str]]
-    texts: tuple[int, ...] = (0,)
-
-    def __str__(self) -> str:
-        widths = [max(map(len, column)) for column in zip(self.header, *self.rows, strict=True)]
-        pads = [str.ljust if index in self.texts else str.rjust for index in range(len(widths))]
-        lines = (
-            [pad(*cell) for pad, *cell in zip(pads, row, widths, strict=True)]
-            for row in (self.header, *self.rows)
-        )
-        return "\n".join("  ".join(line).rstrip() for line in lines)
-
-
 def write(folder: str | pathlib.Path, report: Report) -> pathlib.Path:
     """Writes report.html and a PNG of every figure to `folder`; returns the page's path."""
-    import jinja2
-
-    folder = pathlib.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    drawn = []
-    for name, caption, draw in drawings(report):
-        figure = draw("light")
-        (folder / f"{name}.png").write_bytes(style.png(figure))
-        inlined = {"light": _inline(figure), "dark": _inline(draw("dark"))}
-        drawn.append({"name": name, "caption": caption, **inlined})
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
+    excluded = excluded_table(report)
+    return page.write(
+        folder,
+        Page(
+            title=report.title,
+            question=report.question,
+            caution=report.too_small,
+            tiles=list(tiles(report)),
+            answers=list(map(verdict, report.outcomes)),
+            warnings=report.all_warnings,
+            figures=list(drawings(report)),
+            fits=[fitted(fit, "†" if report.rate_doubts else "") for fit in report.fits],
+            tables=[*tables(report), *([("Left out of the fits", excluded)] if excluded else [])],
+            conventions=conventions(report),
+            notes=report.notes,
+        ),
     )
-    page = environment.get_template("report.html.j2").render(
-        report=report,
-        tiles=list(tiles(report)),
-        outcomes=[(*verdict(o), o.check is None or any(o.check.covered.values())) for o in report.outcomes],
-        warnings=report.all_warnings,
-        figures=drawn,
-        fits=list(fit_tables(report)),
-        tables=list(tables(report)),
-        excluded=excluded_table(report),
-        conventions=conventions(report),
-    )
-    records.write_atomically(folder / "report.html", page)
-    return folder / "report.html"
 
 
 def summary(report: Report) -> str:
@@ -138,7 +108,7 @@ def summary(report: Report) -> str:
         str(runs_table(report, TERMINAL)),
     ]
     parts += [fit.table() for fit in report.fits]
-    parts += ["\n".join(verdict(outcome)) for outcome in report.outcomes]
+    parts += ["\n".join(verdict(outcome)[:2]) for outcome in report.outcomes]
     parts += ["\n".join(map(str, report.rates))] if report.rates else []
     parts += ["\n".join(f"WARNING: {text}" for text in report.warnings)] if report.warnings else []
     return "\n\n".join(parts)
@@ -177,7 +147,7 @@ def training_curves(folder: str | pathlib.Path, runs: pd.DataFrame) -> list[pd.D
     return out
 
 
-def verdict(outcome: Outcome) -> tuple[str, str]:
+def verdict(outcome: Outcome) -> Answer:
     """How a forecast fared, in a line, and what it said when it was written, in another."""
     made, check = outcome
     beyond = f"{made.extrapolation:.2g}x the largest fitted budget"
@@ -191,9 +161,10 @@ def verdict(outcome: Outcome) -> tuple[str, str]:
     )
     written = made.written_utc.replace("T", " ").replace("+00:00", " UTC")
     at = f"C {style.flops(made.C)}, N {style.short(made.N)}, D {style.short(made.D)}"
-    return (
+    return Answer(
         headline,
         f"Forecast of {written} at {at}: {made.loss:.4f} nats/token, {ranges}; {made.method}.",
+        check is None or any(check.covered.values()),
     )
 
 
@@ -208,29 +179,29 @@ def coverage(outcome: Outcome) -> str:
 # ---- the parts of the page ----
 
 
-def drawings(report: Report) -> Iterator[tuple[str, str, Callable[[str], Any]]]:
-    """Every figure: its file's name, its caption, and what draws it in a theme."""
+def drawings(report: Report) -> Iterator[Drawing]:
+    """Every figure."""
     law, isoflop, outcomes = report.law, report.isoflop, report.outcomes
     reach = max((made.C for made, _ in outcomes), default=0.0)
     curves, method = isoflop_curves(report)
     if curves:
-        yield (
+        yield Drawing(
             "isoflop",
             "Every budget's runs by size; the curve's minimum is the best size there.",
             lambda theme: figures.isoflop_curves(curves, law.conventions["N"], method, theme=theme),
         )
-    yield (
+    yield Drawing(
         "frontier",
         "Every run's loss by its compute, and the best that the law allows"
         + ("; below, the forecast and what was measured." if outcomes else "."),
         lambda theme: figures.frontier(law, outcomes, report.curves, theme=theme),
     )
-    yield (
+    yield Drawing(
         "optima",
         "How the best size and the best number of tokens grow with compute.",
         lambda theme: figures.optima(isoflop, law, reach=reach, theme=theme),
     )
-    yield (
+    yield Drawing(
         "residuals",
         "What the law leaves unexplained; points should scatter without a trend.",
         lambda theme: figures.residuals(law, outcomes, theme=theme),
@@ -246,41 +217,37 @@ def isoflop_curves(report: Report) -> tuple[Sequence[Curve], str]:
     return [curve_of(group, "parabola", 5) for _, group in budgets if group["N"].nunique() >= 3], "parabola"
 
 
-def tiles(report: Report) -> Iterator[tuple[str, str, str]]:
-    """The numbers to see first: value, label, detail."""
+def tiles(report: Report) -> Iterator[Tile]:
+    """The numbers to see first."""
     mark = "†" if report.rate_doubts else ""
     for fit in reversed(report.fits):
         if "a" in fit.parameters:
             a = fit.parameters["a"]
-            yield f"{a.value:.3f}{mark}", f"N_opt ∝ C^a, Approach {fit.approach}", _interval(a, fit.level)
+            label = f"N_opt ∝ C^a, Approach {fit.approach}"
+            yield Tile(f"{a.value:.3f}{mark}", label, _interval(a, fit.level))
     if "E" in report.law.parameters:
         E = report.law.parameters["E"]
-        yield f"{E.value:.3f}", "irreducible loss E [nats/token]", _interval(E, report.law.level)
+        yield Tile(f"{E.value:.3f}", "irreducible loss E [nats/token]", _interval(E, report.law.level))
     for made, check in report.outcomes:
         label = f"hold-out at {made.extrapolation:.2g}x, against its forecast"
         value = f"{check.relative_error:+.2%}" if check else f"{made.loss:.3f}"
-        yield value, label, coverage(Outcome(made, check))
+        yield Tile(value, label, coverage(Outcome(made, check)))
 
 
-def fit_tables(report: Report) -> Iterator[tuple[str, Table, str]]:
-    """Each fit's parameters with their intervals."""
-    mark = "†" if report.rate_doubts else ""
-    for fit in report.fits:
-        rows = []
-        for name, estimate in fit.parameters.items():
-            shown = GREEK.get(name, name) + (mark if name in ("a", "b", "alpha", "beta") else "")
-            rows.append([shown, *(_digits(part) for part in estimate)])
-        header = ["", "value", f"{fit.level:.0%} low", "high", "std. error"]
-        if fit.approach == 3:
-            heading = f"Approach 3: {figures.pretty(fit.law.formula)}"
-            rms = np.sqrt(np.mean(fit.residuals**2))
-            note = f"{len(fit.residuals)} runs, residuals {rms:.2%} rms; N_opt ∝ C^a, D_opt ∝ C^b."
-        else:
-            heading, note = (
-                f"Approach 2: {FORMULAS}",
-                f"{METHODS[fit.conventions['method']]}.",
-            )
-        yield heading, Table(header, rows), note
+def fitted(fit: Fit | IsoflopFit, mark: str = "") -> Fitted:
+    """A fit's parameters with their intervals; `mark` stands at its exponents."""
+    rows = []
+    for name, estimate in fit.parameters.items():
+        shown = GREEK.get(name, name) + (mark if name in ("a", "b", "alpha", "beta") else "")
+        rows.append([shown, *(_digits(part) for part in estimate)])
+    table = Table(["", "value", f"{fit.level:.0%} low", "high", "std. error"], rows)
+    if fit.approach == 2:
+        return Fitted(f"Approach 2: {FORMULAS}", table, f"{METHODS[fit.conventions['method']]}.")
+    rms = np.sqrt(np.mean(fit.residuals**2))
+    derived = set(fit.parameters) - {parameter.name for parameter in fit.law.parameters}
+    optima = "; N_opt ∝ C^a, D_opt ∝ C^b" if {"a", "b"} <= derived else ""
+    note = f"{len(fit.residuals)} runs, residuals {rms:.2%} rms{optima}."
+    return Fitted(f"Approach 3: {figures.pretty(fit.law.formula)}", table, note)
 
 
 def tables(report: Report) -> Iterator[tuple[str, Table]]:
@@ -387,10 +354,6 @@ def conventions(report: Report) -> dict[str, str]:
         if column in report.runs:
             told[column.replace("_", " ")] = ", ".join(sorted({str(v) for v in report.runs[column].dropna()}))
     return told
-
-
-def _inline(figure: Any) -> str:
-    return base64.b64encode(style.svg(figure)).decode()
 
 
 def _digits(value: Any) -> str:

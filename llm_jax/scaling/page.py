@@ -1,0 +1,119 @@
+"""A page of results: one self-contained report.html, its figures as PNGs beside it, and the same as text.
+
+    result = page.Page(title, question, answers, tiles, figures, tables)
+    print(result)
+    path = page.write(folder, result)
+
+The page needs no network, fits a phone, and follows the reader's light or dark setting. report.py fills
+one in for a sweep in N and D; an experiment with another question does so itself.
+"""
+
+import base64
+import dataclasses
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from llm_jax import records
+from llm_jax.scaling import style
+
+
+class Table(NamedTuple):
+    """Text cells under a header; `texts` are the columns that align left."""
+
+    header: list[str]
+    rows: list[list[str]]
+    texts: tuple[int, ...] = (0,)
+
+    def __str__(self) -> str:
+        widths = [max(map(len, column)) for column in zip(self.header, *self.rows, strict=True)]
+        pads = [str.ljust if index in self.texts else str.rjust for index in range(len(widths))]
+        lines = (
+            [pad(*cell) for pad, *cell in zip(pads, row, widths, strict=True)]
+            for row in (self.header, *self.rows)
+        )
+        return "\n".join("  ".join(line).rstrip() for line in lines)
+
+
+class Answer(NamedTuple):
+    """What was found, in a line, and how that is known; one that isn't `good` stands out."""
+
+    line: str
+    detail: str = ""
+    good: bool = True
+
+
+class Tile(NamedTuple):
+    """A number to see first."""
+
+    value: str
+    label: str
+    detail: str = ""
+
+
+class Drawing(NamedTuple):
+    """A figure: its file's name, its caption, and what draws it in a theme ("light" or "dark")."""
+
+    name: str
+    caption: str
+    draw: Callable[[str], Any]
+
+
+class Fitted(NamedTuple):
+    """A fit's parameters, with a line below."""
+
+    heading: str
+    table: Table
+    note: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Page:
+    """All that a page tells, in its order. caution: why its numbers mean little, if they do."""
+
+    title: str
+    question: str = ""
+    caution: str = ""
+    tiles: Sequence[Tile] = ()
+    answers: Sequence[Answer] = ()
+    warnings: Sequence[str] = ()
+    figures: Sequence[Drawing] = ()
+    fits: Sequence[Fitted] = ()
+    tables: Sequence[tuple[str, Table]] = ()
+    conventions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    notes: Sequence[str] = ()
+
+    def __str__(self) -> str:
+        """The page as text for a terminal."""
+        parts = [self.title, self.caution]
+        parts += [f"{heading}\n{table}\n{note}" for heading, table, note in self.fits]
+        parts += [f"{heading}\n{table}" for heading, table in self.tables]
+        parts += ["\n".join(filter(None, answer[:2])) for answer in self.answers]
+        parts += ["\n".join(f"WARNING: {text}" for text in self.warnings)]
+        return "\n\n".join(filter(None, parts))
+
+
+def write(folder: str | pathlib.Path, page: Page) -> pathlib.Path:
+    """Writes report.html and a PNG of every figure to `folder`; returns the page's path."""
+    import jinja2
+
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = []
+    for name, caption, draw in page.figures:
+        figure = draw("light")
+        (folder / f"{name}.png").write_bytes(style.png(figure))
+        inlined = {"light": _inline(figure), "dark": _inline(draw("dark"))}
+        drawn.append({"name": name, "caption": caption, **inlined})
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    html = environment.get_template("page.html.j2").render(page=page, figures=drawn)
+    records.write_atomically(folder / "report.html", html)
+    return folder / "report.html"
+
+
+def _inline(figure: Any) -> str:
+    return base64.b64encode(style.svg(figure)).decode()
