@@ -1,0 +1,81 @@
+"""A figure of any table: series of points with intervals and lines, in panels under each other.
+
+    fitted = Series("fit", x, y, low, high, mark="-")
+    panel = Panel("batch [tokens]", "steps", [measured, fitted])
+    figure = plots.draw("Steps to a loss", [panel], note, theme="dark")
+
+What has a form of its own (isoFLOP curves, forecasts) is drawn by figures.py.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llm_jax.scaling.style import MARKERS, Theme, blank, finished, log_axis, short, themed
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclasses.dataclass(frozen=True)
+class Series:
+    """Points (mark "o": a marker of the series' own) or a line (mark "-", "--", ":"), with an interval.
+
+    group: series of one group share a colour, as points and the line through them do.
+    """
+
+    label: str | None
+    x: Any
+    y: Any
+    low: Any = None
+    high: Any = None
+    mark: str = "o"
+    group: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """One pair of axes; log: which of "x", "y" or "xy" is logarithmic. level: a horizontal line."""
+
+    x: str
+    y: str
+    series: Sequence[Series]
+    log: str = "xy"
+    level: float | None = None
+
+
+@themed
+def draw(title: str, panels: Sequence[Panel], note: str = "", *, look: Theme) -> "Figure":
+    """The panels under each other, one legend for all."""
+    figure, every = blank(title, 1.6 + 2.6 * len(panels), [1] * len(panels))
+    groups = {s.group if s.group is not None else ("own", i) for p in panels for i, s in enumerate(p.series)}
+    place = {group: index for index, group in enumerate(sorted(groups, key=str))}
+    colours = look.colours(len(place))
+    for axes, panel in zip(every, panels, strict=True):
+        for index, series in enumerate(panel.series):
+            number = place[series.group if series.group is not None else ("own", index)]
+            _series(axes, series, colours[number], MARKERS[number % len(MARKERS)], look)
+        if panel.level is not None:
+            axes.axhline(panel.level, color=look.ink, linewidth=0.8)
+        for name, axis in (("x", axes.xaxis), ("y", axes.yaxis)):
+            if name in panel.log:
+                log_axis(axis, short if axis.get_view_interval()[1] >= 1000 else "{:g}".format)
+        axes.set(xlabel=panel.x, ylabel=panel.y)
+    return finished(figure, note)
+
+
+def _series(axes: Any, series: Series, colour: Any, marker: str, look: Theme) -> None:
+    x, y = np.asarray(series.x, float), np.asarray(series.y, float)
+    ends = None
+    if series.low is not None:
+        low, high = np.asarray(series.low, float), np.asarray(series.high, float)
+        ends = np.nan_to_num(np.maximum([y - low, high - y], 0))
+    if series.mark != "o":
+        axes.plot(x, y, series.mark, color=colour, linewidth=1.4, label=series.label)
+        if ends is not None:
+            axes.fill_between(x, y - ends[0], y + ends[1], color=colour, alpha=0.18, linewidth=0)
+        return
+    shape = dict(color=colour, markersize=5.5, mec=look.paper, mew=0.5, capsize=3, zorder=3)
+    axes.errorbar(x, y, ends, fmt=marker, linestyle="none", label=series.label, **shape)
