@@ -111,7 +111,7 @@ def test_what_a_kind_cannot_do_is_said_in_one_line():
     q, k, v, _ = inputs(length=8)
     with pytest.raises(UserError, match="cudnn cannot run: the device is cpu"):
         attend(q, k, v, kind="cudnn")
-    with pytest.raises(UserError, match="there are auto, reference, chunked, cudnn"):
+    with pytest.raises(UserError, match="there are: auto, reference, chunked, cudnn"):
         attend(q, k, v, kind="fastest")
 
 

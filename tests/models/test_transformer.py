@@ -219,7 +219,7 @@ def test_eight_devices_compute_what_one_computes():
     [
         ({"heads": "5"}, "heads=5 does not divide model.width=16; 4 does"),
         ({"kv_heads": "3"}, "kv_heads=3 does not divide model.heads=4"),
-        ({"head_width": "3"}, "head width must be even"),
+        ({"head_width": "3"}, "a head of 3 can.t be rotary"),
         ({"width": "0"}, "width=0 must be at least 1"),
         ({"windows": "()"}, "windows="),
         ({"windows": "0,none"}, "at least 1"),
