@@ -10,13 +10,15 @@
 
 A row of step s is what is known when s steps are done: log it before the checkpoint of step s is saved, and
 a killed run loses no row. JSON has no numbers for nan and the infinities: they are written as the strings
-"NaN", "Infinity" and "-Infinity", which every function of this file reads back as floats.
+"NaN", "Infinity" and "-Infinity", which every function of this file reads back as floats. A text that reads
+so gets a backslash in front, and loses it on reading.
 """
 
 import fcntl
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,13 +26,13 @@ from typing import TYPE_CHECKING, Any
 
 from llm_jax.config import UserError
 from llm_jax.environment import environment
+from llm_jax.events import Events
 
 if TYPE_CHECKING:
     import pandas
 
-SECONDS_BETWEEN_EVENTS = 0.5  # of TensorBoard, beside those of evaluations
-
 NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+_LIKE_A_NUMBER = re.compile(r"\\*(NaN|-?Infinity)")
 
 _writing: set[Path] = set()  # the folders that this process writes in
 
@@ -54,8 +56,6 @@ class Record:
         self._facts: dict[str, Any] = {}
         self._lock = self._part = self._events = None
         self._rows = 0
-        self._unseen: tuple[int, Mapping[str, float]] | None = None
-        self._shown = -math.inf
         self._head: dict[str, Any] = {"resume_at": 0}
 
     def start(self, config_json: Mapping[str, Any], facts: Mapping[str, Any] | None = None) -> None:
@@ -70,7 +70,7 @@ class Record:
             return
         place = self.folder / "config.json"
         if place.exists():
-            _check_identity(self.folder, _read(place), plain(config_json))
+            _check_identity(self.folder, _read(place), _parsed(plain(config_json)))
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = _take(self.folder)
         if self._lock is None:
@@ -101,18 +101,8 @@ class Record:
             self._open_part()
         self._part.write(dumps({"step": int(step), **row}) + "\n")
         self._rows += 1
-        self._unseen = (int(step), row)
-        if time.monotonic() - self._shown > SECONDS_BETWEEN_EVENTS or "loss" not in row:
-            self._show()
-
-    def _show(self) -> None:
-        """The latest row as TensorBoard events; those of every step would take longer than a small step."""
-        if self._events is None or self._unseen is None:
-            return
-        (step, row), self._unseen, self._shown = self._unseen, None, time.monotonic()
-        for name, value in row.items():
-            if math.isfinite(value):
-                self._events.add_scalar(name, float(value), step)
+        if self._events is not None:
+            self._events.write(int(step), {name: float(x) for name, x in row.items() if math.isfinite(x)})
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """Writes result.json, whole or not at all, and gives the folder free."""
@@ -122,7 +112,6 @@ class Record:
 
     def close(self) -> None:
         """Gives the folder free; without `finish` before it, the run counts as missing."""
-        self._show()
         for thing in (self._events, self._part, self._lock):
             if thing is not None:
                 thing.close()
@@ -143,12 +132,7 @@ class Record:
         if self._part is None:
             head |= self._head | {"time": time.time(), "facts": self._facts}
             if self._tensorboard:
-                from tensorboardX import SummaryWriter  # late: it imports torch where there is one
-
-                # Viewers drop what earlier files say of steps from purge_step on.
-                purge = {"purge_step": self._head["resume_at"] + 1} if number else {}
-                place, suffix = str(self.folder / "tensorboard"), f".{number:05d}"
-                self._events = SummaryWriter(place, flush_secs=10, filename_suffix=suffix, **purge)
+                self._events = Events(self.folder / "tensorboard", number, self._head["resume_at"])
         else:
             self._part.close()
         self._part = (folder / f"{number:05d}.jsonl").open("x", buffering=1)
@@ -250,7 +234,10 @@ def plain(value: Any) -> Any:
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if value != value else "Infinity" if value > 0 else "-Infinity"
-    return value if value is None or isinstance(value, (str, int, float, bool)) else str(value)
+    if value is None or isinstance(value, (int, float, bool)):
+        return value
+    text = str(value)
+    return f"\\{text}" if _LIKE_A_NUMBER.fullmatch(text) else text
 
 
 def _parsed(value: Any) -> Any:
@@ -259,7 +246,9 @@ def _parsed(value: Any) -> Any:
         return {key: _parsed(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_parsed(item) for item in value]
-    return NOT_FINITE.get(value, value) if isinstance(value, str) else value
+    if not isinstance(value, str) or not _LIKE_A_NUMBER.fullmatch(value):
+        return value
+    return NOT_FINITE[value] if value in NOT_FINITE else value[1:]
 
 
 def _read(path: Path, text: bytes | None = None) -> dict[str, Any]:
@@ -330,9 +319,9 @@ def _check_identity(folder: Path, there: Mapping[str, Any], here: Mapping[str, A
 
 
 def _first_difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    old, new = _flat(there.get("scientific", {})), _flat(plain(here.get("scientific", {})))
+    old, new = _flat(there.get("scientific", {})), _flat(here.get("scientific", {}))
     # A field at its default is not in the scientific part; the full config still tells its value.
-    old_all, new_all = _flat(there.get("config", {})), _flat(plain(here.get("config", {})))
+    old_all, new_all = _flat(there.get("config", {})), _flat(here.get("config", {}))
     for name in [*new, *(old.keys() - new.keys())]:
         if old.get(name) != new.get(name):
             before = old.get(name, old_all.get(name))

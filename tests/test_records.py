@@ -2,7 +2,6 @@ import json
 import math
 import os
 import signal
-import struct
 import subprocess
 import sys
 import time
@@ -98,7 +97,8 @@ def test_a_new_part_begins_after_so_many_rows_and_at_each_start(tmp_path):
 def test_numbers_that_are_not_finite_are_valid_json_and_come_back(tmp_path):
     with started(tmp_path) as record:
         record.log(1, {"loss": jnp.float32("nan"), "x": math.inf, "y": np.float32("-inf")})
-        record.finish({"status": "diverged", "loss": math.nan, "nested": {"x": [math.inf]}})
+        texts = ["NaN", "-Infinity", "\\Infinity", "Infinity war", "\\"]
+        record.finish({"status": "diverged", "loss": math.nan, "nested": {"x": [math.inf]}, "texts": texts})
 
     def strict(name):
         raise AssertionError(f"{name} is not JSON")
@@ -108,6 +108,7 @@ def test_numbers_that_are_not_finite_are_valid_json_and_come_back(tmp_path):
             json.loads(line, parse_constant=strict)
     result = load_run(tmp_path)["result"]
     assert math.isnan(result["loss"]) and result["nested"]["x"] == [math.inf]
+    assert result["texts"] == texts  # a text that reads like a number stays one
     row = metrics(tmp_path).iloc[0]
     assert math.isnan(row.loss) and row.x == math.inf and row.y == -math.inf
     assert math.isnan(load_sweep(tmp_path)["loss"][0])
@@ -131,6 +132,10 @@ def test_another_config_is_refused_with_both_identities_and_the_first_difference
     assert "run abc, not def: model.layers is 6 there and 4 here" in str(error.value)
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
     assert sorted(tmp_path.rglob("*")) == before
+    clipped = [CONFIG | {"identity": name, "scientific": {"clip": math.inf, "name": name}} for name in "gh"]
+    Record(tmp_path / "clipped", tensorboard=False).start(clipped[0], FACTS)
+    with pytest.raises(UserError, match="name is 'g' there and 'h' here"):
+        Record(tmp_path / "clipped").start(clipped[1], FACTS)
     with pytest.raises(UserError, match="schema is 1 there and 2 here"):
         Record(tmp_path).start(CONFIG | {"identity": "def", "schema": 2}, FACTS)
 
@@ -246,30 +251,29 @@ def test_the_environment_names_versions_device_and_revision():
 # ---- TensorBoard events ----
 
 
-def events(folder):
-    """The events of each file in `folder`; records are [length, its checksum, event, its checksum]."""
-    from tensorboardX.proto.event_pb2 import Event
+def test_tensorboard_shows_the_rows_that_count(tmp_path):
+    """As its own reader accumulates them, which drops steps that a later start computes again."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    files = []
-    for path in sorted(folder.iterdir()):
-        content, out = path.read_bytes(), []
-        while content:
-            (length,) = struct.unpack("<Q", content[:8])
-            out.append(Event.FromString(content[12 : 12 + length]))
-            content = content[16 + length :]
-        files.append(out)
-    return files
-
-
-def test_events_past_the_restored_step_are_superseded(tmp_path):
-    for resume_at in (0, 6):
+    for resume_at, loss in ((0, 2.5), (3, 2.25)):
         with Record(tmp_path) as record:
             record.start(CONFIG, FACTS)
             record.resume_at(resume_at)
-            record.log(resume_at + 1, {"loss": jnp.float32(2.5), "x": math.nan})
-    first, second = events(tmp_path / "tensorboard")
-    assert not any(event.HasField("session_log") for event in first)
-    # At a session's start viewers drop what they know of steps from its own on.
-    assert [event.step for event in second if event.session_log.status == 1] == [7]
-    scalars = [(v.tag, v.simple_value) for event in second for v in event.summary.value]
-    assert scalars == [("loss", 2.5)]
+            for step in range(resume_at + 1, resume_at + 6):
+                record.log(step, {"loss": jnp.float32(loss), "x": math.nan if step < 5 else 1.0})
+    shown = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    losses = [(event.step, event.value) for event in shown.Scalars("loss")]
+    assert losses == [(1, 2.5), (2, 2.5), (3, 2.5), *((step, 2.25) for step in range(4, 9))]
+    assert [event.step for event in shown.Scalars("x")] == [5, 6, 7, 8]
+
+
+def test_a_record_with_events_imports_neither_torch_nor_tensorflow(tmp_path):
+    program = (
+        "import sys; from llm_jax.records import Record\n"
+        "with Record(sys.argv[1]) as record:\n"
+        "    record.start({'identity': 'abc'}, {})\n"
+        "    record.log(1, {'loss': 2.5})\n"
+        "sys.exit(bool({'torch', 'tensorflow', 'jax'} & sys.modules.keys()))"
+    )
+    assert subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=False).returncode == 0
+    assert any((tmp_path / "tensorboard").iterdir())
