@@ -23,7 +23,7 @@ from absl import flags
 from launch import order, sweep
 from launch.pool import Pool, gpus, shares
 from launch.sweep import Plan
-from llm_jax import config, records
+from llm_jax import config, records, sharding
 from llm_jax.config import Chosen
 from llm_jax.kernels import devices
 
@@ -47,24 +47,37 @@ def main() -> int:
 
 
 def measure(experiment: Chosen, folder: Path) -> int:
-    print(f"{folder}: {experiment.module.__file__}:{experiment.scale} measures, it trains no sweep")
-    return 0 if flags.FLAGS.dry_run else order.measure(experiment, folder)
+    if flags.FLAGS.dry_run:
+        print(f"{folder}: {experiment.module.__file__}:{experiment.scale} measures, it trains no sweep")
+        return 0
+    return order.measure(experiment, folder)
 
 
 def launch(experiment: Chosen, folder: Path) -> int:
     # This process plans and draws; devices are for the workers (a GPU's memory would be taken twice).
     jax.config.update("jax_platforms", "cpu")
     plan = sweep.make_plan(experiment, folder)
-    print(f"{folder}: the plan of {experiment.module.__file__}:{experiment.scale}")
-    print(sweep.summary(plan))
-    print(expected_time(plan))
+    refuse_meshes(plan)
     notes = getattr(experiment.module, "plan_notes", lambda base: [])(experiment.config)
-    print(*notes, sep="\n", end="\n" if notes else "", flush=True)
+    if idle := sweep.without_effect(plan):
+        notes.append(f"without effect, since the sweep sets these fields in every run: {' '.join(idle)}")
+    if not flags.FLAGS.dry_run:
+        plan.write()
+    print(f"{folder}: the plan of {experiment.module.__file__}:{experiment.scale}")
+    print(sweep.summary(plan), expected_time(plan), *notes, sep="\n", flush=True)
     if flags.FLAGS.dry_run:
         return 0
     file = Path(experiment.module.__file__)
     workers = flags.FLAGS.workers
     return order.carry_out(plan, lambda runs, planned: Pool(runs, file, shares(workers, planned)).run())
+
+
+def refuse_meshes(plan: Plan) -> None:
+    """Raises UserError for runs that the CPUs can't be made up for; GPUs are seen by their workers alone."""
+    if not gpus():
+        for run in (item.run for item in plan.runs):
+            mesh = sharding.make_mesh(run.execution.mesh)
+            sharding.check_batch(run.data.batch_size, run.execution.micro_batches, mesh)
 
 
 # ---- how long it will take ----
@@ -118,4 +131,5 @@ if __name__ == "__main__":
     flags.DEFINE_integer("workers", None, "processes that train at once", lower_bound=1)
     flags.DEFINE_bool("dry_run", False, "print the plan and its price, and do nothing")
     flags.DEFINE_string("folder", None, "where the runs go; runs/<experiment>-<scale> if not given")
-    config.run_main(main)
+    elsewhere = "python -m llm_jax.train; here it is --config.execution.deterministic=true"
+    config.run_main(main, {"deterministic": elsewhere})

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.sweep import Plan, Planned
+from launch.sweep import Plan, Planned, make_folder
 from llm_jax import config, records
 from llm_jax.config import Chosen, UserError
 from llm_jax.scaling import forecast
@@ -39,9 +39,8 @@ def check(experiment: Chosen) -> None:
 
 
 def carry_out(plan: Plan, engine: Engine) -> int:
-    """All that follows the plan; the exit code is 1 if a run, its forecast or the report failed, else 0."""
+    """All that follows the written plan; the exit code, 1 if a run, a forecast or the report failed."""
     module = plan.experiment.module
-    plan.write()
     failures = train_missing(plan.sweep, engine)
     forecasts, unable = {}, []
     if plan.holdout and failures:
@@ -87,7 +86,8 @@ def train_missing(runs: Sequence[Planned], engine: Engine) -> dict[Planned, str]
 
 
 def measure(experiment: Chosen, folder: Path) -> int:
-    """Runs an experiment that measures."""
+    """Runs an experiment that measures; raises UserError before if `folder` can't be written."""
+    make_folder(folder)
     write_result(folder, experiment, experiment.module.measure(experiment.config, folder))
     return 0
 
@@ -95,5 +95,4 @@ def measure(experiment: Chosen, folder: Path) -> int:
 def write_result(folder: Path, experiment: Chosen, result: Mapping[str, Any]) -> None:
     """result.json of a whole experiment."""
     content = {"scale": experiment.scale, "config": config.to_json(experiment.config), **result}
-    folder.mkdir(parents=True, exist_ok=True)
     records.write_atomically(folder / "result.json", records.dumps(content, indent=1) + "\n")

@@ -8,7 +8,9 @@ they stay, and plan.json says which ones belong to this plan, so that no law is 
 import contextlib
 import dataclasses
 import functools
+import tempfile
 import time
+import types
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +22,7 @@ from llm_jax.config import Chosen, UserError
 from llm_jax.data import DataConfig, Source
 from llm_jax.models import ModelConfig, counting
 from llm_jax.program import Shape, shape_of
-from llm_jax.run import Run
+from llm_jax.run import Run, refuse_repeats
 
 if TYPE_CHECKING:
     import pandas
@@ -135,7 +137,7 @@ class Plan:
                 for item in items
             ],
         }
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         records.write_atomically(self.folder / "plan.json", records.dumps(content, indent=1) + "\n")
 
     def table(self, runs: Sequence[Planned]) -> "pandas.DataFrame":
@@ -157,18 +159,27 @@ def folder_of(experiment: Chosen) -> Path:
     return Path("runs") / f"{Path(experiment.module.__file__).stem}-{experiment.scale}"
 
 
+def make_folder(folder: Path) -> None:
+    """Makes an experiment's folder; raises UserError if it can't be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(
+            f"{folder} can't be an experiment's folder: {error.strerror}; name another by --folder"
+        ) from None
+
+
 def make_plan(experiment: Chosen, folder: Path) -> Plan:
     """The plan of an experiment that has `sweep`; raises UserError if one of its runs can't be done."""
-    module, base = experiment.module, experiment.config
-    stages = {"sweep": module.sweep(base), "holdout": []}
-    if hasattr(module, "holdout"):
-        stages["holdout"] = module.holdout(base)
+    stages = asked_for(experiment.module, experiment.config)
     if not stages["sweep"]:
-        raise UserError(f"{module.__file__}: sweep(base) returned no runs")
+        raise UserError(f"{experiment.module.__file__}: sweep(base) returned no runs")
     unique: dict[str, tuple[str, Run]] = {}
     for stage, runs in stages.items():
         for run in runs:
             config.check(run)
+            refuse_repeats(run, _source(run.data))
             unique.setdefault(run.identity(), (stage, run))
     names = Counter(run.name for _, run in unique.values())
     planned: dict[str, list[Planned]] = {stage: [] for stage in stages}
@@ -178,6 +189,46 @@ def make_plan(experiment: Chosen, folder: Path) -> Plan:
             Planned(run, identity, folder / identity, label, flops(run), shape_of(run, _source(run.data)))
         )
     return Plan(experiment, folder, *branches.connect([planned["sweep"], planned["holdout"]]))
+
+
+def asked_for(module: types.ModuleType, base: Any) -> dict[str, list[Run]]:
+    """The runs of an experiment by stage: those that laws are fitted to, and those held out."""
+    return {"sweep": module.sweep(base), "holdout": getattr(module, "holdout", lambda base: [])(base)}
+
+
+def without_effect(plan: Plan) -> list[str]:
+    """The overridden fields that change no run of the plan, since the experiment sets them in each.
+
+    Only fields that have another value in every run can be such: for those, the runs are asked for again
+    without the override.
+    """
+    module, overrides = plan.experiment.module, plan.experiment.overrides
+    idle = []
+    for path, text in overrides:
+        given = _value(plan.experiment.config, path)
+        if any(_value(item.run, path) == given for item in plan.runs):
+            continue
+        base = module.get_config(plan.experiment.scale)
+        try:
+            for other, value in overrides:
+                base = base if other == path else config.override(base, other, value)
+            stages = asked_for(module, base)
+        except UserError:
+            continue
+        identities = {run.identity(content=False) for runs in stages.values() for run in runs}
+        outside = base.identity(content=False) == plan.experiment.config.identity(content=False)
+        if not outside and identities == {item.run.identity(content=False) for item in plan.runs}:
+            idle.append(f"--config.{path}={text}")
+    return idle
+
+
+def _value(run: Run, path: str) -> Any:
+    """What stands at a dotted path of the config (None: nothing)."""
+    value: Any = run
+    for part in path.removesuffix(".kind").split("."):
+        items = dict(enumerate(value)) if isinstance(value, tuple) else {}
+        value = items.get(int(part)) if items else getattr(value, part, None)
+    return value
 
 
 def flops(run: Run) -> float:

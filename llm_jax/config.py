@@ -15,7 +15,6 @@ any field of what its `get_config(scale)` returns.
 """
 
 import dataclasses
-import functools
 import hashlib
 import importlib.util
 import json
@@ -279,7 +278,7 @@ def _print_fields(config: Any, place: str) -> None:
         print(f"{flag:<{width}}  {words}")
 
 
-def parse_flags(argv: Sequence[str]) -> list[str]:
+def parse_flags(argv: Sequence[str], elsewhere: Mapping[str, str]) -> list[str]:
     """absl's parser, with `--config.a.b=value` (or `--config.a.b value`) taken out first."""
     rest, items = [], iter(argv)
     for item in items:
@@ -296,18 +295,22 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     try:
         left = flags.FLAGS(rest)
     except flags.Error as error:
-        raise UserError(_plainly(error)) from None
+        raise UserError(_plainly(error, elsewhere)) from None
     if len(left) > 1:
         raise UserError(f"unexpected argument {left[1]!r}; flags are written --name=value")
     return left
 
 
-def _plainly(error: flags.Error) -> str:
+def _plainly(error: flags.Error, elsewhere: Mapping[str, str]) -> str:
     """absl's complaint in plain words."""
     if isinstance(error, flags.UnrecognizedFlagError):
-        return (
-            f"no flag --{error.flagname}; {nearest(error.flagname, [f'--{name}' for name in _own_flags()])}"
-        )
+        name = error.flagname
+        if name in elsewhere:
+            return f"no flag --{name} here; it belongs to {elsewhere[name]}"
+        if "." in name:
+            field = name.partition(".")[2] if name.startswith("con") else name
+            return f"no flag --{name}; did you mean '--config.{field}'?"
+        return f"no flag --{name}; {nearest(name, [f'--{name}' for name in _own_flags()])}"
     text = " ".join(str(error).split())
     if missing := re.fullmatch(r"Missing value for flag (--\w+)", text):
         return f"{missing[1]} needs a value: {missing[1]}=VALUE"
@@ -329,8 +332,11 @@ def _own_flags() -> list[str]:
     ]
 
 
-def run_main(main: Callable[[], int | None]) -> None:
-    """Runs a command: parses the flags, and turns a UserError into one line and exit code 2."""
+def run_main(main: Callable[[], int | None], elsewhere: Mapping[str, str] | None = None) -> None:
+    """Runs a command: parses the flags, and turns a UserError into one line and exit code 2.
+
+    elsewhere: flags that a user may take for this command's, and which command has them.
+    """
 
     def guarded(function: Callable, *args: Any) -> Any:
         try:
@@ -340,7 +346,7 @@ def run_main(main: Callable[[], int | None]) -> None:
             sys.exit(2)
 
     logging.set_verbosity(logging.WARNING)  # JAX tells of every kind of device that it did not find
-    app.run(lambda _: guarded(main), flags_parser=functools.partial(guarded, parse_flags))
+    app.run(lambda _: guarded(main), flags_parser=lambda argv: guarded(parse_flags, argv, elsewhere or {}))
 
 
 # ---- fields ----

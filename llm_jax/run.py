@@ -9,7 +9,7 @@ import math
 
 from llm_jax import config
 from llm_jax.config import Tagged, UserError, outside_identity
-from llm_jax.data import DataConfig, Text
+from llm_jax.data import DataConfig, Source, Text
 from llm_jax.losses import NextToken, Objective
 from llm_jax.models import Layout, ModelConfig
 from llm_jax.models.transformer import Transformer
@@ -114,3 +114,13 @@ class Run:
 
     def identity(self, content: bool = True) -> str:
         return config.identity(self, SCHEMA, content)
+
+
+def refuse_repeats(run: Run, source: Source) -> None:
+    """Raises UserError if the run needs more tokens than one epoch has, unless repeating was asked for."""
+    needed = run.steps * run.data.tokens_per_step
+    if source.available_tokens is not None and needed > source.available_tokens:
+        raise UserError(
+            f"{needed:,} tokens are more than the {source.available_tokens:,} of one epoch; ask for fewer "
+            "(--config.tokens) or for repetition (--config.data.repeat=true)"
+        )

@@ -21,14 +21,14 @@ from jax._src import xla_bridge  # no public way to ask whether devices are in u
 from llm_jax import config, facts, optimizers, records, sharding, trunks
 from llm_jax.checkpoints import Checkpoints
 from llm_jax.config import UserError
-from llm_jax.data import Source, cache_folder
+from llm_jax.data import cache_folder
 from llm_jax.held_out import score
 from llm_jax.kernels.memory import keep_freed_memory
 from llm_jax.models import Batch, Params
 from llm_jax.program import program, shape_of
 from llm_jax.progress import Progress
 from llm_jax.records import Record, how_it_ended, load_run, metrics
-from llm_jax.run import Run
+from llm_jax.run import Run, refuse_repeats
 
 # What counts as divergence: a training loss of so many times the first one, and a held-out loss of so many
 # times that of guessing evenly.
@@ -187,16 +187,6 @@ def train(run: Run, folder: str | Path, hooks: Sequence[Hook] = (), progress: An
     return result
 
 
-def refuse_repeats(run: Run, source: Source) -> None:
-    """Raises UserError if the run needs more tokens than one epoch has, unless repeating was asked for."""
-    needed = run.steps * run.data.tokens_per_step
-    if source.available_tokens is not None and needed > source.available_tokens:
-        raise UserError(
-            f"{needed:,} tokens are more than the {source.available_tokens:,} of one epoch; ask for fewer "
-            "(--config.tokens) or for repetition (--config.data.repeat=true)"
-        )
-
-
 def prepare_xla(deterministic: bool) -> None:
     """The compilation cache, shared by all runs, and XLA's deterministic operations on GPUs if asked for.
 
@@ -276,4 +266,4 @@ if __name__ == "__main__":
     flags.adopt_module_key_flags(config)
     flags.DEFINE_string("folder", None, "the run's folder; runs/<experiment>-<scale>/<identity> if not given")
     flags.DEFINE_bool("deterministic", False, "repeat bit for bit on a GPU too, at some cost in speed")
-    config.run_main(main)
+    config.run_main(main, dict.fromkeys(("workers", "dry_run"), "python -m launch.local, which runs a sweep"))

@@ -1,6 +1,7 @@
 """Configs: what overrides accept, what they refuse and in which words, and what makes an identity."""
 
 import dataclasses
+import shlex
 import subprocess
 import sys
 from typing import Literal
@@ -196,6 +197,64 @@ COMMAND = "from llm_jax import config; config.run_main(lambda: print(config.chos
 def ask(*arguments):
     done = subprocess.run([sys.executable, "-c", COMMAND, *arguments], capture_output=True, text=True)
     return done.returncode, done.stdout.strip(), done.stderr.strip()
+
+
+def test_every_field_is_listed_as_it_is_typed():
+    outer = Outer(Inner(0.1, (3,)), Circle(2.0), (Square(), Circle()), None, "slow", True, ((1, 2),), "a b")
+    rows = dict(config.listing(outer))
+    assert rows["--config.shape=circle"] == "one of square, circle"
+    assert rows["--config.shape.radius=2.0"] == "a number"
+    assert rows["--config.limit=none"] == "an integer or none"
+    assert rows["--config.inner.sizes='(3,)'"].startswith("a tuple")
+    assert "--config.shapes.1.colour=blue" in rows
+    typed = Outer(shapes=(Square(side=7), Circle(7.0)))
+    for flag in rows:
+        path, _, text = shlex.split(flag)[0].removeprefix("--config.").partition("=")
+        typed = config.override(typed, path, text)
+    assert typed == outer
+
+
+def test_help_lists_fields_and_kinds_after_the_overrides(tmp_path):
+    file = tmp_path / "experiment.py"
+    file.write_text(EXPERIMENT)
+    code, out, err = ask(f"--config={file}", "--config.layers=7", "--config.help")
+    assert (code, out, err) == (0, "--config.layers=7  an integer", "")
+    code, out, err = ask(f"--config={file}", "--config.layer.help")
+    assert (code, out, err) == (2, "", "error: no field 'layer'; did you mean 'layers'?")
+
+
+POSTPONED = """
+from __future__ import annotations
+import dataclasses
+SCALES = {"only": 1}
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    size: Size
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    WORD: float = 1.0
+
+def get_config(scale):
+    return Config(Size())
+"""
+
+
+def test_two_experiment_files_of_one_name_keep_their_own_types(tmp_path):
+    """Types that a file postpones are looked up in the module that its classes name."""
+    for word in ("width", "depth"):
+        (tmp_path / word).mkdir()
+        text = POSTPONED.replace("WORD", word)
+        (tmp_path / word / "json.py").write_text(text)
+    loaded = {word: config.load_experiment(str(tmp_path / word / "json.py")) for word in ("width", "depth")}
+    for word, (module, scale) in loaded.items():
+        base = module.get_config(scale)
+        config.check(base)
+        changed = config.override(base, f"size.{word}", "3")
+        assert getattr(changed.size, word) == 3.0
+        assert config.from_json(module.Config, config.to_json(changed)) == changed
+    assert sys.modules["json"].__name__ == "json"
 
 
 def test_the_command_line_picks_a_file_a_scale_and_fields(tmp_path):

@@ -398,3 +398,32 @@ def test_a_run_of_no_steps_is_refused():
 def test_defaults_are_valid_and_survive_json(cls):
     config.check(cls())
     assert config.from_json(Optimizer, config.to_json(cls())) == cls()
+
+
+POSTPONED = """
+from __future__ import annotations
+import dataclasses
+from llm_jax.optimizers import SGD
+from llm_jax.schedules import Constant
+
+SCALES = {"only": 1}
+get_config = None
+
+@dataclasses.dataclass(frozen=True)
+class Warm(SGD, kind="sgd_of_a_test"):
+    heat: float = 0.5
+
+@dataclasses.dataclass(frozen=True)
+class Steps(Constant, kind="constant_of_a_test"):
+    share: float = 2.0
+"""
+
+
+def test_fields_are_found_in_files_that_postpone_their_types(tmp_path):
+    (tmp_path / "postponed.py").write_text(POSTPONED)
+    module, _ = config.load_experiment(str(tmp_path / "postponed.py"))
+    np.testing.assert_array_equal(tables(module.Warm(), NextToken(), 3)["heat"], np.float32([0.5] * 3))
+    with pytest.raises(UserError, match=r"optimizer\.heat is -1"):
+        module.Warm(heat=-1.0).validate()
+    with pytest.raises(UserError, match=r"optimizer\.schedule\.share is 2"):
+        module.Steps().validate()

@@ -136,7 +136,8 @@ class SentencePiece(Tokenizer, kind="sentencepiece"):
         """The trained model. Raises UserError where the texts support only another size of vocabulary."""
         import sentencepiece
 
-        print(f"training a {self.algorithm} tokenizer of {self.vocabulary:,} tokens", file=sys.stderr)
+        if sys.stderr.isatty():
+            print(f"training a {self.algorithm} tokenizer of {self.vocabulary:,} tokens", file=sys.stderr)
         written = io.BytesIO()
         try:
             sentencepiece.SentencePieceTrainer.train(

@@ -1,0 +1,223 @@
+"""What a user can get wrong on a command line: exit code 2 and one line that says what would be right."""
+
+import contextlib
+import os
+import pathlib
+import re
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+from absl import flags
+
+from llm_jax import config
+from llm_jax.config import UserError
+from llm_jax.train import train
+
+ROOT = pathlib.Path(__file__).parent.parent
+ISOFLOP = f"--config={ROOT / 'experiments' / 'isoflop.py'}:smoke"
+
+ONE_DEVICE = "--config.execution.mesh.data=1"
+
+# The commands are imported here as modules first, which runpy finds odd.
+pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+
+
+@pytest.fixture
+def command(monkeypatch, capfd):
+    """Runs a command as `python -m` would, in this process: (exit code, stdout, stderr)."""
+
+    def run(module, *arguments):
+        monkeypatch.setattr(sys, "argv", [module, *arguments])
+        before = set(flags.FLAGS)
+        with pytest.raises(SystemExit) as end:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        for name in set(flags.FLAGS) - before:
+            delattr(flags.FLAGS, name)
+        flags.FLAGS.unparse_flags()
+        config._overrides.clear()
+        return end.value.code, *capfd.readouterr()
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with corpora that are wrong in one way each, and an empty cache."""
+    folder = tmp_path_factory.mktemp("bad")
+    corpora = {
+        "empty": b"",
+        "blank": b" \n\t\n",
+        "line": b"one line is one document\n",
+        "short": b"".join(b"line %d\n" % number for number in range(60)),
+        "latin1": "caf\u00e9 ".encode("latin-1") * 500,
+        "text": b"".join(b"a line of text, number %d\n" % number for number in range(2000)),
+    }
+    for name, content in corpora.items():
+        (folder / f"{name}.txt").write_bytes(content)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLM_JAX_CACHE", str(folder / "cache"))
+        patch.chdir(folder)
+        yield folder
+
+
+def files(folder):
+    """All files below, with their contents."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def refusal(code, out, err):
+    """The one line of a refused command; bars that were drawn before it are wiped away."""
+    line = err.rpartition("\r")[2]
+    assert (code, out, line.count("\n")) == (2, "", 1), err
+    assert line.startswith("error: ")
+    return line
+
+
+def experiment():
+    return config.load_experiment(ISOFLOP.removeprefix("--config="))[0]
+
+
+def missing_fields(message, arguments):
+    """What `message` says as if it were a field, and what can't be typed behind --config so."""
+    base = experiment().get_config("smoke")
+    for flag in arguments:
+        path, _, value = flag.removeprefix("--config.").partition("=")
+        with contextlib.suppress(UserError):
+            base = config.override(base, path, value)
+    fields = {flag.partition("=")[0].removeprefix("--config.") for flag, _ in config.listing(base)}
+    fields |= {field.rpartition(".")[0] for field in fields}
+    rooms = {part for field in fields for part in field.split(".")[:-1]}
+    named = re.findall(
+        rf"(?<![\w/=.])(?:--)?(?:config\.)?((?:{'|'.join(rooms)})\.[a-z]\w*(?:\.\w+)*)", message
+    )
+    return {name.removeprefix("--").removeprefix("config.") for name in named} - fields
+
+
+BAD = [
+    (["--config.data.corpus=txt/*.txt"], "no corpus at 'txt/*.txt'; "),
+    (["--config.data.corpus=textt.txt"], "did you mean 'text.txt'?"),
+    (["--config.data.corpus=empty.txt"], "is empty: there is nothing to learn from; name files with text"),
+    (["--config.data.corpus=blank.txt"], "has nothing but white space: there is nothing to learn from"),
+    (["--config.data.corpus=line.txt"], "one document of 25 bytes, so none can be held out"),
+    (["--config.data.corpus=short.txt"], "tokens to train on, and a batch takes 4 rows of 128, 512"),
+    (
+        ["--config.data.corpus=latin1.txt"],
+        "latin1.txt: byte 3 is not UTF-8; --config.data.corpus.errors=replace",
+    ),
+    (["--config.model.heads=5"], "model.heads=5 does not divide model.width=64; 4 does"),
+    (
+        ["--config.data.batch_size=3", "--config.execution.mesh.data=2"],
+        "a batch of 3 rows (data.batch_size) doesn't divide over 2 devices",
+    ),
+    (["--config.execution.mesh.data=9"], "execution.mesh data=9 x fsdp=1 x tensor=1 needs 9 devices"),
+    (
+        [
+            "--config.data.corpus=text.txt",
+            "--config.data.tokenizer=sentencepiece",
+            "--config.data.tokenizer.vocabulary=9999",
+        ],
+        "data.tokenizer.vocabulary=9999 is larger than the corpus supports: at most",
+    ),
+    (["--config.data.tokenizer=sentencepiece", "--config.data.tokenizer.vocabulary=9"], "260 .. 1048576"),
+    (["--config.data.tokenizer=none.model"], "no tokenizer file 'none.model'"),
+    (["--config.model.positions.theta=0"], "model.positions.theta=0.0 must be positive"),
+    (["--config.optimizer.schedule.warmup_fraction=2"], "optimizer.schedule.warmup_fraction is 2.0"),
+    (["--config.data.corpus=markov", "--config.data.corpus.states=1"], "data.corpus.states is 1"),
+    (["--config.execution.checkpoint.keep_last=0"], "execution.checkpoint.keep_last is at least 1"),
+    (["--config.seed=-1"], "seed is -1; it lies in 0 .. 4294967295"),
+    (["--config.data.corpus.pakages=true"], "no field 'pakages' in Python; did you mean 'packages'?"),
+    (["--config.model.layers=two"], "config.model.layers: 'two' is not an integer"),
+    (["--conf.tokens=5"], "no flag --conf.tokens; did you mean '--config.tokens'?"),
+]
+
+
+@pytest.mark.parametrize("module", ["llm_jax.train", "launch.local"])
+@pytest.mark.parametrize(("arguments", "words"), BAD, ids=[" ".join(arguments) for arguments, _ in BAD])
+def test_a_mistake_is_one_line_and_leaves_no_trace(place, command, module, arguments, words):
+    line = refusal(*command(module, ISOFLOP, ONE_DEVICE, *arguments))
+    assert words in line
+    assert not missing_fields(line, arguments)
+    assert not (place / "runs").exists()
+    assert not [path for path in place.rglob("*") if path.suffix in (".lock", ".partial")]
+
+
+def test_a_mistake_is_one_line_in_a_process_of_its_own_too(place):
+    arguments = sys.executable, "-m", "llm_jax.train", ISOFLOP, "--workers=2"
+    done = subprocess.run(
+        arguments, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    line = refusal(done.returncode, done.stdout, done.stderr)
+    assert line == "error: no flag --workers here; it belongs to python -m launch.local, which runs a sweep\n"
+
+
+# ---- folders that hold something else, and runs that are done ----
+
+TINY = [
+    "--config.data.corpus=text.txt",
+    "--config.tokens=2048",
+    "--config.model.layers=1",
+    "--config.model.width=16",
+    ONE_DEVICE,
+]
+
+
+@pytest.fixture(scope="module")
+def trained(place):
+    """A run's folder, after four steps."""
+    folder = place / "trained"
+    base = experiment().get_config("smoke")
+    for flag in TINY:
+        path, _, value = flag.removeprefix("--config.").partition("=")
+        base = config.override(base, path, value)
+    train(base, folder)
+    return folder
+
+
+def test_a_complete_run_says_so_and_shows_its_result(trained, command):
+    before = files(trained)
+    code, out, err = command("llm_jax.train", ISOFLOP, *TINY, f"--folder={trained}")
+    assert (code, err) == (None, "")
+    assert out.startswith(f"{trained} is complete; nothing was trained\n")
+    assert re.search(r"status  done\n +loss  \d\.\d+\n", out)
+    assert files(trained) == before
+
+
+def test_a_run_that_continues_says_from_which_step(trained, command, place):
+    folder = shutil.copytree(trained, place / "unfinished")
+    (folder / "result.json").unlink()
+    code, out, err = command("llm_jax.train", ISOFLOP, *TINY, f"--folder={folder}")
+    assert code is None and "status  done" in out
+    assert f"{folder}: 4 steps of 512 tokens, continued from step 4\n" in err
+
+
+def test_a_folder_of_another_run_stays_as_it_is(trained, command):
+    before = files(trained)
+    line = refusal(*command("llm_jax.train", ISOFLOP, *TINY, "--config.seed=7", f"--folder={trained}"))
+    assert "belongs to run" in line and "seed is 0 there and 7 here" in line
+    assert files(trained) == before
+
+
+def test_a_checkpoint_of_another_architecture_is_not_continued(trained, command, place):
+    folder = place / "foreign"
+    shutil.copytree(trained / "checkpoints", folder / "checkpoints")
+    before = files(folder)
+    line = refusal(*command("llm_jax.train", ISOFLOP, *TINY, "--config.model.width=32", f"--folder={folder}"))
+    assert "the checkpoint is of another architecture: " in line
+    assert {path.name for path in files(folder).keys() - before.keys()} == {
+        "config.json",
+        "lock",
+    }  # whole, and of this run
+
+
+def test_a_truncated_token_store_is_named(trained, command, place):
+    for store in (place / "cache" / "tokens").glob("*/tokens.bin"):
+        store.write_bytes(store.read_bytes()[:-1])
+    line = refusal(*command("llm_jax.train", ISOFLOP, *TINY, "--config.seed=8"))
+    assert "tokens.bin has" in line and "delete" in line
