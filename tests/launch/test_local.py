@@ -150,7 +150,7 @@ def test_a_hold_out_waits_for_the_whole_sweep(bits, tmp_path):
 
 
 def test_overrides_that_the_sweep_replaces_are_named_in_the_plan(tmp_path):
-    """Each run's rate is made from the base's, so that one counts; seed and width are what they are anyway."""
+    """Each run's rate is made from the base's, so it counts; seed and width are what they are anyway."""
     (tmp_path / "overrides.py").write_text(OVERRIDES)
     module, scale = config.load_experiment(str(tmp_path / "overrides.py"))
     overrides = [("seed", "3"), ("optimizer.learning_rate", "0.1"), ("model.width", "8"), ("tokens", "160")]
