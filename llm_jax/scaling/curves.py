@@ -7,6 +7,7 @@ import pandas as pd
 from scipy.interpolate import Akima1DInterpolator
 
 METHODS = {
+    "local": "parabola through the sizes around the lowest, its vertex corrected for the law's skew",
     "parabola": "parabola through the sizes around the lowest",
     "akima": "Akima interpolation of all sizes",
     "full": "parabola through all sizes",
@@ -57,7 +58,7 @@ def curve_of(group: pd.DataFrame, method: str, window: int) -> Curve:
     means = group.groupby("N")["loss"].mean()  # seeds of one size
     distinct, lowest = means.index.to_numpy(float), int(np.argmin(means))
     used = np.ones(len(sizes), bool)
-    if method == "parabola":
+    if method in ("local", "parabola"):
         half = window // 2
         near = distinct[max(lowest - half, 0) : lowest + half + 1]
         used = (near[0] <= sizes) & (near[-1] >= sizes)
@@ -102,6 +103,14 @@ def redraw(curve: Curve, noise: np.ndarray) -> np.ndarray:
     return np.where(inside[:, None], np.stack([where, log_d, low], axis=1), np.nan)
 
 
+def shifted(curve: Curve, by: np.ndarray) -> Curve:
+    """The curve with its minimum moved by `by` [3], of ln N, ln D and ln loss."""
+    if curve.refused:
+        return curve
+    N, D, loss = map(float, np.exp(np.log([curve.N, curve.D, curve.loss]) + by))
+    return dataclasses.replace(curve, N=N, D=D, loss=loss)
+
+
 def scaled_residuals(curve: Curve, window: int) -> np.ndarray:
     """Residuals of the curve's parabola (a local one for Akima), scaled up for the coefficients spent."""
     used = curve.used
@@ -118,6 +127,16 @@ def localised(curve: Curve, window: int) -> Curve:
     """The same runs under a local parabola."""
     runs = {"N": curve.sizes, "D": curve.tokens, "C": curve.C, "loss": curve.losses}
     return curve_of(pd.DataFrame(runs), "parabola", window)
+
+
+def lowest_point(values: np.ndarray, grid: np.ndarray) -> tuple[float, float]:
+    """Where and how low the parabola through the lowest of `values` [n] over an even `grid` and its
+    neighbours is.
+    """
+    best = int(np.clip(values.argmin(), 1, len(grid) - 2))
+    left, here, right = values[best - 1 : best + 2]
+    step = (left - right) / (2 * (left - 2 * here + right))
+    return float(grid[best] + step * (grid[1] - grid[0])), float(here - (left - right) * step / 4)
 
 
 def _akima(x: np.ndarray, y: np.ndarray) -> Akima1DInterpolator:

@@ -33,6 +33,14 @@ if TYPE_CHECKING:
 
 SIZES, TOKENS, COMPUTE = "N, parameters", "D, training tokens", "C, training compute [FLOPs]"
 LOSS = "held-out loss [nats/token]"
+LABELS = {
+    "N": SIZES,
+    "D": TOKENS,
+    "C": COMPUTE,
+    "U": "U, unique tokens",
+    "M": "M, tokens a parameter",
+    "loss": "loss [nats/token]",
+}
 
 
 @themed
@@ -141,28 +149,30 @@ def optima(isoflop: IsoflopFit | None, fit: Fit, *, look: Theme, reach: float = 
 
 @themed
 def residuals(fit: Fit, outcomes: Sequence[Outcome] = (), *, look: Theme) -> "Figure":
-    """What the law leaves unexplained, against N and against D: a trend means that the law is wrong."""
-    figure, panels = blank("Residuals of the law", 4.9, (1, 1))
+    """What the law leaves unexplained, against each of its inputs: a trend means that the law is wrong."""
+    names = [name for name in fit.law.inputs if name in LABELS]
+    figure, panels = blank("Residuals of the law", 1.1 + 1.9 * len(names), (1,) * len(names))
     left, spread = 100 * fit.residuals, 100 * np.sqrt(np.mean(fit.residuals**2))
-    for axes, column, label in zip(panels, "ND", (SIZES, TOKENS), strict=True):
+    for axes, column in zip(panels, names, strict=True):
         axes.axhline(0.0, color=look.ink, linewidth=0.8)
         _runs(axes, fit.points.frame, column, left, look)
         axes.axhspan(-spread, spread, color=look.law, alpha=0.15, linewidth=0, label=f"rms {spread:.2g}%")
         for made, check in outcomes:
-            if check:
+            if check and hasattr(made, column):
                 error = 100 * np.log(check.measured / made.loss)
                 axes.plot(getattr(made, column), error, "*", color=look.ink, markersize=11, label="hold-out")
         log_axis(axes.xaxis)
         bound = 1.15 * max(np.abs(axes.get_ylim()))
-        axes.set(xlabel=label, ylabel="residual [%]", ylim=(-bound, bound))
+        axes.set(xlabel=LABELS[column], ylabel="residual [%]", ylim=(-bound, bound))
     return finished(figure, conventions(fit) + " Residual: ln measured − ln fitted.")
 
 
 def conventions(fit: Fit) -> str:
     """What a figure's numbers mean, in a line or two."""
     terms = fit.conventions
-    law = f"{pretty(fit.law.formula)}, {terms['loss']} on ln L"
-    return f"N: {terms['N']}. {law}; best N and D at C = {terms['flops_per_nd']:g} N D."
+    law = f"{pretty(fit.law.formula)}, {terms['loss']} on {terms['on']}, {terms['reduction']}"
+    kept = f" Runs where {terms['where']}." if terms["where"] else ""
+    return f"N: {terms['N']}. {law}; best N and D at C = {terms['flops_per_nd']:g} N D.{kept}"
 
 
 def pretty(formula: str) -> str:

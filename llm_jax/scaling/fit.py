@@ -1,9 +1,12 @@
 """Fits a scaling law to any table of runs.
 
     python -m llm_jax.scaling.fit --points=points.csv --law=chinchilla --predict=C=1e21 --out=fits/mine
+    python -m llm_jax.scaling.fit --points=points.csv --approach=2
+    python -m llm_jax.scaling.fit --points=points.csv --compare=chinchilla,kaplan
+    python -m llm_jax.scaling.fit --points=points.csv --multiplier=optimizer
 
-Prints parameters with intervals, predictions, what was left out and what to be wary of; with --out writes
-fit.json and figures. The library behind it is llm_jax.scaling.fits.
+Prints parameters with intervals, predictions, what the fit hangs on, what was left out and what to be wary
+of; with --out writes fit.json and figures. The library behind it is llm_jax.scaling.fits.
 """
 
 import json
@@ -11,41 +14,68 @@ import math
 import os
 import pathlib
 from collections.abc import Mapping
+from typing import Any
 
 from absl import flags
 
 from llm_jax.config import UserError, run_main
 from llm_jax.records import write_atomically
+from llm_jax.scaling import compare, sensitivity
 from llm_jax.scaling.curves import METHODS
-from llm_jax.scaling.fits import fit
+from llm_jax.scaling.fits import AnyFit, fit
 from llm_jax.scaling.isoflop import IsoflopFit
-from llm_jax.scaling.laws import Law
+from llm_jax.scaling.law import Law
 from llm_jax.scaling.reading import read_points
+from llm_jax.scaling.resampling import KINDS
 from llm_jax.scaling.results import Estimate, Fit, plain, row
+
+LAWS = ("3", "vp")
 
 
 def define_flags() -> None:
     """The command's flags; in a function, so that importing this module claims no names."""
     flags.DEFINE_string("points", None, "table with columns N, D, loss (.csv, .parquet, .json, .jsonl)")
-    flags.DEFINE_integer("approach", 3, "3: a law of the loss; 2: minima of isoFLOP curves (needs C too)")
-    flags.DEFINE_string("law", "chinchilla", f"Approach 3: one of {', '.join(Law.members)}")
-    flags.DEFINE_string("loss", "huber:1e-3", "Approach 3: huber:DELTA, lad or l2, of ln of the loss")
+    flags.DEFINE_enum(
+        "approach", "3", ["1", "2", "3", "vp"],
+        "3: a law of the loss; vp: by variable projection; 2: isoFLOP minima; 1: training-curve envelope",
+    )  # fmt: skip
+    flags.DEFINE_string("law", "chinchilla", f"one of {', '.join(Law.members)}, or FILE.py:Name")
+    flags.DEFINE_string(
+        "loss", "huber:1e-3", "what is minimised: huber:DELTA, lad, l2, asymmetric:SHARE[:DELTA]"
+    )
+    flags.DEFINE_string("on", "log", "residuals of ln L (log) or of L (raw)")
     flags.DEFINE_float("delta", None, "short for --loss=huber:DELTA")
-    flags.DEFINE_string("fix", "", "Approach 3: parameters that are given, as in E=1.69")
-    flags.DEFINE_float("flops_per_nd", 6.0, "Approach 3: C / (N D), for the optimum at a budget", 1e-9)
-    flags.DEFINE_string("method", "parabola", f"Approach 2: one of {', '.join(METHODS)}")
+    flags.DEFINE_string("weights", None, "weight of a run, a column or an expression such as '1/std**2'")
+    flags.DEFINE_string("fix", "", "parameters that are given, as in E=1.69")
+    flags.DEFINE_string("tie", None, "parameters that equal another, as in beta=alpha")
+    flags.DEFINE_string("bounds", "", "ranges of parameters, as in E=0.5:3,alpha=0:1")
+    flags.DEFINE_float("flops_per_nd", 6.0, "C / (N D)", 1e-9)
+    flags.DEFINE_string("method", "local", f"Approach 2: one of {', '.join(METHODS)}")
     flags.DEFINE_integer("window", 5, "Approach 2: sizes that a local parabola passes")
     flags.DEFINE_integer("bootstrap", 1000, "refits that the intervals come from", lower_bound=0)
+    flags.DEFINE_string("intervals", "runs", f"what a refit draws: {' or '.join(KINDS)}")
     flags.DEFINE_float("level", 0.9, "what share of the refits an interval holds", 0.01, 0.999)
     flags.DEFINE_integer("seed", 0, "of the bootstrap")
     flags.DEFINE_string("columns", "", "names of your columns, as in N=params,D=tokens,loss=final_loss")
     flags.DEFINE_string("where", None, "which rows to fit, as in 'D > 20*N and width < 512'")
     flags.DEFINE_string("counting", "as given in the table", "what N counts; kept with the result")
     flags.DEFINE_multi_string("predict", [], "loss at N=1e9,D=2e10 or optimum at C=1e21; may be repeated")
+    flags.DEFINE_list("compare", [], "laws to compare on this table, as in chinchilla,kaplan")
+    flags.DEFINE_string(
+        "multiplier", None, "column that names two recipes: how much compute the second saves"
+    )
     flags.DEFINE_string("out", None, "folder for fit.json and figures")
 
 
-APPROACH_FLAGS = {3: ("law", "loss", "delta", "fix", "flops_per_nd"), 2: ("method", "window")}
+# What is asked of a fit whatever the approach; the other flags belong to some approaches only.
+COMMON = ("bootstrap", "level", "seed", "where", "counting")
+BELONGS = {
+    **dict.fromkeys(("law", "loss", "on", "delta", "weights", "fix", "tie", "bounds", "intervals"), LAWS),
+    **dict.fromkeys(("compare", "multiplier"), LAWS),
+    "flops_per_nd": ("1", *LAWS),
+    "method": ("2",),
+    "window": ("2",),
+}
 
 
 def main() -> None:
@@ -56,53 +86,53 @@ def main() -> None:
     if f.out:
         check_folder(pathlib.Path(f.out))
     questions = [_numbers(text, "predict") for text in f.predict]
-    options = {name: f[name].value for name in ("bootstrap", "level", "seed", "where", "counting")}
-    options["columns"] = _pairs(f.columns, "columns")
-    for name in APPROACH_FLAGS.get(5 - f.approach, ()):
-        if f[name].present:
-            raise UserError(f"--{name} belongs to Approach {5 - f.approach}, this is --approach={f.approach}")
-    if f.approach == 2:
-        options |= {"method": f.method, "window": f.window}
-    else:
-        loss = f.loss if f.delta is None else f"huber:{f.delta}"
-        options |= {
-            "law": f.law,
-            "loss": loss,
-            "fixed": _numbers(f.fix, "fix"),
-            "flops_per_nd": f.flops_per_nd,
-        }
-    result = fit(read_points(f.points), approach=f.approach, **options)
+    options = _options()
+    points = read_points(f.points)
+    if f.compare:
+        rows = compare.compare(
+            points, f.compare, **{k: v for k, v in options.items() if k not in ("law", "fixed")}
+        )
+        print(compare.compared_table(rows))
+        _write_json(f.out, {"schema": 1, "compared": [row._asdict() for row in rows]})
+        return
+    if f.multiplier:
+        result, text = compare.multiplier(points, options.pop("law"), f.multiplier, **options)
+        print(f"{result.table()}\n{text}")
+        number = result.parameters["multiplier"]._asdict()
+        _write_json(f.out, result.to_json() | {"multiplier": number | {"column": f.multiplier, "text": text}})
+        return
+    result = fit(points, **({"approach": f.approach} | options))
     answers = [answer(result, question) for question in questions]
+    hangs_on = sensitivity.facts(result) if isinstance(result, Fit) else {}
     print(result.table())
+    if hangs_on:
+        print(f"\n{sensitivity.table(hangs_on)}")
     for asked, numbers in answers:
         print(f"\nat {asked}")
         print("\n".join(row(name, number) for name, number in numbers.items()))
     if f.out:
-        print(f"\nwritten: {', '.join(map(str, write(pathlib.Path(f.out), result, answers)))}")
+        print(f"\nwritten: {', '.join(map(str, write(pathlib.Path(f.out), result, answers, hangs_on)))}")
 
 
 def write(
-    folder: pathlib.Path, result: Fit | IsoflopFit, answers: list[tuple[str, dict[str, Estimate]]]
+    folder: pathlib.Path,
+    result: AnyFit,
+    answers: list[tuple[str, dict[str, Estimate]]],
+    hangs_on: Mapping[str, Any],
 ) -> list[pathlib.Path]:
     """fit.json and the figures as PNGs in `folder`; returns their paths."""
     from llm_jax.scaling import figures, style  # matplotlib, only where files are asked for
 
+    drawn = {}
     if isinstance(result, IsoflopFit):
         method, counting = result.conventions["method"], result.conventions["N"]
         drawn = {"isoflop": figures.isoflop_curves(result.curves, counting, method)}
-    elif set(result.law.inputs) == {"N", "D"}:
-        drawn = {
-            "frontier": figures.frontier(result),
-            "optima": figures.optima(None, result),
-            "residuals": figures.residuals(result),
-        }
-    else:
-        drawn = {}
+    elif isinstance(result, Fit):
+        drawn = {"residuals": figures.residuals(result)}
+        if set(result.law.inputs) == {"N", "D"}:
+            drawn |= {"frontier": figures.frontier(result), "optima": figures.optima(None, result)}
     predictions = [{"at": asked} | {k: e._asdict() for k, e in found.items()} for asked, found in answers]
-    content = result.to_json() | {"predictions": plain(predictions)}
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / "fit.json"]
-    write_atomically(paths[0], json.dumps(content, indent=1) + "\n")
+    paths = [_write_json(str(folder), result.to_json() | dict(hangs_on) | {"predictions": predictions})]
     for name, figure in drawn.items():
         paths.append(folder / f"{name}.png")
         paths[-1].write_bytes(style.png(figure))
@@ -118,15 +148,59 @@ def check_folder(folder: pathlib.Path) -> None:
         raise UserError(f"--out={folder}: nothing can be written in {there}")
 
 
-def answer(result: Fit | IsoflopFit, question: Mapping[str, float]) -> tuple[str, dict[str, Estimate]]:
-    """The optimum at a budget C, or the loss at the inputs of the law."""
+def answer(result: AnyFit, question: Mapping[str, float]) -> tuple[str, dict[str, Estimate]]:
+    """The optimum at a budget C, or the law's value at its inputs and what one more run would measure
+    there.
+    """
     asked = ", ".join(f"{name}={value:g}" for name, value in question.items())
-    if isinstance(result, IsoflopFit):
+    if not isinstance(result, Fit):
         if set(question) != {"C"}:
-            raise UserError("Approach 2 has no law of the loss: ask for an optimum, --predict=C=1e21")
-    elif set(question) != {"C"} or "C" in result.law.inputs:
-        return asked, {"loss": result.predict(**question)}
-    return asked, {name: e for name, e in result.optimum(question["C"])._asdict().items() if e}
+            raise UserError(
+                f"Approach {result.approach} has no law of the loss: ask for an optimum, --predict=C=1e21"
+            )
+        return asked, {name: e for name, e in result.optimum(question["C"])._asdict().items() if e}
+    if "C" not in question or {"N", "D"} & set(question) or result.law.inputs == ("C",):
+        output = result.law.output
+        return asked, {output: result.predict(**question), f"{output}, one run": result.one_run(**question)}
+    given = {name: value for name, value in question.items() if name != "C"}
+    return asked, dict(result.optimum(question["C"], **given)._asdict())
+
+
+def _options() -> dict[str, Any]:
+    """What the flags ask of the fit; UserError for a flag of another approach."""
+    f = flags.FLAGS
+    for name, approaches in BELONGS.items():
+        if f[name].present and f.approach not in approaches:
+            kinds = " and ".join(approaches)
+            raise UserError(f"--{name} belongs to Approach {kinds}, this is --approach={f.approach}")
+    if f.approach == "vp" and (f["loss"].present or f["on"].present or f["delta"].present):
+        raise UserError("--approach=vp is least squares of L itself; --loss and --on belong to --approach=3")
+    options = {name: f[name].value for name in COMMON} | {"columns": _pairs(f.columns, "columns")}
+    if f.approach == "2":
+        return options | {"method": f.method, "window": f.window}
+    options["flops_per_nd"] = f.flops_per_nd
+    if f.approach == "1":
+        return options
+    return options | {
+        "approach": f.approach,
+        "law": f.law,
+        "loss": f.loss if f.delta is None else f"huber:{f.delta}",
+        "on": f.on,
+        "weights": f.weights,
+        "fixed": _numbers(f.fix, "fix"),
+        "tied": None if f.tie is None else _pairs(f.tie, "tie"),
+        "bounds": _ranges(f.bounds),
+        "intervals": f.intervals,
+    }
+
+
+def _write_json(folder: str | None, content: Mapping[str, Any]) -> pathlib.Path | None:
+    if not folder:
+        return None
+    pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+    path = pathlib.Path(folder) / "fit.json"
+    write_atomically(path, json.dumps(plain(dict(content)), indent=1) + "\n")
+    return path
 
 
 def _pairs(text: str, flag: str) -> dict[str, str]:
@@ -136,6 +210,18 @@ def _pairs(text: str, flag: str) -> dict[str, str]:
         if not (name.strip() and equals and value.strip()):
             raise UserError(f"--{flag}={text}: write NAME=VALUE, separated by commas")
     return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def _ranges(text: str) -> dict[str, tuple[float, float]]:
+    """{"E": (0.5, 3.0)} from E=0.5:3."""
+    ranges = {}
+    for name, value in _pairs(text, "bounds").items():
+        low, _, high = value.partition(":")
+        try:
+            ranges[name] = float(low), float(high)
+        except ValueError:
+            raise UserError(f"--bounds={text}: {value!r} is no range such as 0.5:3") from None
+    return ranges
 
 
 def _numbers(text: str, flag: str) -> dict[str, float]:

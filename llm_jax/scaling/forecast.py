@@ -24,6 +24,7 @@ import pandas as pd
 from llm_jax.config import UserError
 from llm_jax.records import write_atomically
 from llm_jax.scaling.isoflop import IsoflopFit
+from llm_jax.scaling.resampling import one_run
 from llm_jax.scaling.results import Fit, plain
 
 SCHEMA = 1
@@ -109,8 +110,7 @@ def make(
         noise, source = float(seed_noise), "spread between seeds"
     C = float(fit.conventions["flops_per_nd"] * N * D if C is None else C)
     log_loss, drawn = fit.extrapolate(N, D, C)
-    draws = np.repeat(drawn, 40)
-    draws = draws + noise * np.random.default_rng(seed).standard_t(fit.freedom, size=len(draws))
+    draws = one_run(drawn, noise, fit.freedom, seed)
     points = fit.points.frame
     return Forecast(
         N=float(N),

@@ -14,33 +14,26 @@ import numpy as np
 import pandas as pd
 
 from llm_jax.config import UserError, nearest
-from llm_jax.scaling.curves import METHODS, Curve, curve_of, localised, redraw, scaled_residuals
-from llm_jax.scaling.results import Estimate, Optimum, estimate, heading, plain, remarks, row
-from llm_jax.scaling.tables import Points, check_points
+from llm_jax.scaling.curves import METHODS, Curve, curve_of, localised, redraw, scaled_residuals, shifted
+from llm_jax.scaling.powers import FORMULAS, PowerLaws, lines_through
+from llm_jax.scaling.results import Estimate, estimate, heading, plain, remarks, row
+from llm_jax.scaling.skew import skew
+from llm_jax.scaling.tables import check_points, name_of
 
-FORMULAS = "N_opt = k_N C^a, D_opt = k_D C^b, L_opt = k_L C^-c"
 _GAP = 0.05  # runs whose ln C differ by less are one budget: D is rounded to whole steps
 
 
 @dataclasses.dataclass(frozen=True)
-class IsoflopFit:
-    """Minima of isoFLOP curves and the power laws N_opt = k_N C^a, D_opt = k_D C^b, L_opt = k_L C^-c there.
+class IsoflopFit(PowerLaws):
+    """Minima of isoFLOP curves and the power laws through them.
 
-    lines [3, 2] and draws [S, 3, 2]: (slope, intercept) of ln N_opt, ln D_opt and ln L_opt over ln C. minima
-    [S, n, 3]: those of every budget in every draw (NaN where a draw has no minimum). noise: of ln loss of one
-    run around its parabola, from `freedom` degrees of freedom.
+    minima [S, n, 3]: ln N, ln D and ln loss of every budget in every draw (NaN where a draw has no minimum).
+    corrections [n, 3]: what was added to each curve's minimum for the skew of the law.
     """
 
     curves: tuple[Curve, ...]
-    lines: np.ndarray
-    draws: np.ndarray
     minima: np.ndarray
-    noise: float
-    freedom: int
-    points: Points
-    level: float
-    conventions: Mapping[str, Any]
-    warnings: tuple[str, ...]
+    corrections: np.ndarray
     approach: ClassVar[int] = 2
 
     @property
@@ -53,44 +46,12 @@ class IsoflopFit:
         """Accepted budgets as a table C, N, D, loss: what a law of loss over compute is fitted to."""
         return pd.DataFrame([(c.C, c.N, c.D, c.loss) for c in self.accepted], columns=["C", "N", "D", "loss"])
 
-    @property
-    def parameters(self) -> dict[str, Estimate]:
-        """Exponents a, b, c and coefficients k_N, k_D, k_L with intervals."""
-        out = {}
-        for index, (exponent, factor, sign) in enumerate(
-            (("a", "k_N", 1), ("b", "k_D", 1), ("c", "k_L", -1))
-        ):
-            slopes, intercepts = sign * self.draws[:, index, 0], self.draws[:, index, 1]
-            out[exponent] = estimate(sign * self.lines[index, 0], slopes, self.level)
-            out[factor] = estimate(np.exp(self.lines[index, 1]), np.exp(intercepts), self.level)
-        return out
-
-    def optimum(self, C: float) -> Optimum:
-        """N, D and loss of the best run at C FLOPs (a loss without asymptote; else fit one to `frontier`)."""
-        at = np.array([np.log(C), 1.0])
-        return Optimum(
-            *(
-                estimate(np.exp(line @ at), np.exp(draws @ at), self.level)
-                for line, draws in zip(self.lines, self.draws.swapaxes(0, 1), strict=True)
-            )
-        )
-
-    def extrapolate(self, N: float, D: float, C: float) -> tuple[float, np.ndarray]:
-        """ln of the loss of the best run at C FLOPs, and its draws [S]."""
-        at = np.array([np.log(C), 1.0])
-        return float(self.lines[2] @ at), self.draws[:, 2] @ at
-
-    @property
-    def formula(self) -> str:
-        return "L_opt = k_L C^-c"
-
     def to_json(self) -> dict[str, Any]:
         """Every number of the fit as JSON values (NaN becomes null)."""
         return plain(
-            {
-                "schema": 1,
+            self.common_json()
+            | {
                 "approach": self.approach,
-                "parameters": {name: e._asdict() for name, e in self.parameters.items()},
                 "curves": [
                     {
                         "C": curve.C,
@@ -103,13 +64,6 @@ class IsoflopFit:
                     }
                     for curve, numbers in zip(self.curves, self._minima(), strict=True)
                 ],
-                "level": self.level,
-                "bootstrap": len(self.draws),
-                "points": len(self.points.frame),
-                "excluded": [run._asdict() for run in self.points.excluded],
-                "notes": list(self.points.notes),
-                "conventions": dict(self.conventions),
-                "warnings": list(self.warnings),
             }
         )
 
@@ -124,9 +78,7 @@ class IsoflopFit:
             start = f"  {curve.C:9.3g} {len(curve.sizes):5d}"
             found = "".join(f" {part:11.4g}" for part in (*numbers["N"][:3], curve.D)) + f" {curve.loss:9.5f}"
             lines.append(start + (f"  refused: {curve.refused}" if curve.refused else found))
-        lines.append(
-            f"N_opt = k_N C^a, D_opt = k_D C^b, L_opt = k_L C^-c; {len(self.draws)} bootstrap refits"
-        )
+        lines.append(f"{FORMULAS}; {len(self.draws)} bootstrap refits")
         lines.append(heading(self.level))
         lines += [row(name, number) for name, number in self.parameters.items()]
         return "\n".join(lines + remarks(self.points, self.warnings))
@@ -144,7 +96,7 @@ class IsoflopFit:
 def fit_isoflop(
     points: pd.DataFrame,
     *,
-    method: str = "parabola",
+    method: str = "local",
     window: int = 5,
     bootstrap: int = 1000,
     level: float = 0.9,
@@ -155,9 +107,12 @@ def fit_isoflop(
 ) -> IsoflopFit:
     """Approach 2 on a table with columns N, D, loss, C (or budget_flops, what a run was planned for).
 
-    window: sizes the local parabola passes, half of them on each side of the lowest. Intervals: the minima
-    are found again `bootstrap` times with the residuals of all parabolas, scaled for the coefficients spent,
-    drawn at random and added. Raises UserError where fewer than two budgets have a minimum, with reasons.
+    method: one of METHODS. The default passes a parabola through the sizes around the lowest and adds to its
+    vertex what a parabola through the same sizes misses of the law fitted to all runs: an isoFLOP curve is
+    skewed wherever alpha and beta differ. window: sizes the parabola passes, half of them on each side of
+    the lowest. Intervals: the minima are found again `bootstrap` times with the residuals of all parabolas,
+    scaled for the coefficients spent, drawn at random and added. Raises UserError where fewer than two
+    budgets have a minimum, with reasons.
     """
     if method not in METHODS:
         raise UserError(f"no method {method!r}; {nearest(method, METHODS)}")
@@ -165,13 +120,18 @@ def fit_isoflop(
         raise UserError(f"--window={window}: a parabola needs 3 sizes")
     checked = check_points(points, ("N", "D", "C", "loss"), columns, where)
     frame, notes = checked.frame, list(checked.notes)
-    groups = [group for _, group in frame.groupby(_budgets(frame), sort=True)]
+    groups = [group for _, group in frame.groupby(budgets_of(frame), sort=True)]
     lone = [group for group in groups if group["N"].nunique() < 3]
     if lone:
         notes.append(
             f"{sum(map(len, lone))} runs stand at budgets of fewer than 3 sizes and say nothing here"
         )
-    curves = [curve_of(group, method, window) for group in groups if group["N"].nunique() >= 3]
+    groups = [group for group in groups if group["N"].nunique() >= 3]
+    curves = [curve_of(group, method, window) for group in groups]
+    corrections = np.zeros((len(curves), 3))
+    if method == "local":
+        corrections = skew(groups, curves, window)
+        curves = [shifted(curve, by) for curve, by in zip(curves, corrections, strict=True)]
     accepted = [curve for curve in curves if not curve.refused]
     if len(accepted) < 2:
         reasons = "; ".join(f"C={curve.C:.3g}: {curve.refused}" for curve in curves if curve.refused)
@@ -183,7 +143,9 @@ def fit_isoflop(
     if len(accepted) == 2:
         warnings.append("under-identified: a line through 2 budgets leaves nothing to judge it by")
     x = np.log([curve.C for curve in accepted])
-    lines = _lines(x, np.log([[c.N for c in accepted], [c.D for c in accepted], [c.loss for c in accepted]]))
+    lines = lines_through(
+        x, np.log([[c.N for c in accepted], [c.D for c in accepted], [c.loss for c in accepted]])
+    )
 
     generator = np.random.default_rng(seed)
     noise = np.concatenate([scaled_residuals(curve, window) for curve in accepted])
@@ -196,9 +158,10 @@ def fit_isoflop(
     minima = np.full((bootstrap, len(curves), 3), np.nan)
     for index, curve in enumerate(curves):
         if bootstrap and not curve.refused:
-            minima[:, index] = redraw(curve, scale * generator.choice(noise, (bootstrap, len(curve.sizes))))
+            scatter = scale * generator.choice(noise, (bootstrap, len(curve.sizes)))
+            minima[:, index] = redraw(curve, scatter) + corrections[index]
     kept = minima[:, [not curve.refused for curve in curves]]
-    draws = np.stack([_lines(x, kept[:, :, i]) for i in range(3)], axis=1)
+    draws = np.stack([lines_through(x, kept[:, :, i]) for i in range(3)], axis=1)
     lost = np.isnan(kept[:, :, 0]).any(1).mean() if bootstrap else 0.0
     if lost > 0.05:
         warnings.append(
@@ -206,10 +169,12 @@ def fit_isoflop(
         )
     if method == "full" and _misfit(accepted, window) > 3:
         warnings.append("these isoFLOP curves are no parabolas over their full range; use the local one")
+    if "budget_flops" in frame and (off := _off_budget(frame)):
+        warnings.append(f"off their budget by more than 10%: {off}")
     conventions = {
         "N": counting,
         "method": method,
-        "window": window if method == "parabola" else None,
+        "window": window if method in ("local", "parabola") else None,
         "on": "ln of the loss over ln N",
         "weights": "each budget 1",
         "resampled": "residuals of the parabolas",
@@ -221,20 +186,29 @@ def fit_isoflop(
     draws = draws[np.isfinite(draws).all((1, 2))]
     spread = float(np.sqrt(np.mean(noise**2))) if len(noise) else 0.0
     return IsoflopFit(
-        tuple(curves), lines, draws, minima, spread, freedom, checked, level, conventions, tuple(warnings)
+        lines,
+        draws,
+        spread,
+        freedom,
+        checked,
+        level,
+        conventions,
+        tuple(warnings),
+        tuple(curves),
+        minima,
+        corrections,
     )
 
 
-def power_law(C: np.ndarray, value: np.ndarray, weights: np.ndarray | None = None) -> tuple[float, float]:
-    """Exponent and coefficient of value = k C^exponent by (weighted) least squares of logarithms."""
-    weights = None if weights is None else np.asarray(weights, float)
-    slope, intercept = _lines(np.log(np.asarray(C, float)), np.log(np.asarray(value, float))[None], weights)[
-        0
-    ]
-    return float(slope), float(np.exp(intercept))
+def _off_budget(frame: pd.DataFrame) -> str:
+    """Runs whose C is not what they were planned for by the same factor as the others, named."""
+    ratio = np.log(frame["C"] / frame["budget_flops"])
+    off = frame.index[np.abs(ratio - ratio.median()) > 0.1]
+    named = [f"{name_of(frame, label)} ({np.exp(ratio[label]) - 1:+.0%})" for label in off]
+    return ", ".join(named[:5]) + (f" and {len(named) - 5} more" if len(named) > 5 else "")
 
 
-def _budgets(frame: pd.DataFrame) -> np.ndarray:
+def budgets_of(frame: pd.DataFrame) -> np.ndarray:
     """The number of each run's budget, in rising order."""
     column = "budget_flops" if "budget_flops" in frame else "C"
     logs = np.log(frame[column].to_numpy(float))
@@ -251,14 +225,3 @@ def _misfit(curves: list[Curve], window: int) -> float:
     if not len(local):
         return 0.0
     return float(np.sqrt(np.mean(full**2) / max(np.mean(local**2), 1e-30)))
-
-
-def _lines(x: np.ndarray, y: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
-    """Slope and intercept [S, 2] of least-squares lines through y [S, n] over x [n], NaNs left out."""
-    w = np.where(np.isfinite(y), 1.0 if weights is None else weights, 0.0)
-    y = np.where(w > 0, y, 0.0)
-    total = w.sum(-1, keepdims=True)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        mean_x, mean_y = (w * x).sum(-1, keepdims=True) / total, (w * y).sum(-1, keepdims=True) / total
-        slope = (w * (x - mean_x) * (y - mean_y)).sum(-1) / (w * (x - mean_x) ** 2).sum(-1)
-    return np.stack([slope, mean_y[..., 0] - slope * mean_x[..., 0]], axis=-1)

@@ -1,149 +1,26 @@
-"""Scaling laws: a formula, its parameters with their transforms, and the optimum it implies.
+"""The laws, one class each, with what they were published as. `law(name)` finds them, and yours in a file."""
 
-A law is one small class. `log_loss(theta, x)` is its formula in natural logarithms, for many fits at once.
-Derivatives come from `with_jacobian`: the default takes complex steps, exact to rounding for any formula of
-smooth numpy functions; `SumOfPowers` has its own.
-
-Shapes: S fits at once, P parameters, n points. `theta` [S, P] holds what the solver moves: ln of a
-coefficient (`Parameter.log`), an exponent itself. `values` are the natural parameters {name: [S]}.
-"""
-
-import dataclasses
+import importlib.util
+import pathlib
 from collections.abc import Mapping
 from typing import ClassVar
 
 import numpy as np
 
 from llm_jax.config import UserError, nearest
+from llm_jax.scaling.law import (
+    Inputs,
+    Law,
+    Optimum,
+    Parameter,
+    SumOfPowers,
+    asymptote,
+    coefficient,
+    exponent,
+    logsumexp,
+)
 
-Inputs = Mapping[str, np.ndarray]  # {"N": [n], "D": [n]}: natural logarithms of what the law depends on
-
-
-@dataclasses.dataclass(frozen=True)
-class Parameter:
-    """One parameter: the solver moves ln(value) where `log`, and starts from every value of `grid`."""
-
-    name: str
-    grid: tuple[float, ...]
-    log: bool = False
-    lower: float = -np.inf
-    upper: float = np.inf
-
-    def inner(self, value: float) -> float:
-        """What the solver sees of a natural value; a coefficient of 0 becomes -inf, a term that is absent."""
-        with np.errstate(divide="ignore"):
-            return float(np.log(value)) if self.log else float(value)
-
-    def natural(self, inner: np.ndarray) -> np.ndarray:
-        """The value itself, from what the solver moved."""
-        return np.exp(inner) if self.log else inner
-
-
-class Law:
-    """Root of all laws; a subclass with a `name` can be asked for by it."""
-
-    name: ClassVar[str] = ""
-    formula: ClassVar[str]
-    inputs: ClassVar[tuple[str, ...]]
-    parameters: ClassVar[tuple[Parameter, ...]]
-    ties: ClassVar[Mapping[str, str]] = {}  # parameter -> the one it always equals
-    members: ClassVar[dict[str, type["Law"]]] = {}
-
-    def __init_subclass__(cls, **kwargs) -> None:
-        super().__init_subclass__(**kwargs)
-        if cls.name:
-            Law.members[cls.name] = cls
-
-    def log_loss(self, theta: np.ndarray, x: Inputs) -> np.ndarray:
-        """ln of the loss [S, n] at the inputs x (each [n], logarithms)."""
-        raise NotImplementedError
-
-    def with_jacobian(self, theta: np.ndarray, x: Inputs) -> tuple[np.ndarray, np.ndarray]:
-        """ln of the loss [S, n] and its derivatives [S, P, n], by complex steps."""
-        step = 1e-30
-        columns = []
-        for index in range(theta.shape[-1]):
-            moved = theta.astype(complex)
-            moved[..., index] += 1j * step
-            columns.append(self.log_loss(moved, x).imag / step)
-        return self.log_loss(theta, x), np.stack(columns, axis=-2)
-
-    def derived(self, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Numbers that follow from the parameters and are reported beside them."""
-        return {}
-
-    def optimum(
-        self, theta: np.ndarray, C: float, flops_per_nd: float = 6.0
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """N and D [S] of lowest loss at C = flops_per_nd * N * D FLOPs, by golden section over ln N."""
-        if set(self.inputs) != {"N", "D"}:
-            raise UserError(
-                f"the law {self.name!r} depends on {', '.join(self.inputs)}: it has no N and D to choose"
-            )
-        total = np.log(C / flops_per_nd)
-        ratio = (np.sqrt(5) - 1) / 2
-        low, high = np.zeros(theta.shape[0]), np.full(theta.shape[0], total)
-
-        def loss(log_n: np.ndarray) -> np.ndarray:
-            return self.log_loss(theta, {"N": log_n[:, None], "D": total - log_n[:, None]})[:, 0]
-
-        for _ in range(100):
-            left, right = high - ratio * (high - low), low + ratio * (high - low)
-            smaller = loss(left) < loss(right)
-            low, high = np.where(smaller, low, left), np.where(smaller, right, high)
-        log_n = (low + high) / 2
-        return np.exp(log_n), np.exp(total - log_n)
-
-
-class SumOfPowers(Law):
-    """Sums of terms coefficient * x^-exponent * ...: ln of the loss is a log-sum-exp of affine terms."""
-
-    terms: ClassVar[
-        tuple[tuple[str, tuple[tuple[str, str], ...]], ...]
-    ]  # (coefficient, ((input, exponent), ...))
-
-    def log_loss(self, theta: np.ndarray, x: Inputs) -> np.ndarray:
-        return self._logsumexp(theta, x)[0]
-
-    def with_jacobian(self, theta: np.ndarray, x: Inputs) -> tuple[np.ndarray, np.ndarray]:
-        """A term's share of the loss is its derivative by ln coefficient; times -ln x, by the exponent."""
-        log_loss, shares = self._logsumexp(theta, x)
-        place = {parameter.name: index for index, parameter in enumerate(self.parameters)}
-        jacobian = np.zeros((*theta.shape, log_loss.shape[-1]))
-        for (coefficient, powers), share in zip(self.terms, shares, strict=True):
-            jacobian[..., place[coefficient], :] += share
-            for variable, exponent in powers:
-                jacobian[..., place[exponent], :] -= share * x[variable]
-        return log_loss, jacobian
-
-    def _logsumexp(self, theta: np.ndarray, x: Inputs) -> tuple[np.ndarray, list[np.ndarray]]:
-        column = {parameter.name: theta[..., i, None] for i, parameter in enumerate(self.parameters)}
-        zero = np.zeros_like(x[self.inputs[0]])
-        logs = []
-        for coefficient, powers in self.terms:
-            term = column[coefficient] + zero
-            for variable, exponent in powers:
-                term = term - column[exponent] * x[variable]
-            logs.append(term)
-        top = np.maximum.reduce(logs)
-        shares = [np.exp(term - top) for term in logs]
-        total = sum(shares)
-        return top + np.log(total), [share / total for share in shares]
-
-
-def asymptote(name: str) -> Parameter:
-    """The irreducible loss; at its lower bound, 6e-6, the points show none."""
-    return Parameter(name, tuple(np.arange(-1.0, 1.1, 0.5)), log=True, lower=-12.0)
-
-
-def coefficient(name: str) -> Parameter:
-    """A coefficient, started from exp(0), exp(5) ... exp(25)."""
-    return Parameter(name, tuple(np.arange(0.0, 26, 5)), log=True, lower=-100.0, upper=300.0)
-
-
-def exponent(name: str, grid: tuple[float, ...] = tuple(np.arange(0.0, 2.1, 0.5))) -> Parameter:
-    """An exponent, started from 0, 0.5 ... 2."""
-    return Parameter(name, grid, lower=1e-4, upper=4.0)
+_RATES = (0.05, 0.2, 0.5)  # starts of small exponents
 
 
 class Chinchilla(SumOfPowers):
@@ -161,14 +38,19 @@ class Chinchilla(SumOfPowers):
         return {"a": beta / (alpha + beta), "b": alpha / (alpha + beta)}
 
     def optimum(
-        self, theta: np.ndarray, C: float, flops_per_nd: float = 6.0
-    ) -> tuple[np.ndarray, np.ndarray]:
+        self, theta: np.ndarray, C: float, flops_per_nd: float = 6.0, given: Mapping[str, float] | None = None
+    ) -> Optimum:
         """Hoffmann et al. eq. 4: N_opt = G (C/6)^a with G = (alpha A / (beta B))^(1/(alpha+beta))."""
-        _, log_a, alpha, log_b, beta = theta.T
-        log_g = (np.log(alpha / beta) + log_a - log_b) / (alpha + beta)
+        alpha, beta = theta[:, 2], theta[:, 4]
         total = np.log(C / flops_per_nd)
-        log_n = np.clip(log_g + beta / (alpha + beta) * total, 0.0, total)  # N and D are at least 1
+        log_n = np.clip(_log_g(theta) + beta / (alpha + beta) * total, 0.0, total)  # N and D are at least 1
         return np.exp(log_n), C / flops_per_nd / np.exp(log_n)
+
+
+def _log_g(theta: np.ndarray) -> np.ndarray:
+    """ln G [S] of Hoffmann et al. eq. 4 from E, A, alpha, B, beta."""
+    log_a, alpha, log_b, beta = (theta[..., index] for index in (1, 2, 3, 4))
+    return (np.log(alpha / beta) + log_a - log_b) / (alpha + beta)
 
 
 class TiedChinchilla(Chinchilla):
@@ -177,6 +59,99 @@ class TiedChinchilla(Chinchilla):
     name = "chinchilla-tied"
     formula = "L = E + A/N^alpha + B/D^alpha"
     ties: ClassVar[Mapping[str, str]] = {"beta": "alpha"}
+
+
+class Kaplan(Law):
+    """Kaplan et al. 2020, eq. 1.5; without an asymptote. N counts no embeddings there."""
+
+    name = "kaplan"
+    formula = "L = ((Nc/N)^(alpha_N/alpha_D) + Dc/D)^alpha_D"
+    inputs = ("N", "D")
+    parameters = (
+        Parameter("Nc", tuple(np.arange(5.0, 46, 10)), log=True, lower=-50.0, upper=300.0),
+        Parameter("alpha_N", _RATES, lower=1e-4, upper=4.0),
+        Parameter("Dc", tuple(np.arange(5.0, 46, 10)), log=True, lower=-50.0, upper=300.0),
+        Parameter("alpha_D", _RATES, lower=1e-4, upper=4.0),
+    )
+
+    def log_loss(self, theta: np.ndarray, x: Inputs) -> np.ndarray:
+        log_nc, alpha_n, log_dc, alpha_d = (theta[..., i, None] for i in range(4))
+        sizes = alpha_n / alpha_d * (log_nc - x["N"])
+        return alpha_d * logsumexp([sizes, log_dc - x["D"] + 0 * sizes])
+
+    def derived(self, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """a and b of N_opt ~ C^a, D_opt ~ C^b: both terms fall alike at the optimum."""
+        alpha_n, alpha_d = values["alpha_N"], values["alpha_D"]
+        return {"a": alpha_d / (alpha_n + alpha_d), "b": alpha_n / (alpha_n + alpha_d)}
+
+
+class DataConstrained(Chinchilla):
+    """Muennighoff et al. 2023, eq. 5 to 7: tokens repeated, and parameters beyond what U tokens need, fade.
+
+    U is how many tokens are unique. D' = U + U R_D (1 - exp(-(D/U - 1)/R_D)); N' likewise around the N that
+    is optimal for U tokens. Theirs: R_D = 15.39, R_N = 5.31, alpha = beta = 0.353.
+    """
+
+    name = "data-constrained"
+    formula = "L = E + A/N'^alpha + B/D'^beta, D' = U (1 + R_D (1 - exp(-(D/U - 1)/R_D))), N' alike"
+    inputs = ("N", "D", "U")
+    parameters = (
+        Parameter("E", (-0.5, 0.5), log=True, lower=-12.0),
+        Parameter("A", (5.0, 10.0), log=True, lower=-100.0, upper=300.0),
+        Parameter("alpha", (0.25, 0.5), lower=1e-3, upper=4.0),
+        Parameter("B", (5.0, 10.0), log=True, lower=-100.0, upper=300.0),
+        Parameter("beta", (0.25, 0.5), lower=1e-3, upper=4.0),
+        Parameter("R_D", (1.0, 3.0), log=True, lower=-5.0, upper=10.0),
+        Parameter("R_N", (1.0, 3.0), log=True, lower=-5.0, upper=10.0),
+    )
+
+    def log_loss(self, theta: np.ndarray, x: Inputs) -> np.ndarray:
+        log_e, log_a, alpha, log_b, beta, log_rd, log_rn = (theta[..., i, None] for i in range(7))
+        unique = np.minimum(x["U"], x["D"])
+        log_g = _log_g(theta)[..., None]
+        needed = log_g + beta / alpha * (unique + log_g)  # ln N that is optimal for U tokens
+        needed = np.where(needed.real < x["N"], np.where(needed.real > 0, needed, 0), x["N"])
+        log_d = _faded(x["D"] + 0 * needed, unique + 0 * needed, log_rd)
+        log_n = _faded(x["N"] + 0 * needed, needed, log_rn)
+        return logsumexp([log_e + 0 * needed, log_a - alpha * log_n, log_b - beta * log_d])
+
+    with_jacobian = Law.with_jacobian
+    optimum = Law.optimum
+
+
+def _faded(log_all: np.ndarray, log_useful: np.ndarray, log_r: np.ndarray) -> np.ndarray:
+    """ln of U (1 + R (1 - exp(-(X/U - 1)/R))); for R -> inf it is ln X."""
+    beyond, decay = np.exp(log_all - log_useful) - 1, np.exp(log_r)
+    return log_useful + np.log(1 - decay * np.expm1(-beyond / decay))
+
+
+class Overtraining(SumOfPowers):
+    """Gadre et al. 2024, eq. 4: M = D/N tokens a parameter move the loss, the exponent of C stays."""
+
+    name = "overtraining"
+    formula = "L = E + (a M^eta + b M^-eta) C^-eta"
+    inputs = ("C", "M")
+    parameters = (
+        asymptote("E"),
+        coefficient("a"),
+        coefficient("b"),
+        exponent("eta", (0.05, 0.1, 0.2, 0.4, 0.8)),
+    )
+    terms = (
+        ("E", ()),
+        ("a", (("C", "eta"), ("M", "-eta"))),
+        ("b", (("C", "eta"), ("M", "eta"))),
+    )
+
+    def optimum(
+        self, theta: np.ndarray, C: float, flops_per_nd: float = 6.0, given: Mapping[str, float] | None = None
+    ) -> Optimum:
+        """M_opt = (b/a)^(1/(2 eta)) at every budget."""
+        _, log_a, log_b, eta = theta.T
+        log_m = (log_b - log_a) / (2 * eta)
+        total = np.log(C / flops_per_nd)
+        log_n = np.clip((total - log_m) / 2, 0.0, total)
+        return np.exp(log_n), np.exp(total - log_n)
 
 
 class PowerLaw(SumOfPowers):
@@ -193,10 +168,81 @@ class PowerLaw(SumOfPowers):
     terms = (("E", ()), ("A", (("C", "a"),)))
 
 
+class DownstreamExponential(Law):
+    """Gadre et al. 2024, eq. 5: a task's error from the loss [nats/token], saturating at eps."""
+
+    name = "downstream-exponential"
+    formula = "error = eps - k exp(-gamma loss)"
+    inputs = ("loss",)
+    output = "error"
+    parameters = (
+        Parameter("eps", (-1.5, -0.7, -0.2, 0.0), log=True, lower=-7.0, upper=1.0),
+        Parameter("k", (-1.0, 0.0, 1.0, 3.0), log=True, lower=-20.0, upper=50.0),
+        Parameter("gamma", (0.3, 1.0, 2.0, 4.0), lower=1e-3, upper=50.0),
+    )
+
+    def log_loss(self, theta: np.ndarray, x: Inputs) -> np.ndarray:
+        log_eps, log_k, gamma = (theta[..., i, None] for i in range(3))
+        left = -np.expm1(log_k - log_eps - gamma * np.exp(x["loss"]))
+        return log_eps + np.log(np.where(left.real > 1e-9, left, 1e-9))  # a negative error is no error
+
+
+class DownstreamSigmoid(Law):
+    """A task's error from the loss [nats/token], between a floor and a top (Llama 3, section 3.2.1)."""
+
+    name = "downstream-sigmoid"
+    formula = "error = floor + (top - floor) / (1 + exp(-k (loss - middle)))"
+    inputs = ("loss",)
+    output = "error"
+    parameters = (
+        Parameter("floor", (-4.0, -2.0), log=True, lower=-14.0, upper=0.0),
+        Parameter("rise", (-1.5, -0.4), log=True, lower=-7.0, upper=1.0),
+        Parameter("k", (-1.0, 0.5, 2.0), log=True, lower=-4.0, upper=5.0),
+        Parameter("middle", (0.0, 0.5, 0.9, 1.2, 1.6), log=True, lower=-5.0, upper=4.0),
+    )
+
+    def log_loss(self, theta: np.ndarray, x: Inputs) -> np.ndarray:
+        log_floor, log_rise, log_k, log_middle = (theta[..., i, None] for i in range(4))
+        z = np.exp(log_k) * (np.exp(x["loss"]) - np.exp(log_middle))
+        return logsumexp([log_floor + 0 * z, log_rise - logsumexp([0 * z, -z])])
+
+    def derived(self, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The error that loss alone can't exceed."""
+        return {"top": values["floor"] + values["rise"]}
+
+
 def law(name: str | Law) -> Law:
-    """The law of that name; raises UserError with the nearest name."""
+    """The law of that name, or `Name` of FILE.py:Name; raises UserError with the nearest name."""
     if isinstance(name, Law):
         return name
+    place, colon, own = name.rpartition(":")
+    if colon and place.endswith(".py"):
+        return _from_file(pathlib.Path(place), own)
     if name not in Law.members:
-        raise UserError(f"no law {name!r}; {nearest(name, Law.members)}")
+        raise UserError(f"no law {name!r}; {nearest(name, Law.members)}; yours is --law=FILE.py:Name")
     return Law.members[name]()
+
+
+def _from_file(path: pathlib.Path, name: str) -> Law:
+    if not path.is_file():
+        raise UserError(f"--law: no file {str(path)!r}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"--law: {path} can't be imported ({type(error).__name__}: {error})") from None
+    found = {
+        key: value
+        for key, value in vars(module).items()
+        if isinstance(value, type) and issubclass(value, Law)
+    }
+    if name not in found:
+        raise UserError(f"--law: {path} has no law {name!r}; {nearest(name, found)}")
+    cls = found[name]
+    lacking = [part for part in ("formula", "inputs", "parameters") if not hasattr(cls, part)]
+    if lacking:
+        raise UserError(
+            f"--law: {name} of {path} has no {', '.join(lacking)}; see CONTRIBUTING.md, Add a law"
+        )
+    return cls()

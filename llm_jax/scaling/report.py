@@ -18,8 +18,9 @@ from llm_jax import records
 from llm_jax.scaling import figures, page, style
 from llm_jax.scaling.curves import METHODS, Curve, curve_of
 from llm_jax.scaling.forecast import Outcome, fitted_flops
-from llm_jax.scaling.isoflop import FORMULAS, IsoflopFit
+from llm_jax.scaling.isoflop import IsoflopFit
 from llm_jax.scaling.page import Answer, Drawing, Fitted, Page, Table, Tile
+from llm_jax.scaling.powers import FORMULAS
 from llm_jax.scaling.rates import RateCheck
 from llm_jax.scaling.results import Estimate, Fit
 

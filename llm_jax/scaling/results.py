@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llm_jax.config import UserError
-from llm_jax.scaling.laws import Law
+from llm_jax.scaling.law import Law
+from llm_jax.scaling.resampling import corrected, one_run
+from llm_jax.scaling.solver import Data, Problem
 from llm_jax.scaling.tables import Points
 
 
@@ -32,59 +34,90 @@ class Optimum(NamedTuple):
 class Fit:
     """A fitted law.
 
-    theta [P] and draws [S, P] are in the solver's terms (logarithms of coefficients); residuals [n] are
-    ln measured - ln fitted. agreement: share of the starts that end within 1e-6 of the best objective.
-    condition: of the curvature, scaled to unit diagonal. conventions: what N counts, delta, the sum: whatever
-    a reader needs to repeat it.
+    theta [P] and draws [S, P] are in the solver's terms (logarithms of coefficients); best [1, F] are its
+    free parameters, problem and data what was solved; residuals [n] are ln measured - ln fitted. agreement:
+    share of the starts that end within 1e-6 of the best objective. condition: of the curvature, scaled to
+    unit diagonal. bounds_hit: {parameter: "lower" or "upper"}. conventions: what N counts, delta, the sum:
+    whatever a reader needs to repeat it.
     """
 
     law: Law
     theta: np.ndarray
     draws: np.ndarray
+    problem: Problem
+    data: Data
+    best: np.ndarray
     objective: float
     starts: int
     agreement: float
     condition: float
+    bounds_hit: Mapping[str, str]
     residuals: np.ndarray
     points: Points
     level: float
     fixed: Mapping[str, float]
+    tied: Mapping[str, str]
     conventions: Mapping[str, Any]
     warnings: tuple[str, ...]
-    approach: int = 3
+    approach: int | str = 3
 
     @property
     def free(self) -> int:
         """How many parameters were fitted, neither fixed nor tied."""
-        return len(self.law.parameters) - len(self.fixed) - len(self.law.ties)
+        return self.best.shape[1]
 
     @property
     def parameters(self) -> dict[str, Estimate]:
         """Every parameter and derived number in its natural units, with interval."""
-        best, draws = self._values(self.theta[None]), self._values(self.draws)
+        best, draws = self.values(self.theta[None]), self.values(self.draws)
         return {name: self._estimate(best[name][0], draws[name]) for name in best}
 
     def predict(self, **inputs: Any) -> Estimate:
-        """The law's loss at N=..., D=... (or C=...), scalars or arrays [n], and its interval.
+        """The law's value at N=..., D=... (or C=...), scalars or arrays [n], and its interval.
 
-        The interval is the law's; one more run scatters around it as well (see forecast.py).
+        The interval is the law's; one more run scatters around it as well (`one_run`). What follows from N,
+        D and C is derived.
         """
-        if set(self.law.inputs) != set(inputs):
-            needed, given = ", ".join(self.law.inputs), ", ".join(inputs)
-            raise UserError(f"{self.law.formula} is predicted at {needed}; got {given}")
-        x = dict(zip(inputs, np.log(np.broadcast_arrays(*map(np.atleast_1d, inputs.values()))), strict=True))
+        x = {name: np.log(value) for name, value in self._inputs(inputs).items()}
         draws, best = self.law.log_loss(self.draws, x), self.law.log_loss(self.theta[None], x)[0]
         predicted = self._estimate(np.exp(best), np.exp(draws))
         scalar = all(np.ndim(value) == 0 for value in inputs.values())
         return Estimate(*(float(part[0]) for part in predicted)) if scalar else predicted
 
-    def optimum(self, C: float) -> Optimum:
-        """N, D and loss of the best run at C FLOPs (C = flops_per_nd N D, by the fit's conventions)."""
+    def one_run(self, **inputs: float) -> Estimate:
+        """The value that one more run is expected to measure there: the law's interval and a run's noise."""
+        x = {name: np.log(value) for name, value in self._inputs(inputs).items()}
+        best, draws = self.law.log_loss(self.theta[None], x)[0, 0], self.law.log_loss(self.draws, x)[:, 0]
+        if len(draws) < 2 or self.freedom < 1:
+            return estimate(float(np.exp(best)), draws[:0], self.level)
+        draws = corrected(best, draws) if self._corrects else draws
+        return estimate(float(np.exp(best)), np.exp(one_run(draws, self.noise, self.freedom)), self.level)
+
+    def _inputs(self, given: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """The law's inputs as arrays [n], from those given; UserError where they don't determine them."""
+        arrays = np.broadcast_arrays(*(np.atleast_1d(np.asarray(value, float)) for value in given.values()))
+        values, k = dict(zip(given, arrays, strict=True)), self.conventions["flops_per_nd"]
+        if "C" not in values and {"N", "D"} <= set(values) and not {"C", "M"}.isdisjoint(self.law.inputs):
+            values |= {"C": k * values["N"] * values["D"], "M": values["D"] / values["N"]}
+        used = {name: value for name, value in values.items() if name in self.law.inputs}
+        spare = set(given) - set(self.law.inputs) - {"N", "D"}
+        if set(used) != set(self.law.inputs) or spare:
+            needed = ", ".join(self.law.inputs)
+            raise UserError(f"{self.law.formula} is predicted at {needed}; got {', '.join(given)}")
+        return used
+
+    def optimum(self, C: float, **given: float) -> Optimum:
+        """N, D and loss of the best run at C FLOPs (C = flops_per_nd N D, by the fit's conventions).
+
+        given: what else the law depends on, such as U.
+        """
         flops_per_nd = self.conventions["flops_per_nd"]
 
         def at(theta: np.ndarray) -> tuple[np.ndarray, ...]:
-            N, D = self.law.optimum(theta, C, flops_per_nd)
-            x = {"N": np.log(N)[:, None], "D": np.log(D)[:, None]}
+            N, D = self.law.optimum(theta, C, flops_per_nd, given)
+            every = {"N": N, "D": D, "C": np.full_like(N, C), "M": D / N}
+            every |= {name: np.full_like(N, value) for name, value in given.items()}
+            x = {name: np.log(every[name])[:, None] for name in self.law.inputs}
             return N, D, np.exp(self.law.log_loss(theta, x)[:, 0])
 
         best, draws = at(self.theta[None]), at(self.draws)
@@ -92,9 +125,15 @@ class Fit:
 
     def extrapolate(self, N: float, D: float, C: float) -> tuple[float, np.ndarray]:
         """ln of the loss of one run, and its draws [S]."""
-        everything = {"N": np.log([N]), "D": np.log([D]), "C": np.log([C])}
+        everything = {"N": np.log([N]), "D": np.log([D]), "C": np.log([C]), "M": np.log([D / N])}
         x = {name: everything[name] for name in self.law.inputs}
-        return float(self.law.log_loss(self.theta[None], x)[0, 0]), self.law.log_loss(self.draws, x)[:, 0]
+        best, draws = self.law.log_loss(self.theta[None], x)[0, 0], self.law.log_loss(self.draws, x)[:, 0]
+        return float(best), corrected(best, draws) if self._corrects else draws
+
+    @property
+    def _corrects(self) -> bool:
+        """Whether percentiles are bias-corrected."""
+        return self.conventions["intervals"] == "runs"
 
     @property
     def formula(self) -> str:
@@ -110,8 +149,17 @@ class Fit:
         """Standard deviation of ln loss of one run, from the residuals (nan if there is no freedom)."""
         return float(np.sqrt(np.sum(self.residuals**2) / self.freedom)) if self.freedom > 0 else float("nan")
 
+    @property
+    def seed_noise(self) -> tuple[float, int]:
+        """Standard deviation of ln loss between runs of equal inputs, pooled, and its degrees of freedom."""
+        frame = self.points.frame
+        groups = frame.assign(log=self.data.y[0]).groupby(list(self.law.inputs))["log"]
+        freedom = int((groups.size() - 1).sum())
+        return float(np.sqrt(((groups.size() - 1) * groups.var().fillna(0)).sum() / max(freedom, 1))), freedom
+
     def to_json(self) -> dict[str, Any]:
         """Every number of the fit as JSON values (NaN becomes null)."""
+        seeds, repeats = self.seed_noise
         return plain(
             {
                 "schema": 1,
@@ -119,6 +167,10 @@ class Fit:
                 "approach": self.approach,
                 "parameters": {name: e._asdict() for name, e in self.parameters.items()},
                 "fixed": dict(self.fixed),
+                "tied": dict(self.tied),
+                "bounds_hit": dict(self.bounds_hit),
+                "noise": self.noise,
+                "seed_noise": seeds if repeats else None,
                 "level": self.level,
                 "objective": self.objective,
                 "starts": self.starts,
@@ -139,21 +191,32 @@ class Fit:
         conventions, size = self.conventions, len(self.points.frame)
         lines = [f"{self.law.formula}    ({size} runs; N: {conventions['N']})", heading(self.level)]
         for name, number in self.parameters.items():
-            lines.append(row(name, number) + ("  fixed" if name in self.fixed else ""))
+            hit = f"  at its {self.bounds_hit[name]} bound" if name in self.bounds_hit else ""
+            told = "  fixed" if name in self.fixed else f"  = {self.tied[name]}" if name in self.tied else hit
+            lines.append(row(name, number) + told)
         rms = (self.residuals**2).mean() ** 0.5
         lines += [
             f"objective {self.objective:.8g} ({conventions['loss']}, {conventions['reduction']})",
             f"residuals {rms:.2%} rms; condition number {self.condition:.1e}; "
             f"{self.agreement:.0%} of {self.starts} starts agree; {len(self.draws)} bootstrap refits",
         ]
+        noise, repeats = self.seed_noise
+        if repeats:
+            lines.append(f"between seeds ln loss scatters by {noise:.2%}; around the law by {self.noise:.2%}")
         return "\n".join(lines + remarks(self.points, self.warnings))
 
-    def _values(self, theta: np.ndarray) -> dict[str, np.ndarray]:
+    def values(self, theta: np.ndarray) -> dict[str, np.ndarray]:
+        """Every parameter and derived number [S] in natural units, of theta [S, P]."""
         values = {p.name: p.natural(theta[:, i]) for i, p in enumerate(self.law.parameters)}
         return values | self.law.derived(values)
 
     def _estimate(self, value: Any, draws: np.ndarray) -> Estimate:
-        return estimate(value, draws, self.level)
+        plain = estimate(value, draws, self.level)
+        if not self._corrects or len(draws) < 2:
+            return plain
+        return estimate(value, corrected(value, draws), self.level)._replace(
+            standard_error=plain.standard_error
+        )
 
 
 def estimate(value: Any, draws: np.ndarray, level: float) -> Estimate:

@@ -17,7 +17,8 @@ import pandas as pd
 from llm_jax.config import UserError, nearest
 
 # A cell beyond these is a slip, not a measurement.
-LIMITS = {"N": 1e30, "D": 1e30, "C": 1e60, "budget_flops": 1e60, "loss": 1e6}
+LIMITS = {"C": 1e60, "budget_flops": 1e60, "loss": 1e6, "error": 1e3}
+_LIMIT = 1e30  # of any other column
 
 
 class Excluded(NamedTuple):
@@ -29,9 +30,14 @@ class Excluded(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Points:
-    """A checked table: every cell of `needs` is a positive finite number and no point stands twice."""
+    """A checked table: every cell of `needs` is a positive finite number and no point stands twice.
+
+    weights [n]: of mean 1 unless all are alike. clusters [n]: the number of the run that a row belongs to.
+    """
 
     frame: pd.DataFrame
+    weights: np.ndarray
+    clusters: np.ndarray
     excluded: tuple[Excluded, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -41,11 +47,17 @@ def check_points(
     needs: Sequence[str],
     columns: Mapping[str, str] | None = None,
     where: str | None = None,
+    weights: str | None = None,
+    flops_per_nd: float = 6.0,
+    curves: bool = False,
 ) -> Points:
-    """The rows of `frame` that can be fitted, with `needs` and C and the rest as columns.
+    """The rows of `frame` that can be fitted, with `needs` (inputs, then what is predicted) and the rest as
+    columns.
 
     columns: {"N": "params"} reads N from the column params. where: an expression such as "D > 20*N and
-    width < 512". A missing C is 6 N D. A run whose status is not "done" is left out.
+    width < 512". weights: an expression such as "1/std**2". A missing C is flops_per_nd N D, a missing M is
+    D/N, and the third of N, D and C follows from two. A run whose status is not "done" is left out. curves:
+    the rows are training curves, many of one run, told apart by a column run (or name).
     Raises UserError for a missing column, a cell that is no positive number, and a repeated point.
     """
     frame = frame.copy()
@@ -59,11 +71,17 @@ def check_points(
             frame = frame.rename(columns={source: name})
     if "status" in frame:
         for label in frame.index[frame["status"] != "done"]:
-            excluded.append(Excluded(_name(frame, label), f"status {frame.at[label, 'status']}"))
+            excluded.append(Excluded(name_of(frame, label), f"status {frame.at[label, 'status']}"))
         frame = frame[frame["status"] == "done"]
-    if "C" in needs and "C" not in frame and {"N", "D"} <= set(frame):
-        notes.append("no column C: it is 6 N D")
-        frame["C"] = 6 * _numbers(frame, "N") * _numbers(frame, "D")
+    if {"N", "D"} <= set(frame):
+        N, D = (_numbers(frame, name) for name in "ND")
+        for name, value, text in (
+            ("C", flops_per_nd * N * D, f"{flops_per_nd:g} N D"),
+            ("M", D / N, "D / N"),
+        ):
+            if name in needs and name not in frame:
+                notes.append(f"no column {name}: it is {text}")
+                frame[name] = value
     for name in needs:
         _column(frame, name, f"the column {name}", f"; name yours with --columns={name}=YOURS")
     if where:
@@ -75,8 +93,23 @@ def check_points(
         raise UserError(f"no runs are left to fit{why}")
     for name in (*needs, "budget_flops") if "C" in needs and "budget_flops" in frame else needs:
         frame[name] = _numbers(frame, name)
-    _refuse_repeats(frame, [name for name in needs if name != "loss"])
-    return Points(frame, tuple(excluded), tuple(notes))
+    run = next((name for name in ("run", "name") if name in frame), None)
+    if curves and run is None:
+        raise UserError("training curves need a column run that says which run a row belongs to")
+    if not curves:
+        _refuse_repeats(frame, list(needs[:-1]))
+    numbers = pd.factorize(frame[run])[0] if run else np.arange(len(frame))
+    return Points(frame, _weights(frame, weights), numbers, tuple(excluded), tuple(notes))
+
+
+def _weights(frame: pd.DataFrame, expression: str | None) -> np.ndarray:
+    """The weight of every row, of mean 1; UserError where one is no positive number."""
+    if not expression:
+        return np.ones(len(frame))
+    values = np.broadcast_to(np.asarray(evaluate("weights", expression, frame)), len(frame))
+    if values.dtype.kind not in "if" or not (np.isfinite(values) & (values > 0)).all():
+        raise UserError(f"--weights={expression!r}: weights are positive numbers in every row")
+    return values / values.mean()
 
 
 def filter_rows(frame: pd.DataFrame, expression: str) -> np.ndarray:
@@ -84,20 +117,24 @@ def filter_rows(frame: pd.DataFrame, expression: str) -> np.ndarray:
 
     The expression is walked, never run as Python; UserError names what it doesn't know.
     """
+    kept = np.broadcast_to(np.asarray(evaluate("where", expression, frame)), len(frame))
+    if kept.dtype != bool:
+        raise UserError(f"--where={expression!r} is a number, not a condition such as 'D > 20*N'")
+    return kept
+
+
+def evaluate(flag: str, expression: str, frame: pd.DataFrame) -> Any:
+    """What `expression` of the columns of `frame` comes to; `flag` is named where it makes no sense."""
     try:
         tree = ast.parse(expression, mode="eval").body
     except SyntaxError:
         raise UserError(
-            f"--where={expression!r} is no expression, such as 'D > 20*N and width < 512'"
+            f"--{flag}={expression!r} is no expression, such as 'D > 20*N and width < 512'"
         ) from None
     try:
-        kept = _evaluate(tree, frame)
+        return _evaluate(tree, frame)
     except TypeError:
-        raise UserError(f"--where={expression!r} puts a number and a text together") from None
-    kept = np.broadcast_to(np.asarray(kept), len(frame))
-    if kept.dtype != bool:
-        raise UserError(f"--where={expression!r} is a number, not a condition such as 'D > 20*N'")
-    return kept
+        raise UserError(f"--{flag}={expression!r} puts a number and a text together") from None
 
 
 _binary = {
@@ -122,7 +159,7 @@ def _evaluate(node: ast.AST, frame: pd.DataFrame) -> Any:
         case ast.Constant(value=int() | float() | str() as value):
             return value
         case ast.Name(id=name):
-            return _column(frame, name, "--where")
+            return _column(frame, name, "an expression")
         case ast.UnaryOp(op=op, operand=operand) if type(op) in _unary:
             return _unary[type(op)](_evaluate(operand, frame))
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _binary:
@@ -134,7 +171,7 @@ def _evaluate(node: ast.AST, frame: pd.DataFrame) -> Any:
             pairs = zip(ops, sides[:-1], sides[1:], strict=True)
             return np.logical_and.reduce([np.asarray(_binary[type(op)](a, b)) for op, a, b in pairs])
     raise UserError(
-        f"--where: {ast.unparse(node)!r} is neither column, number, text, comparison, and, or, not"
+        f"in an expression {ast.unparse(node)!r} is neither column, number, text, comparison, and, or, not"
     )
 
 
@@ -153,14 +190,15 @@ def _like(frame: pd.DataFrame, name: str) -> str | None:
     return near[0] if near else None
 
 
-def _name(frame: pd.DataFrame, label: Any) -> str:
+def name_of(frame: pd.DataFrame, label: Any) -> str:
+    """How a message calls a row: its name, or its line."""
     return str(frame.at[label, "name"]) if "name" in frame else f"{frame.index.name or 'row'} {label}"
 
 
 def _numbers(frame: pd.DataFrame, name: str) -> pd.Series:
     """The column as float64, each cell positive and finite and of a possible size."""
     column = pd.to_numeric(frame[name], errors="coerce").astype(float)
-    for label, value in column[~((column > 0) & (column <= LIMITS[name]))].items():
+    for label, value in column[~((column > 0) & (column <= LIMITS.get(name, _LIMIT)))].items():
         place = f"{frame.index.name or 'row'} {label}: {name}"
         cell = frame.at[label, name]
         if pd.isna(cell):
@@ -169,7 +207,9 @@ def _numbers(frame: pd.DataFrame, name: str) -> pd.Series:
             comma = "; decimals are written with a point" if isinstance(cell, str) and "," in cell else ""
             raise UserError(f"{place} is {cell!r}, not a number{comma}")
         if value > 0:
-            raise UserError(f"{place} is {value:g}; nothing above {LIMITS[name]:g} is a measurement")
+            raise UserError(
+                f"{place} is {value:g}; nothing above {LIMITS.get(name, _LIMIT):g} is a measurement"
+            )
         raise UserError(f"{place} is {value:g}; it must be positive")
     return column
 

@@ -17,15 +17,21 @@ def sweep(
     noise: float = 0.0,
     seed: int = 0,
     span: float = 4.0,
+    off: float = 1.0,
 ) -> pd.DataFrame:
-    """An isoFLOP sweep under a Chinchilla law, sizes around each optimum, log-normal noise."""
+    """An isoFLOP sweep under a Chinchilla law, sizes around `off` times each optimum, log-normal noise."""
     E, A, alpha, B, beta = (truth[name] for name in ("E", "A", "alpha", "B", "beta"))
     C = np.repeat(budgets, sizes)
-    best = (alpha * A / (beta * B)) ** (1 / (alpha + beta)) * (C / 6) ** (beta / (alpha + beta))
-    N = best * np.tile(np.geomspace(1 / span, span, sizes), len(budgets))
+    N = off * optimum(truth, C) * np.tile(np.geomspace(1 / span, span, sizes), len(budgets))
     D = C / 6 / N
     scatter = np.random.default_rng(seed).normal(size=len(N))
     return pd.DataFrame(dict(N=N, D=D, C=C, loss=(E + A / N**alpha + B / D**beta) * np.exp(noise * scatter)))
+
+
+def optimum(truth: dict[str, float], C: np.ndarray) -> np.ndarray:
+    """N of lowest loss at C = 6 N D (Hoffmann et al. 2022, eq. 4)."""
+    A, alpha, B, beta = (truth[name] for name in ("A", "alpha", "B", "beta"))
+    return (alpha * A / (beta * B)) ** (1 / (alpha + beta)) * (C / 6) ** (beta / (alpha + beta))
 
 
 def few_starts(law: type[Law] = Chinchilla) -> Law:

@@ -29,7 +29,9 @@ def test_a_table_becomes_a_law_with_predictions_and_a_json(points, tmp_path):
     content = json.loads((tmp_path / "out" / "fit.json").read_text())
     beta = content["parameters"]["beta"]
     assert beta["low"] < TRUTH["beta"] < beta["high"]
-    assert [set(p) for p in content["predictions"]] == [{"at", "N", "D", "loss"}, {"at", "loss"}]
+    asked = [set(prediction) for prediction in content["predictions"]]
+    assert asked == [{"at", "N", "D", "loss"}, {"at", "loss", "loss, one run"}]
+    assert content["sensitivity"][0]["change"] == "as fitted" and content["leave_largest_out"]["runs"] == 7
     assert content["conventions"]["columns"] == {"N": "params"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "fit.json", "frontier.png", "optima.png", "residuals.png"
@@ -52,12 +54,8 @@ def test_approach_2_prints_every_budget(points):
         (["--points=POINTS", "--columns=N=params", "--approach=2", "--law=power"], "belongs to Approach 3"),
         (["--points=POINTS", "--predict=N=many"], "not a positive number"),
         (["--bootstrap=abc"], "--bootstrap=abc is not an integer"),
-        (["--level=high"], "--level=high is not a number"),
-        (["--level=3"], "in the range [0.01, 0.999]"),
-        (["--loss"], "--loss needs a value: --loss=VALUE"),
         (["--bootstrp=3"], "no flag --bootstrp; did you mean '--bootstrap'?"),
         (["--points=absent.csv", "--out=POINTS"], "can't be a folder"),
-        (["--points=absent.csv", "--out=POINTS/deeper"], "points.csv is a file"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(points, arguments, said):

@@ -1,6 +1,7 @@
 """Laws: derivatives, optima, and what a user's own law needs."""
 
 import numpy as np
+import pandas as pd
 import pytest
 from known_laws import TRUTH, sweep
 
@@ -21,10 +22,11 @@ def inner(name: str, **values: float) -> np.ndarray:
         ("chinchilla", TRUTH | {"E": 0.0}),
         ("power", dict(E=1.7, A=300.0, a=0.15)),
         ("power", dict(E=0.0, A=9.0, a=0.1)),
+        ("overtraining", dict(E=1.8, a=60.0, b=200.0, eta=0.12)),
     ],
 )
 def test_own_derivatives_equal_complex_steps(name, values):
-    frame = sweep()
+    frame = sweep().assign(M=lambda f: f["D"] / f["N"])
     x = {variable: np.log(frame[variable].to_numpy()) for variable in law(name).inputs}
     theta = inner(name, **values)
     own, exact = law(name).with_jacobian(theta, x), Law.with_jacobian(law(name), theta, x)
@@ -69,6 +71,100 @@ def test_a_users_law_is_a_formula_and_its_parameters():
 def test_an_unknown_law_is_answered_with_the_nearest():
     with pytest.raises(UserError, match="did you mean 'chinchilla'"):
         law("chinchila")
+
+
+GRIDS = {
+    "chinchilla-tied": sweep(),
+    "kaplan": sweep(),
+    "data-constrained": pd.DataFrame(
+        [
+            dict(N=N, D=U * epochs, U=U)
+            for U in np.geomspace(1e8, 1e10, 4)
+            for N in np.geomspace(1e7, 1e10, 4)
+            for epochs in (0.5, 4, 40)
+        ]
+    ),
+    "overtraining": pd.DataFrame(
+        [dict(C=C, M=M) for C in np.geomspace(1e18, 1e21, 4) for M in np.geomspace(5, 640, 8)]
+    ),
+    "downstream-exponential": pd.DataFrame({"loss": np.linspace(2, 4, 12)}),
+    "downstream-sigmoid": pd.DataFrame({"loss": np.linspace(2, 4, 12)}),
+}
+PUBLISHED = {
+    "chinchilla-tied": dict(E=1.87, A=521.0, alpha=0.3527, B=1488.0, beta=0.3527),
+    "kaplan": dict(Nc=6.4e13, alpha_N=0.076, Dc=1.8e13, alpha_D=0.103),
+    "data-constrained": dict(E=1.87, A=521.0, alpha=0.3527, B=1488.0, beta=0.3527, R_D=15.39, R_N=5.31),
+    "overtraining": dict(E=1.8, a=60.0, b=200.0, eta=0.12),
+    "downstream-exponential": dict(eps=0.85, k=2.1, gamma=0.7),
+    "downstream-sigmoid": dict(floor=0.1, rise=0.65, k=3.0, middle=2.9),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_law_gives_its_constants_back_from_noise_free_points(name):
+    frame, truth = GRIDS[name], PUBLISHED[name]
+    x = {variable: np.log(frame[variable].to_numpy(float)) for variable in law(name).inputs}
+    made = np.exp(law(name).log_loss(inner(name, **truth), x)[0])
+    found = fit_law(frame.assign(**{law(name).output: made}), name, bootstrap=0).parameters
+    assert {key: found[key].value for key in truth} == pytest.approx(truth, rel=1e-6)
+
+
+def test_laws_are_the_published_formulas():
+    N, D, U, C, M = 3e8, 6e9, 2e9, 1e20, 50.0
+
+    def value(name, **at):
+        x = {variable: np.log([number]) for variable, number in at.items()}
+        return np.exp(law(name).log_loss(inner(name, **PUBLISHED[name]), x))[0, 0]
+
+    kaplan = ((6.4e13 / N) ** (0.076 / 0.103) + 1.8e13 / D) ** 0.103
+    assert value("kaplan", N=N, D=D) == pytest.approx(kaplan, rel=1e-12)
+    assert value("overtraining", C=C, M=M) == pytest.approx(1.8 + (60 * M**0.12 + 200 * M**-0.12) * C**-0.12)
+    assert value("downstream-exponential", loss=2.5) == pytest.approx(0.85 - 2.1 * np.exp(-0.7 * 2.5))
+    assert value("downstream-sigmoid", loss=2.5) == pytest.approx(0.1 + 0.65 / (1 + np.exp(-3 * (2.5 - 2.9))))
+    G = (521 / 1488) ** (1 / (2 * 0.3527))
+    needed = min(N, G * U * G)
+    faded = [u + u * r * (1 - np.exp(-(x / u - 1) / r)) for x, u, r in ((D, U, 15.39), (N, needed, 5.31))]
+    expected = 1.87 + 521 / faded[1] ** 0.3527 + 1488 / faded[0] ** 0.3527
+    assert value("data-constrained", N=N, D=D, U=U) == pytest.approx(expected, rel=1e-12)
+    once = value("data-constrained", N=1e6, D=U, U=U)  # one epoch, no spare parameters: Chinchilla
+    assert once == pytest.approx(1.87 + 521 / 1e6**0.3527 + 1488 / U**0.3527)
+
+
+def test_optima_are_the_lowest_points_of_their_budgets():
+    for name, given in (("kaplan", {}), ("data-constrained", {"U": 1e9}), ("overtraining", {})):
+        theta = inner(name, **PUBLISHED[name])
+        N, D = law(name).optimum(theta, 1e21, 6.0, given)
+        assert pytest.approx(1e21) == N * D * 6
+        around = N * np.array([0.9, 1.0, 1.1])
+        every = {"N": around, "D": 1e21 / 6 / around, "C": np.full(3, 1e21), "M": 1e21 / 6 / around**2}
+        every["U"] = np.full(3, 1e9)
+        losses = law(name).log_loss(theta, {k: np.log(every[k]) for k in law(name).inputs})[0]
+        assert losses.argmin() == 1, name
+    with pytest.raises(UserError, match="give U too"):
+        law("data-constrained").optimum(inner("data-constrained", **PUBLISHED["data-constrained"]), 1e21)
+
+
+def test_a_law_in_a_file_is_found_by_its_name(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from llm_jax.scaling.laws import Parameter, SumOfPowers\n\n\n"
+        "class DataOnly(SumOfPowers):\n"
+        "    formula = 'L = B/D^beta'\n"
+        "    inputs = ('D',)\n"
+        "    parameters = (Parameter('B', (0.0, 5.0), log=True), Parameter('beta', (0.1, 0.5), lower=0.0))\n"
+        "    terms = (('B', (('D', 'beta'),)),)\n"
+    )
+    D = np.geomspace(1e6, 1e9, 6)
+    found = fit_law(pd.DataFrame({"D": D, "loss": 30 / D**0.2}), f"{file}:DataOnly", bootstrap=0).parameters
+    assert (found["B"].value, found["beta"].value) == pytest.approx((30, 0.2))
+    for name, said in (("DataOnlt", "did you mean 'DataOnly'"), ("SumOfPowers", "has no formula")):
+        with pytest.raises(UserError, match=said):
+            law(f"{file}:{name}")
+    file.write_text("import nothing_of_that_name\n")
+    with pytest.raises(UserError, match="can't be imported"):
+        law(f"{file}:DataOnly")
+    with pytest.raises(UserError, match="no file"):
+        law(f"{tmp_path}/absent.py:DataOnly")
 
 
 def test_a_law_of_compute_has_no_optimum():

@@ -1,0 +1,142 @@
+"""From a law, a table and a user's choices to the problem that the solver is given."""
+
+import dataclasses
+import itertools
+from collections.abc import Mapping
+
+import numpy as np
+
+from llm_jax.config import UserError, nearest
+from llm_jax.scaling.law import Law
+from llm_jax.scaling.objectives import Objective
+from llm_jax.scaling.solver import Data, Problem
+from llm_jax.scaling.tables import Points
+
+
+@dataclasses.dataclass(frozen=True)
+class Choices:
+    """What a user settles about a law's parameters, in natural units.
+
+    fixed: {"E": 1.69}; a coefficient of 0 drops its term. tied: {"beta": "alpha"}. bounds: {"E": (0.5, 3)}.
+    """
+
+    fixed: Mapping[str, float]
+    tied: Mapping[str, str]
+    bounds: Mapping[str, tuple[float, float]]
+
+    def check(self, law: Law) -> None:
+        """Raises UserError where a name or a value can't be meant."""
+        for flag, names in (("fix", self.fixed), ("tie", self.tied), ("bounds", self.bounds)):
+            for name in names:
+                if name not in law.places:
+                    raise UserError(
+                        f"--{flag}: {law.formula} has no parameter {name!r}; {nearest(name, law.places)}"
+                    )
+        for name, target in self.tied.items():
+            if target not in law.places:
+                raise UserError(
+                    f"--tie: {law.formula} has no parameter {target!r}; {nearest(target, law.places)}"
+                )
+            if target in self.tied or target == name:
+                raise UserError(f"--tie={name}={target}: {target} is tied itself")
+        for name, value in self.fixed.items():
+            if name in self.tied:
+                raise UserError(f"--fix: {name} is tied to {self.tied[name]} in {law.formula}; fix that")
+            if value < 0 and law.parameters[law.places[name]].log:
+                raise UserError(f"--fix={name}={value:g}: a coefficient is not negative")
+        for name, (low, high) in self.bounds.items():
+            if name in self.fixed or name in self.tied:
+                raise UserError(f"--bounds: {name} is {'fixed' if name in self.fixed else 'tied'}")
+            if not low < high or (low < 0 and law.parameters[law.places[name]].log):
+                raise UserError(f"--bounds={name}={low:g}:{high:g} is no range of values of {name}")
+
+
+def pose(
+    law: Law, points: Points, objective: Objective, choices: Choices
+) -> tuple[Problem, Data, np.ndarray, list[str]]:
+    """The problem in the free parameters alone, its data, the grid of starts [S, F], and their names."""
+    choices.check(law)
+    place = law.places
+    free = [p for p in law.parameters if p.name not in choices.fixed and p.name not in choices.tied]
+    if not free:
+        raise UserError(f"every parameter of {law.formula} is fixed; nothing is left to fit")
+    spread, offset = np.zeros((len(free), len(place))), np.zeros(len(place))
+    for row, parameter in enumerate(free):
+        spread[row, place[parameter.name]] = 1
+        for tied, target in choices.tied.items():
+            spread[row, place[tied]] = target == parameter.name
+    for name, value in choices.fixed.items():
+        for index in [place[name], *(place[tied] for tied, target in choices.tied.items() if target == name)]:
+            offset[index] = law.parameters[index].inner(value)
+    lower, upper = np.array([p.lower for p in free]), np.array([p.upper for p in free])
+    for row, parameter in enumerate(free):
+        if parameter.name in choices.bounds:
+            low, high = (parameter.inner(end) for end in choices.bounds[parameter.name])
+            lower[row], upper[row] = max(low, lower[row]), high
+    grid = np.array(list(itertools.product(*(p.grid for p in free))))
+    frame = points.frame
+    problem = Problem(
+        law=law,
+        x={name: np.log(frame[name].to_numpy(float)) for name in law.inputs},
+        objective=objective,
+        spread=spread,
+        offset=offset,
+        lower=lower,
+        upper=upper,
+    )
+    data = Data(np.log(frame[[law.output]].to_numpy(float).T), points.weights[None])
+    return problem, data, np.unique(np.clip(grid, lower, upper), axis=0), [p.name for p in free]
+
+
+def check_enough(problem: Problem, names: list[str]) -> list[str]:
+    """Refuses tables that can't determine the law; warns of those that barely can."""
+    law = problem.law
+    for name in law.inputs:
+        values = np.unique(problem.x[name])
+        if len(values) < 2:
+            raise UserError(f"{name} is {np.exp(values[0]):g} in every run; {law.formula} needs it to vary")
+    n = len(np.unique(np.stack(list(problem.x.values())), axis=1).T)
+    if n < len(names):
+        raise UserError(
+            f"too few points: {n} for the {len(names)} free parameters of {law.formula}; "
+            "add runs or fix parameters, as in --fix=E=1.69"
+        )
+    if n < len(names) + 2:
+        return [f"under-identified: {n} points for {len(names)} parameters leave nothing to judge the fit by"]
+    return []
+
+
+def judge(
+    problem: Problem, free: np.ndarray, draws: np.ndarray, names: list[str], agree: np.ndarray
+) -> tuple[list[str], float, dict[str, str]]:
+    """What a reader must know before believing the numbers, the condition number, and the bounds hit."""
+    warnings, hit = [], {}
+    effect, condition = sensitivities(problem, free)
+    for index, name in enumerate(names):
+        bounds = {"lower": problem.lower[index], "upper": problem.upper[index]}
+        for side, bound in bounds.items():
+            if free[0, index] == bound:
+                hit[name] = side
+                warnings.append(f"{name} is at its {side} bound; these points don't determine its term")
+            elif len(draws) and (share := np.mean(draws[:, index] == bound)) > 0.01:
+                warnings.append(f"{name} is at its {side} bound in {share:.0%} of the refits")
+        if effect[index] < 1e-6 and name not in hit:
+            warnings.append(f"{name} changes no loss by 1e-6: these points don't determine its term")
+    if condition > 1e8:
+        warnings.append(f"flat valley: condition number {condition:.1e}; the parameters are not told apart")
+    if agree.sum() < min(max(2, 0.01 * len(agree)), len(agree)):
+        warnings.append(f"only {agree.sum()} of {len(agree)} starts reach the optimum")
+    return warnings, condition, hit
+
+
+def sensitivities(problem: Problem, free: np.ndarray) -> tuple[np.ndarray, float]:
+    """How far each parameter moves ln of the loss (rms over runs) [F], and how alike their effects are.
+
+    The second is the condition number of the squared Jacobian, scaled to unit diagonal.
+    """
+    jacobian = problem.spread @ problem.law.with_jacobian(problem.theta(free), problem.x)[1][0]
+    scale = np.sqrt((jacobian**2).mean(1))
+    if not (scale > 0).all():
+        return scale, float("inf")
+    unit = jacobian / scale[:, None]
+    return scale, float(np.linalg.cond(unit @ unit.T))

@@ -1,0 +1,138 @@
+"""What a fit hangs on: refits with one choice changed, and without one budget."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from llm_jax.scaling.fits import refit
+from llm_jax.scaling.isoflop import budgets_of
+from llm_jax.scaling.objectives import objective
+from llm_jax.scaling.results import Fit
+from llm_jax.scaling.solver import Data, Problem
+
+_LOSSES = ("huber:1e-4", "huber:1e-3", "huber:1e-2", "lad", "l2")
+_WORST = 0.02  # share of the runs of highest loss that a row leaves out
+
+
+class HeldOut(NamedTuple):
+    """A budget predicted by a fit to the others: rms and mean of ln measured - ln predicted, over `runs` of
+    it.
+    """
+
+    C: float
+    runs: int
+    rms: float
+    mean: float
+
+
+class Variant(NamedTuple):
+    """A refit with one choice changed: its parameters and derived numbers in natural units."""
+
+    change: str
+    runs: int
+    values: dict[str, float]
+
+
+def groups(fit: Fit) -> tuple[np.ndarray, np.ndarray]:
+    """Each run's compute [n] (or the law's first input) and the number of its budget [n], in rising order.
+
+    Runs that stand at no common budgets are cut into fifths.
+    """
+    frame = fit.points.frame
+    if not {"C", "budget_flops"} & set(frame) and {"N", "D"} <= set(frame):
+        frame = frame.assign(C=fit.conventions["flops_per_nd"] * frame["N"] * frame["D"])
+    column = next((name for name in ("budget_flops", "C") if name in frame), fit.law.inputs[0])
+    compute = frame[column].to_numpy(float)
+    labels = budgets_of(frame.assign(budget_flops=compute))
+    if labels.max() + 1 > len(labels) / 3 or labels.max() == 0:
+        labels = np.minimum(5 * np.argsort(np.argsort(compute, kind="stable")) // len(compute), 4)
+    return compute, labels
+
+
+def held_out(fit: Fit) -> list[HeldOut]:
+    """Every budget predicted by a fit to the others; the last is the largest, an extrapolation.
+
+    Budgets whose absence leaves too few runs are passed over.
+    """
+    compute, labels = groups(fit)
+    out = []
+    for label in np.unique(labels):
+        kept = labels != label
+        if kept.sum() <= fit.free:
+            continue
+        theta = fit.problem.theta(refit(fit, *_subset(fit, kept)))
+        left = fit.data.y[0][~kept] - fit.law.log_loss(theta, fit.problem.x)[0][~kept]
+        C = float(np.exp(np.log(compute[~kept]).mean()))
+        out.append(HeldOut(C, int((~kept).sum()), float(np.sqrt((left**2).mean())), float(left.mean())))
+    return out
+
+
+def variants(fit: Fit) -> Iterator[Variant]:
+    """The fit as it is, then with another loss, another N, without a budget, without the highest losses."""
+    yield _variant(fit, "as fitted", fit.problem, fit.data)
+    if not fit.problem.objective.raw and fit.problem.objective.share == 1:
+        for name in _LOSSES:
+            if name != fit.conventions["loss"]:
+                yield _variant(
+                    fit, f"loss {name}", dataclasses.replace(fit.problem, objective=objective(name)), fit.data
+                )
+    frame = fit.points.frame
+    for column in (name for name in frame if str(name).startswith("N_") and "N" in fit.law.inputs):
+        counted = frame[column].to_numpy()
+        if counted.dtype.kind in "if" and (counted > 0).all() and (counted != frame["N"]).any():
+            x = dict(fit.problem.x) | {"N": np.log(counted.astype(float))}
+            yield _variant(fit, f"N counted as {column}", dataclasses.replace(fit.problem, x=x), fit.data)
+    compute, labels = groups(fit)
+    for label in np.unique(labels):
+        kept = labels != label
+        if kept.sum() > fit.free:
+            low, high = compute[~kept].min(), compute[~kept].max()
+            text = f"C={low:.3g}" if high < 1.2 * low else f"C={low:.2g} to {high:.2g}"
+            yield _variant(fit, f"without {text}", *_subset(fit, kept))
+    worst = max(1, round(_WORST * len(labels)))
+    kept = fit.data.y[0] < np.sort(fit.data.y[0])[-worst]
+    if kept.sum() > fit.free:
+        yield _variant(
+            fit, "without the highest " + ("loss" if worst == 1 else f"{worst} losses"), *_subset(fit, kept)
+        )
+
+
+def facts(fit: Fit) -> dict[str, Any]:
+    """Both as JSON values, for fit.json."""
+    tests = held_out(fit)
+    return {
+        "leave_largest_out": tests[-1]._asdict() if tests else None,
+        "leave_one_out": [test._asdict() for test in tests],
+        "sensitivity": [variant._asdict() for variant in variants(fit)],
+    }
+
+
+def table(content: dict[str, Any]) -> str:
+    """`facts` as text."""
+    rows = content["sensitivity"]
+    names = list(rows[0]["values"])
+    lines = [f"{'sensitivity':32} {'runs':>5} " + " ".join(f"{name:>10}" for name in names)]
+    for row in rows:
+        lines.append(
+            f"  {row['change']:30} {row['runs']:5d} " + " ".join(f"{row['values'][n]:10.5g}" for n in names)
+        )
+    if largest := content["leave_largest_out"]:
+        lines.append(
+            f"largest budget ({largest['C']:.3g}, {largest['runs']} runs) predicted by the others: "
+            f"{largest['rms']:.2%} rms, {largest['mean']:+.2%} on average"
+        )
+    return "\n".join(lines)
+
+
+def _variant(fit: Fit, change: str, problem: Problem, data: Data) -> Variant:
+    theta = problem.theta(refit(fit, problem, data))
+    return Variant(
+        change, data.y.shape[1], {name: float(value[0]) for name, value in fit.values(theta).items()}
+    )
+
+
+def _subset(fit: Fit, kept: np.ndarray) -> tuple[Problem, Data]:
+    x = {name: values[kept] for name, values in fit.problem.x.items()}
+    return dataclasses.replace(fit.problem, x=x), Data(*(part[:, kept] for part in fit.data))
