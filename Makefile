@@ -11,7 +11,7 @@ comma := ,
 STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test lint format smoke clean
+.PHONY: help setup quickstart test lint format smoke coverage clean
 
 help:  ## what there is
 	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## /  make \1\t/'
@@ -32,6 +32,9 @@ smoke: $(STAMP)  ## every experiment at its smoke scale, anew
 	  echo "== $$file:smoke"; \
 	  $(BIN)/python -m launch.local --config=$$file:smoke --folder=.cache/smoke/$$(basename $$file .py) || exit; \
 	done
+
+coverage: $(STAMP)  ## how often 90% intervals hold the truth, 200 sets of every kind (minutes)
+	PYTHONPATH=tests/scaling $(BIN)/python tests/scaling/interval_coverage.py 200
 
 lint: $(STAMP)  ## style: ruff's rules and its format
 	$(BIN)/ruff check .

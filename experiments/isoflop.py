@@ -264,6 +264,14 @@ def backtests(grid: pd.DataFrame) -> dict[str, float]:
     return {name: forecasting.backtest(make_fit, grid) for name, make_fit in laws(bootstrap=0).items()}
 
 
+def back_tested(base: Run, grid: pd.DataFrame, errors: Mapping[str, float]) -> list[str]:
+    """Lines: each law at the largest budget, and the preferred one at every budget but the first."""
+    best = min(errors, key=errors.get)
+    rolled = forecasting.rollout(laws(base.sweep.bootstrap)[best], grid[grid["status"] == "done"])
+    lines = [f"back-test of {name} at the largest budget: {error:.2%}" for name, error in errors.items()]
+    return lines + [f"rollout of {best}, {one}" for one in rolled]
+
+
 def forecast(base: Run, runs: pd.DataFrame, run: Run) -> forecasting.Forecast:
     """The loss that `run` will reach, by the law that the back-test prefers; written before it starts."""
     grid = points(runs[runs["role"] == "grid"])
@@ -303,7 +311,7 @@ def report(base: Run, folder: Path, runs: pd.DataFrame, forecasts: Mapping[str, 
         outcomes=outcomes,
         rates=rates,
         warnings=warnings,
-        notes=[*plan_notes(base), *(f"back-test of {name}: {error:.2%}" for name, error in tests.items())],
+        notes=[*plan_notes(base), *back_tested(base, grid, tests)],
         curves=reports.training_curves(folder, grid),
     )
     page = reports.write(folder, result)

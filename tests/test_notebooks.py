@@ -28,17 +28,50 @@ def swept(tmp_path):
     return tmp_path
 
 
-@pytest.mark.slow
-def test_the_isoflop_notebook_draws_the_report_from_records_alone(swept, monkeypatch):
+def executed(name: str) -> tuple[str, int]:
+    """What a notebook prints and shows as text, and how many figures it draws."""
     nbclient = pytest.importorskip("nbclient")
     nbformat = pytest.importorskip("nbformat")
-    monkeypatch.setenv("LLM_JAX_SWEEP", str(swept))
-    notebook = nbformat.read(NOTEBOOKS / "isoflop.ipynb", as_version=4)
+    notebook = nbformat.read(NOTEBOOKS / name, as_version=4)
     resources = {"metadata": {"path": str(NOTEBOOKS)}}
     nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources).execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
-    assert sum("image/png" in output.get("data", {}) for output in outputs) == 4
-    text = "".join(output.get("text", "") for output in outputs)
+    figures = sum("image/png" in output.get("data", {}) for output in outputs)
+    texts = [output.get("text", "") + output.get("data", {}).get("text/plain", "") for output in outputs]
+    return "\n".join(texts), figures
+
+
+@pytest.mark.slow
+def test_the_chinchilla_notebook_finds_the_published_constants(reference_data, monkeypatch):
+    monkeypatch.setenv("LLM_JAX_REFERENCE_DATA", str(reference_data))
+    text, figures = executed("chinchilla.ipynb")
+    assert figures == 3
+    for number in ("477.826", "0.347310", "482.00", "593.32", "beta 0.453", "D/N 18."):
+        assert number in text, number
+
+
+@pytest.mark.slow
+def test_the_porian_notebook_finds_the_published_exponents(reference_data, monkeypatch):
+    monkeypatch.setenv("LLM_JAX_REFERENCE_DATA", str(reference_data))
+    text, figures = executed("porian.ipynb")
+    assert figures == 3
+    for number in ("0.8353", "0.571495", "0.496895", "0.834", "no parabolas over their full range"):
+        assert number in text, number
+
+
+@pytest.mark.slow
+def test_notebooks_of_published_data_say_so_where_it_is_absent(tmp_path, monkeypatch):
+    monkeypatch.setenv("LLM_JAX_REFERENCE_DATA", str(tmp_path))
+    for name in ("chinchilla.ipynb", "porian.ipynb"):
+        text, figures = executed(name)
+        assert "no reference data at" in text and figures == 0
+
+
+@pytest.mark.slow
+def test_the_isoflop_notebook_draws_the_report_from_records_alone(swept, monkeypatch):
+    monkeypatch.setenv("LLM_JAX_SWEEP", str(swept))
+    text, figures = executed("isoflop.ipynb")
+    assert figures == 4
     assert "Hold-out at 8x the largest fitted budget: measured" in text and "interval" in text
     assert "N_opt = k_N C^a" in text and "L = E + A/N^alpha + B/D^beta    (18 runs" in text
 

@@ -130,18 +130,68 @@ def make(
     )
 
 
-def backtest(make_fit: Callable[[pd.DataFrame], Fit | IsoflopFit], points: pd.DataFrame) -> float:
-    """|ln forecast / measured| of the best run at the largest budget, by a fit to the smaller budgets alone.
-
-    points: columns budget_flops, N, D, C, loss. Infinite where the smaller budgets allow no fit.
+class Rolled(NamedTuple):
+    """One budget forecast from the smaller ones: its best run's loss, the forecast, its 90% interval (or
+    NaN).
     """
-    largest = points["budget_flops"].max()
-    best = points[points["budget_flops"] == largest].nsmallest(1, "loss").iloc[0]
+
+    C: float
+    fitted_flops: float
+    measured: float
+    loss: float
+    low: float
+    high: float
+
+    @property
+    def error(self) -> float:
+        """ln measured - ln forecast."""
+        return float(np.log(self.measured / self.loss))
+
+    def __str__(self) -> str:
+        beyond = f"{self.C:.3g} FLOPs from {self.C / self.fitted_flops:.2g} times less"
+        verdict = ", no interval"
+        if np.isfinite(self.low):
+            covered = self.low <= self.measured <= self.high
+            verdict = (
+                f", {'inside' if covered else 'OUTSIDE'} its 90% interval {self.low:.4f} to {self.high:.4f}"
+            )
+        return (
+            f"{beyond}: measured {self.measured:.4f}, forecast {self.loss:.4f} ({self.error:+.2%}){verdict}"
+        )
+
+
+def rollout(make_fit: Callable[[pd.DataFrame], Fit | IsoflopFit], points: pd.DataFrame) -> list[Rolled]:
+    """Every budget but the smallest, its best run forecast by a fit to all smaller budgets alone.
+
+    points: columns budget_flops, N, D, C, loss. Budgets whose smaller ones allow no fit are passed over.
+    """
+    budgets = np.unique(points["budget_flops"])[1:]
+    rolled = (_rolled(make_fit, points, budget) for budget in budgets)
+    return [one for one in rolled if one is not None]
+
+
+def backtest(make_fit: Callable[[pd.DataFrame], Fit | IsoflopFit], points: pd.DataFrame) -> float:
+    """|ln measured / forecast| of the largest budget; infinite where the smaller budgets allow no fit."""
+    last = _rolled(make_fit, points, points["budget_flops"].max())
+    return float("inf") if last is None else abs(last.error)
+
+
+def _rolled(
+    make_fit: Callable[[pd.DataFrame], Fit | IsoflopFit], points: pd.DataFrame, budget: float
+) -> Rolled | None:
+    best = points[points["budget_flops"] == budget].nsmallest(1, "loss").iloc[0]
     try:
-        log_loss, _ = make_fit(points[points["budget_flops"] < largest]).extrapolate(best.N, best.D, best.C)
+        fit = make_fit(points[points["budget_flops"] < budget])
     except UserError:
-        return float("inf")
-    return float(abs(log_loss - np.log(best.loss)))
+        return None
+    log_loss, draws = fit.extrapolate(best.N, best.D, best.C)
+    ends = np.full(2, np.nan)
+    if len(draws) >= 100 and fit.freedom >= 1:
+        ends = np.exp(np.quantile(one_run(draws, fit.noise, fit.freedom), [0.05, 0.95]))
+    measured = float(best.loss)
+    return Rolled(
+        float(best.C), float(fitted_flops(fit).max()), measured, float(np.exp(log_loss)), *map(float, ends)
+    )
 
 
 def write(forecast: Forecast, path: str | pathlib.Path, holdout: str | pathlib.Path) -> Forecast:

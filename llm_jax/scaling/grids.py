@@ -24,12 +24,13 @@ Optimum = Callable[[float], float]
 class Limits:
     """What a cell must keep to.
 
-    available_tokens: tokens of one epoch; no cell may see more (None: unlimited).
+    available_tokens: tokens of one epoch; no cell may see more (None: unlimited) unless `repeat`.
     minimum_steps: below it a run is mostly warm-up, and rounding D to whole steps bends the budget.
     """
 
     available_tokens: int | None = None
     minimum_steps: int = 100
+    repeat: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +102,7 @@ def isoflop(
     notes, parts = [], []
     for budget in budgets:
         every = cells_at(candidates, budget, "grid")
-        problems = every.apply(lambda cell: problem(cell, limits), axis=1)
+        problems = problems_of(every, limits)
         allowed = every[problems == ""]
         if len(allowed) < minimum_sizes:
             counts = problems[problems != ""].value_counts()
@@ -136,44 +137,55 @@ def holdout(candidates: pd.DataFrame, budget: float, optimum: Optimum, limits: L
     every = cells_at(candidates, budget, "holdout")
     centre = optimum(budget)
     order = np.argsort(np.abs(np.log(every["N"].to_numpy(float) / centre)), kind="stable")
+    every = every.iloc[order].reset_index(drop=True)
+    problems = problems_of(every, limits)
     notes = []
-    for position in order:
-        cell = every.iloc[[position]]
-        text = problem(cell.iloc[0], limits)
+    for position, text in enumerate(problems):
+        size = every["N"].iloc[position]
         if not text:
-            return Grid(cell.reset_index(drop=True), tuple(notes))
-        notes.append(f"hold-out at {budget:.3g}: N={cell['N'].iloc[0]:,} left out, it would see {text}")
-    nearest = every.iloc[order[0]]
+            return Grid(every.iloc[[position]].reset_index(drop=True), tuple(notes))
+        notes.append(f"hold-out at {budget:.3g}: N={size:,} left out, it would see {text}")
     raise UserError(
         f"no candidate can be the hold-out at {budget:.3g} FLOPs: the nearest to the optimum, "
-        f"N={nearest['N']:,}, would see {problem(nearest, limits)}"
+        f"N={every['N'].iloc[0]:,}, would see {problems.iloc[0]}"
     )
 
 
 def cells_at(candidates: pd.DataFrame, budget: float, role: str) -> pd.DataFrame:
     """Every candidate trained on D = budget / flops_per_token tokens, rounded to whole steps."""
     cells = candidates.sort_values("N").reset_index(drop=True)
-    per_step = cells["flops_per_token"] * cells["tokens_per_step"]
-    steps = np.maximum(1, np.rint(budget / per_step)).astype(np.int64)
-    flops = steps * per_step.astype(float)
-    return cells.assign(
-        name=[f"{role}-{budget:.2e}-{size}".replace("+", "") for size in cells["N"]],
+    return cells_of(cells, budget / cells["flops_per_token"], role, float(budget))
+
+
+def cells_of(
+    rows: pd.DataFrame, tokens: np.ndarray | pd.Series, role: str, budget: float | None = None
+) -> pd.DataFrame:
+    """Rows of candidates trained on `tokens` each, rounded to whole steps; without a budget each is its
+    own.
+    """
+    steps = np.maximum(1, np.rint(np.asarray(tokens, float) / rows["tokens_per_step"])).astype(np.int64)
+    flops = steps * (rows["flops_per_token"] * rows["tokens_per_step"]).astype(float)
+    budgets = np.full(len(rows), budget) if budget else (rows["flops_per_token"] * tokens).to_numpy(float)
+    named = zip(budgets, rows["N"], strict=True)
+    return rows.assign(
+        name=[f"{role}-{each:.2e}-{size}".replace("+", "") for each, size in named],
         role=role,
-        budget_flops=float(budget),
+        budget_flops=budgets,
         steps=steps,
-        D=steps * cells["tokens_per_step"],
+        D=steps * rows["tokens_per_step"],
         flops=flops,
-        deviation=flops / budget - 1.0,
+        deviation=flops / budgets - 1.0,
     )
 
 
-def problem(cell: pd.Series, limits: Limits) -> str:
-    """What a cell would see that `limits` forbid; empty when it keeps to them."""
-    if cell["steps"] < limits.minimum_steps:
-        return f"fewer than {limits.minimum_steps:,} steps"
-    if limits.available_tokens is not None and cell["D"] > limits.available_tokens:
-        return f"more than one epoch of {limits.available_tokens:,} tokens"
-    return ""
+def problems_of(cells: pd.DataFrame, limits: Limits) -> pd.Series:
+    """What each cell would see that `limits` forbid; empty where it keeps to them."""
+    few = cells["steps"] < limits.minimum_steps
+    text = np.where(few, f"fewer than {limits.minimum_steps:,} steps", "")
+    if limits.available_tokens is not None and not limits.repeat:
+        again = ~few & (cells["D"] > limits.available_tokens)
+        text = np.where(again, f"more than one epoch of {limits.available_tokens:,} tokens", text)
+    return pd.Series(text, index=cells.index)
 
 
 def check_candidates(candidates: pd.DataFrame) -> None:

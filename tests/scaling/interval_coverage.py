@@ -1,0 +1,93 @@
+"""How often 90% intervals hold the truth: every kind of interval, noise of 0.3% and 1%, with and without
+outliers.
+
+    make coverage                          # 200 sets, the table that LOG.md keeps
+    python tests/scaling/interval_coverage.py 40    # what CI runs (test_coverage.py)
+
+Each set is a sweep of 5 budgets x 7 sizes under a known law, fitted by the default objective with 200
+refits. An outlier is one run a budget, at random, whose loss is 3% too high. forecast: the law's loss at 30
+times the largest budget, at its optimum. Approach 2 has no E and no law of the loss, so its exponent alone
+is counted.
+"""
+
+import sys
+import time
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from known_laws import TRUTH, few_starts, optimum, sweep
+
+from llm_jax.scaling.fits import fit_law
+from llm_jax.scaling.isoflop import fit_isoflop
+from llm_jax.scaling.resampling import KINDS
+
+BEYOND = 30 * 1e22
+OUTLIER, REFITS = 0.03, 200
+
+
+class Row(NamedTuple):
+    """One condition: the share of sets whose interval holds the truth, for each quantity."""
+
+    kind: str
+    noise: float
+    outliers: bool
+    shares: dict[str, float]
+
+    def __str__(self) -> str:
+        numbers = "  ".join(f"{name} {share:6.1%}" for name, share in self.shares.items())
+        return (
+            f"{self.kind:12} noise {self.noise:5.1%}  {'outliers' if self.outliers else 'clean':8}  {numbers}"
+        )
+
+
+def dataset(noise: float, outliers: bool, seed: int) -> pd.DataFrame:
+    """A sweep, perhaps with a bad run at every budget."""
+    points = sweep(noise=noise, seed=seed)
+    if outliers:
+        bad = 7 * np.arange(5) + np.random.default_rng(10_000 + seed).integers(7, size=5)
+        points.loc[bad, "loss"] *= 1 + OUTLIER
+    return points
+
+
+def measure(sets: int, first_seed: int = 0) -> list[Row]:
+    """The table of coverage over `sets` sets."""
+    N = float(optimum(TRUTH, np.array(BEYOND)))
+    D = BEYOND / 6 / N
+    truth = {
+        "a": TRUTH["beta"] / (TRUTH["alpha"] + TRUTH["beta"]),
+        "E": TRUTH["E"],
+        "forecast": TRUTH["E"] + TRUTH["A"] / N ** TRUTH["alpha"] + TRUTH["B"] / D ** TRUTH["beta"],
+    }
+    rows = []
+    for noise in (0.003, 0.01):
+        for outliers in (False, True):
+            hits = {kind: [] for kind in (*KINDS, "approach 2")}
+            for seed in range(first_seed, first_seed + sets):
+                points = dataset(noise, outliers, seed)
+                for kind in KINDS:
+                    fit = fit_law(points, few_starts(), bootstrap=REFITS, intervals=kind, seed=seed)
+                    found = {
+                        "a": fit.parameters["a"],
+                        "E": fit.parameters["E"],
+                        "forecast": fit.predict(N=N, D=D),
+                    }
+                    hits[kind].append({name: e.low <= truth[name] <= e.high for name, e in found.items()})
+                if not outliers:
+                    a = fit_isoflop(points, bootstrap=REFITS, seed=seed).parameters["a"]
+                    hits["approach 2"].append({"a": a.low <= truth["a"] <= a.high})
+            for kind, held in hits.items():
+                if held:
+                    rows.append(Row(kind, noise, outliers, pd.DataFrame(held).mean().to_dict()))
+    return rows
+
+
+if __name__ == "__main__":
+    number, begun = int(sys.argv[1]) if len(sys.argv) > 1 else 200, time.process_time()
+    print(f"coverage of 90% intervals, {number} sets, {REFITS} refits each")
+    outside = 0
+    for row in measure(number):
+        print(row, flush=True)
+        outside += sum(not 0.85 <= share <= 0.95 for share in row.shares.values())
+    print(f"{outside} shares outside 85 to 95%; {time.process_time() - begun:.0f} CPU seconds")
+    sys.exit(min(outside, 1))
