@@ -10,8 +10,8 @@ from llm_jax.scaling.isoflop import fit_isoflop
 from llm_jax.scaling.laws import Chinchilla
 from llm_jax.scaling.powers import power_law
 
-# a = beta / (alpha + beta) of the 240 points by objective (for 1e-2 from its row's alpha and beta; the row's own a
-# differs from them in the fifth digit), and of all 245
+# a = beta / (alpha + beta) of the 240 points by objective; for 1e-2 from its row's alpha and beta, from which the
+# row's own a differs in the fifth digit
 EXPONENTS = {
     "huber:1e-3": 0.51389951,
     "lad": 0.51263971,
@@ -120,7 +120,7 @@ def test_porians_lines_of_size_and_of_data(porian, config):
     )
 
 
-@pytest.mark.parametrize("config, exponent", zip(CONFIGS, (1.98, 0.569, 0.516), strict=True))
+@pytest.mark.parametrize("config, exponent", list(zip(CONFIGS, (1.98, 0.569, 0.516), strict=True)))
 def test_parabolas_over_all_sizes_give_the_wrong_exponents_that_were_reported(porian, config, exponent):
     points = porian["isoflop_points"].query("config == @config").rename(columns={"flops": "C"})
     full = fit_isoflop(points, method="full", bootstrap=0)
