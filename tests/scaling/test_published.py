@@ -10,8 +10,8 @@ from llm_jax.scaling.isoflop import fit_isoflop
 from llm_jax.scaling.laws import Chinchilla
 from llm_jax.scaling.powers import power_law
 
-# a = beta / (alpha + beta) of the 240 points by objective; for 1e-2 from its row's alpha and beta, from which the
-# row's own a differs in the fifth digit
+# a = beta / (alpha + beta) of the 240 points by objective; for 1e-2 from its row's alpha and beta, from
+# which the row's own a differs in the fifth digit
 EXPONENTS = {
     "huber:1e-3": 0.51389951,
     "lad": 0.51263971,
