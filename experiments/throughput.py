@@ -61,6 +61,11 @@ class Shape:
     vocabulary: int = 65  # characters of Shakespeare, as in nanoGPT's smallest configuration
     dtype: Literal["float32", "bfloat16"] = "float32"
 
+    def validate(self) -> None:
+        sizes = self.layers, self.width, self.heads, self.sequence_length, self.batch_size, self.vocabulary
+        if min(sizes) < 1 or self.width % self.heads:
+            raise UserError(f"shape {self.name}: all sizes are at least 1, and heads divides width")
+
     @property
     def tokens(self) -> int:
         return self.batch_size * self.sequence_length

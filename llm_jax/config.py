@@ -210,8 +210,8 @@ def load_experiment(place: str) -> tuple[types.ModuleType, str]:
     """The module at `FILE.py[:scale]` and its scale (the first of its `SCALES` if none is named)."""
     name, _, scale = place.partition(":")
     path = pathlib.Path(name)
-    if not path.is_file():
-        near = sorted(str(p) for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
+    if not path.is_file() or path.suffix != ".py":
+        near = [str(found) for found in sorted((path if path.is_dir() else path.parent).glob("*.py"))]
         raise UserError(f"no experiment file {name!r}; {nearest(name, near)}")
     unique = f"{path.stem} ({path.resolve()})"
     spec = importlib.util.spec_from_file_location(unique, path)

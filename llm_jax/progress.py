@@ -65,7 +65,8 @@ class Progress:
         self._status = self._status._replace(step=step)
         if self._display is not None:
             self._display.say(self._headline + (f", continued from step {step:,}" if step else ""))
-        self._send()
+        if self._display is None or self._display.terminal:
+            self._send()
 
     def update(self, step: int, loss: float, tokens_per_second: float) -> None:
         """Says that `step` steps are done (those before a restart count); `loss` is the last one's."""

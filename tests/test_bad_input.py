@@ -148,6 +148,12 @@ def test_a_mistake_is_one_line_and_leaves_no_trace(place, command, module, argum
     assert not [path for path in place.rglob("*") if path.suffix in (".lock", ".partial")]
 
 
+def test_a_shape_that_can_not_be_measured_is_refused(place, command):
+    throughput = ISOFLOP.replace("isoflop", "throughput")
+    line = refusal(*command("launch.local", throughput, "--config.shapes.0.width=33"))
+    assert "shape 1 x 32: all sizes are at least 1, and heads divides width" in line
+
+
 def test_a_mistake_is_one_line_in_a_process_of_its_own_too(place):
     arguments = sys.executable, "-m", "llm_jax.train", ISOFLOP, "--workers=2"
     done = subprocess.run(

@@ -270,7 +270,13 @@ def test_the_command_line_picks_a_file_a_scale_and_fields(tmp_path):
     ("arguments", "words"),
     [
         ([], "--config is missing"),
-        (["--config=FOLDER/experimant.py"], "no experiment file"),
+        (["--config=FOLDER/experimant.py"], "FOLDER/experimant.py'; did you mean 'FOLDER/experiment.py'?"),
+        (
+            ["--config=FOLDER"],
+            "no experiment file 'FOLDER'; did you mean 'FOLDER/",
+        ),
+        (["--config=FOLDER/notes.md"], "no experiment file"),
+        (["--config=nowhere/experiment.py"], "no experiment file"),
         (["--config=FILE:lage"], "no scale 'lage'; did you mean 'large'?"),
         (["--config=FILE", "--config.layer=3"], "no field 'layer' in Config; did you mean 'layers'?"),
         (["--config=FILE", "--config.layers=x"], "config.layers: 'x' is not an integer"),
@@ -283,9 +289,11 @@ def test_the_command_line_picks_a_file_a_scale_and_fields(tmp_path):
 def test_a_bad_command_line_is_one_line_and_exit_code_2(tmp_path, arguments, words):
     (tmp_path / "experiment.py").write_text(EXPERIMENT)
     (tmp_path / "broken.py").write_text("")
+    (tmp_path / "notes.md").write_text("Not Python.")
     places = {"FILE": tmp_path / "experiment.py", "FOLDER": tmp_path, "BROKEN": tmp_path / "broken.py"}
     for name, place in places.items():
         arguments = [argument.replace(name, str(place)) for argument in arguments]
+        words = words.replace(name, str(place))
     code, out, err = ask(*arguments)
     assert (code, out) == (2, "")
     assert words in err
