@@ -20,26 +20,23 @@ Every run, the hold-out too, sees each byte of the corpus at most once, and its 
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from llm_jax import ladder
 from llm_jax.config import UserError
-from llm_jax.data import Python, SentencePiece, Text
-from llm_jax.models import counting
+from llm_jax.ladder import Shapes, shapes
 from llm_jax.models.transformer import Transformer
 from llm_jax.optimizers import AdamW
-from llm_jax.run import Cell, Run, Sweep
+from llm_jax.run import Run, Sweep
 from llm_jax.scaling import fits, grids, isoflop
 from llm_jax.scaling import forecast as forecasting
 from llm_jax.scaling import report as reports
 from llm_jax.scaling.rates import RateCheck, check_rates
 from llm_jax.schedules import Cosine
-
-COUNTING = "matrices of the body and of the logits (norms and the input table don't count)"
-MULTIPLES, RATE = (0.5, 1.0, 2.0), "optimizer.learning_rate"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +50,7 @@ class Isoflop(Sweep, kind="isoflop"):
 
     budgets_flops: tuple[float, ...] = (2e10, 4e10, 8e10, 1.6e11)
     holdout_flops: float = 7e11
-    shapes: tuple[tuple[int, int], ...] = tuple((w, 2) for w in (*range(6, 21, 2), *range(24, 65, 4)))
+    shapes: Shapes = shapes((*range(6, 21, 2), *range(24, 65, 4)), layers=2)
     sizes: int = 7
     span: float = 4.0
     tokens_per_parameter: float = 40.0
@@ -75,17 +72,13 @@ class Isoflop(Sweep, kind="isoflop"):
             )
 
 
-def ladder(widths: Sequence[int], layers: int) -> tuple[tuple[int, int], ...]:
-    return tuple((width, layers) for width in widths)
-
-
 # The first is what --config=experiments/isoflop.py means.
 SCALES = {
     "quickstart": Isoflop(),
     "smoke": Isoflop(
         budgets_flops=(5e8, 1e9, 2e9),
         holdout_flops=8e9,
-        shapes=ladder((4, 6, 8, 12, 16), 1),
+        shapes=shapes((4, 6, 8, 12, 16), 1),
         sizes=5,
         minimum_steps=20,
         bootstrap=200,
@@ -94,30 +87,22 @@ SCALES = {
     "cpu": Isoflop(
         budgets_flops=(2e11, 4e11, 8e11, 1.6e12),
         holdout_flops=1.7e13,
-        shapes=ladder((20, 24, 32, 40, 48, 56), 2) + ladder((64, 80, 96, 112, 128), 3),
+        shapes=shapes((20, 24, 32, 40, 48, 56), 2) + shapes((64, 80, 96, 112, 128), 3),
         bootstrap=4000,
     ),
     "gpu": Isoflop(
         budgets_flops=(8e12, 1.6e13, 3.2e13, 6.4e13, 1.2e14),
         holdout_flops=1.25e15,
-        shapes=ladder((48, 64, 80), 3) + ladder((96, 112, 128, 160), 4) + ladder((192, 224, 256, 320), 5),
+        shapes=shapes((48, 64, 80), 3) + shapes((96, 112, 128, 160), 4) + shapes((192, 224, 256, 320), 5),
         bootstrap=4000,
     ),
     "full": Isoflop(
         budgets_flops=(1e17, 3e17, 1e18, 3e18),
         holdout_flops=9e19,
-        shapes=ladder((256, 320, 384, 448, 512), 8) + ladder((640, 768, 896, 1024, 1280, 1536), 12),
+        shapes=shapes((256, 320, 384, 448, 512), 8) + shapes((640, 768, 896, 1024, 1280, 1536), 12),
         tokens_per_parameter=20.0,
         bootstrap=4000,
     ),
-}
-
-SMALL = Text(Python(), sequence_length=128, batch_size=4, held_out_bytes=2**18)
-DATA = {
-    "smoke": dataclasses.replace(SMALL, held_out_bytes=2**15),
-    "gpu": Text(Python(packages=True), sequence_length=256, batch_size=32),
-    # Name a corpus of some 20 billion tokens: --config.data.corpus=FOLDER.
-    "full": Text(tokenizer=SentencePiece(vocabulary=32768), sequence_length=1024, batch_size=256),
 }
 
 
@@ -125,7 +110,7 @@ def get_config(scale: str) -> Run:
     """The run that the sweep varies: its width, its depth, its tokens and its rate."""
     return Run(
         model=Transformer(layers=3, width=64, heads=4),
-        data=DATA.get(scale, SMALL),
+        data=ladder.text(scale),
         optimizer=AdamW(learning_rate=6e-3, schedule=Cosine(warmup_fraction=0.05, final_fraction=0.0)),
         tokens=2**19,
         name=f"isoflop-{scale}",
@@ -139,61 +124,33 @@ def get_config(scale: str) -> Run:
 def sweep(base: Run) -> list[Run]:
     """The grid, and the runs that check the rate at its smallest and its largest model."""
     grid = cells(base, "grid")
-    runs = [run_of(base, cell) for cell in grid]
+    runs = [ladder.run_of(base, cell) for cell in grid]
     # The smallest model at its smallest budget, the largest at its largest: the ends of the rule's range.
     ends = [f(grid, key=lambda cell: (cell["N"], cell["budget_flops"])) for f in (min, max)]
-    for cell in ends:
-        runs += [
-            run_of(base, cell, multiple, base.seed + extra)
-            for extra in range(base.sweep.rate_seeds)
-            for multiple in MULTIPLES
-            if (multiple, extra) != (1.0, 0)
-        ]
-    return runs
+    return runs + [run for cell in ends for run in ladder.rate_runs(base, cell)]
 
 
 def holdout(base: Run) -> list[Run]:
     """The run that the forecast is for."""
-    return [run_of(base, cell) for cell in cells(base, "holdout")]
+    return [ladder.run_of(base, cell) for cell in cells(base, "holdout")]
 
 
 def plan_notes(base: Run) -> list[str]:
     """What the plan says beyond its table."""
-    available = source_tokens(base)
-    largest = max(cell["D"] for cell in plan(base).cells.to_dict("records"))
-    return [
-        f"vocabulary {base.data.vocabulary:,}; one epoch has {available:,} tokens, the longest run takes "
-        f"{largest:,} ({largest / available:.0%})",
-        *plan(base).notes,
-    ]
+    longest = max(cell["D"] for cell in plan(base).cells.to_dict("records"))
+    return [ladder.epoch_note(base, longest), *plan(base).notes]
 
 
 @functools.cache
 def plan(base: Run) -> grids.Grid:
     """The grid and the hold-out as numbers, within one epoch of the corpus."""
     settings = base.sweep
-    rows = []
-    for width, layers in settings.shapes:
-        model = model_of(base, width, layers).resolve(base.data)
-        N = counting.closed_form(model, base.data.sequence_length)["N_matmul"]
-        rows.append({"N": N, "flops_per_token": 6 * N, "width": width, "layers": layers})
-    candidates = pd.DataFrame(rows).assign(tokens_per_step=base.data.tokens_per_step)
-    limits = grids.Limits(source_tokens(base), settings.minimum_steps)
-    optimum = grids.ratio_optimum(candidates, settings.tokens_per_parameter)
+    sizes = ladder.candidates(base, settings.shapes)
+    limits = grids.Limits(ladder.epoch_tokens(base), settings.minimum_steps)
+    optimum = grids.ratio_optimum(sizes, settings.tokens_per_parameter)
     budgets = settings.budgets_flops
-    grid = grids.isoflop(candidates, budgets, optimum, limits, settings.sizes, settings.span)
-    return grid + grids.holdout(candidates, settings.holdout_flops, optimum, limits)
-
-
-@functools.cache
-def source_tokens(base: Run) -> int:
-    """Tokens of one epoch; raises UserError for data that this experiment can't use."""
-    source = base.data.open()
-    if source.available_tokens is None:
-        raise UserError("an isoFLOP sweep sees no token twice: set data.repeat=false, name a finite corpus")
-    if source.held_out() is None:
-        raise UserError("an isoFLOP sweep is scored on held-out documents: set data.held_out_fraction=0.05")
-    return source.available_tokens
+    grid = grids.isoflop(sizes, budgets, optimum, limits, settings.sizes, settings.span)
+    return grid + grids.holdout(sizes, settings.holdout_flops, optimum, limits)
 
 
 def cells(base: Run, role: str) -> list[dict[str, Any]]:
@@ -201,57 +158,24 @@ def cells(base: Run, role: str) -> list[dict[str, Any]]:
     return table[table["role"] == role].to_dict("records")
 
 
-def model_of(base: Run, width: int, layers: int) -> Transformer:
-    """As many heads as divide the width and leave each at least 16 wide."""
-    heads = max((h for h in range(1, width // 16 + 1) if width % h == 0), default=1)
-    return dataclasses.replace(base.model, width=width, layers=layers, heads=heads)
-
-
-def rate(base: Run, width: float) -> float:
-    """The learning rate that the rule gives a model of `width`."""
-    return base.optimizer.learning_rate * (width / 64) ** base.sweep.rate_exponent
-
-
-def run_of(base: Run, cell: Mapping[str, Any], multiple: float = 1.0, seed: int | None = None) -> Run:
-    """The run of a planned cell, at a multiple of the rule's rate."""
-    checks = seed is not None
-    return dataclasses.replace(
-        base,
-        model=model_of(base, cell["width"], cell["layers"]),
-        optimizer=dataclasses.replace(base.optimizer, learning_rate=multiple * rate(base, cell["width"])),
-        tokens=cell["D"],
-        seed=seed if checks else base.seed,
-        name=f"rate-{cell['N']}-{multiple:g}x-seed{seed}" if checks else cell["name"],
-        cell=Cell("rate" if checks else cell["role"], cell["budget_flops"]),
-    )
-
-
 # ---- the law ----
-
-
-def points(runs: pd.DataFrame) -> pd.DataFrame:
-    """The runs' table with N, D and C by this experiment's convention, and what else the report shows."""
-    if not (runs["status"] == "done").any():
-        raise UserError("no run of this sweep is done: there is nothing to fit")
-    shown = {name.rpartition(".")[2]: runs[name] for name in ("model.width", "model.layers", RATE)}
-    return runs.assign(N=runs["N_matmul"], C=runs["flops_6nd_matmul"], **shown)
 
 
 def fit_law(base: Run, runs: pd.DataFrame) -> fits.Fit:
     """Approach 3 on the grid."""
-    grid = points(runs[runs["role"] == "grid"])
-    return fits.fit(grid, "chinchilla", bootstrap=base.sweep.bootstrap, counting=COUNTING)
+    grid = ladder.points(runs[runs["role"] == "grid"])
+    return fits.fit(grid, "chinchilla", bootstrap=base.sweep.bootstrap, counting=ladder.COUNTING)
 
 
 def rate_checks(base: Run, runs: pd.DataFrame) -> list[RateCheck]:
     """The smallest and the largest model at half and double the rule's rate."""
-    table = points(runs[runs["role"].isin(["grid", "rate"])])
-    return check_rates(table, [rate(base, width) for width in table["width"]], MULTIPLES)
+    table = ladder.points(runs[runs["role"].isin(["grid", "rate"])])
+    return check_rates(table, [ladder.rate(base, width) for width in table["width"]], ladder.MULTIPLES)
 
 
 def laws(bootstrap: int) -> dict[str, Callable[[pd.DataFrame], fits.Fit | isoflop.IsoflopFit]]:
     """What a forecast may be made with: the law of N and D, or the power law through the isoFLOP minima."""
-    options = {"bootstrap": bootstrap, "counting": COUNTING}
+    options = {"bootstrap": bootstrap, "counting": ladder.COUNTING}
     return {
         "Approach 3": lambda grid: fits.fit_law(grid, "chinchilla", **options),
         "Approach 2": lambda grid: isoflop.fit_isoflop(grid, **options),
@@ -274,7 +198,7 @@ def back_tested(base: Run, grid: pd.DataFrame, errors: Mapping[str, float]) -> l
 
 def forecast(base: Run, runs: pd.DataFrame, run: Run) -> forecasting.Forecast:
     """The loss that `run` will reach, by the law that the back-test prefers; written before it starts."""
-    grid = points(runs[runs["role"] == "grid"])
+    grid = ladder.points(runs[runs["role"] == "grid"])
     errors = backtests(grid)
     fit = laws(base.sweep.bootstrap)[min(errors, key=errors.get)](grid)
     cell = next(cell for cell in cells(base, "holdout") if cell["D"] == run.tokens)
@@ -284,10 +208,10 @@ def forecast(base: Run, runs: pd.DataFrame, run: Run) -> forecasting.Forecast:
 
 def report(base: Run, folder: Path, runs: pd.DataFrame, forecasts: Mapping[str, Any]) -> dict[str, Any]:
     """Fits, prints and writes the report; returns its numbers."""
-    grid = points(runs[runs["role"] == "grid"])
+    grid = ladder.points(runs[runs["role"] == "grid"])
     warnings, minima, tests = [], None, backtests(grid)
     try:
-        minima = isoflop.fit_isoflop(grid, bootstrap=base.sweep.bootstrap, counting=COUNTING)
+        minima = isoflop.fit_isoflop(grid, bootstrap=base.sweep.bootstrap, counting=ladder.COUNTING)
     except UserError as error:
         warnings.append(f"Approach 2: {error}")
     try:
@@ -305,7 +229,7 @@ def report(base: Run, folder: Path, runs: pd.DataFrame, forecasts: Mapping[str, 
     result = reports.Report(
         title=f"IsoFLOP sweep: {base.name}",
         question=__doc__.splitlines()[0],
-        runs=points(runs),
+        runs=ladder.points(runs),
         law=fit_law(base, runs),
         isoflop=minima,
         outcomes=outcomes,

@@ -14,7 +14,7 @@ ROWS = [
     ["checkpoints", "manifest", "records", "environment", "events", "progress"],
     ["optimizers", "schedules", "losses", "interop"],
     ["pack", "train", "trunks", "program", "step", "run", "facts", "held_out", "inference"],
-    ["scaling", "posttraining", "evaluation"],
+    ["scaling", "ladder", "posttraining", "evaluation"],
     ["score", "generate", "chat", "aot"],
 ]
 FLOOR = {room: row for row, rooms in enumerate(ROWS) for room in rooms}
