@@ -1,7 +1,7 @@
 """The order of an experiment, whatever engine trains its runs.
 
     the plan, with its price -> what is missing of the sweep -> a forecast of every hold-out run, on disk
-    -> the hold-out runs -> the report
+    -> the hold-out runs -> what shared trunks saved -> the report
 
 An experiment file has `SCALES`, `get_config(scale) -> base`, and
 
@@ -15,6 +15,7 @@ An experiment file has `SCALES`, `get_config(scale) -> base`, and
 or, where it measures instead of training a sweep, `measure(base, folder) -> dict`, which goes to result.json.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from launch.sweep import Plan, Planned, make_folder
 from llm_jax import config, records
 from llm_jax.config import Chosen, UserError
 from llm_jax.scaling import forecast
+from llm_jax.scaling.trunks import savings
 
 # engine(missing, planned): trains the missing of the `planned` runs of a stage until each is complete or has
 # failed, and returns the reasons of those that failed.
@@ -54,10 +56,14 @@ def carry_out(plan: Plan, engine: Engine) -> int:
             failures |= train_missing(plan.holdout, engine)
     for line in [*troubles(plan, failures), *unable]:
         print(line, flush=True)
+    saved = savings(plan.table(plan.runs)) if any(item.begun for item in plan.runs) else None
+    if saved:
+        print(f"trunks: {saved}", flush=True)
     if hasattr(module, "report"):
         try:
             result = module.report(plan.experiment.config, plan.folder, plan.table(plan.runs), forecasts)
-            write_result(plan.folder, plan.experiment, result or {})
+            costs = {"savings": dataclasses.asdict(saved)} if saved else {}
+            write_result(plan.folder, plan.experiment, (result or {}) | costs)
         except UserError as error:
             print(f"report: {error}")
             return 1

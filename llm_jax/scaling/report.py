@@ -23,6 +23,7 @@ from llm_jax.scaling.page import Answer, Drawing, Fitted, Page, Table, Tile
 from llm_jax.scaling.powers import FORMULAS
 from llm_jax.scaling.rates import RateCheck
 from llm_jax.scaling.results import Estimate, Fit
+from llm_jax.scaling.trunks import savings
 
 GREEK = {"alpha": "α", "beta": "β"}
 
@@ -351,6 +352,8 @@ def conventions(report: Report) -> dict[str, str]:
         "loss minimised": f"{law['loss']} on {law['on']}, {law['reduction']}",
         "intervals": f"{report.law.level:.0%}, {len(report.law.draws)} bootstrap refits",
     }
+    if saved := savings(report.runs):
+        told["trunks"] = str(saved)
     for column in ("device", "git_revision"):
         if column in report.runs:
             told[column.replace("_", " ")] = ", ".join(sorted({str(v) for v in report.runs[column].dropna()}))
