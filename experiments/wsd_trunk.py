@@ -92,7 +92,7 @@ def get_config(scale: str) -> Run:
         model=Transformer(layers=3, width=64, heads=4),
         data=ladder.text(scale),
         optimizer=AdamW(learning_rate=6e-3, schedule=WSD(decay_fraction=0.2, warmup_steps=warmup_steps)),
-        tokens=2**19,
+        tokens=SCALES[scale].D_tokens[0],
         name=f"wsd_trunk-{scale}",
         sweep=SCALES[scale],
     )

@@ -77,8 +77,43 @@ def runs(seed=0, noise=0.003, budgets=BUDGETS, sizes=6, holdout_factor=4.0):
     )
 
 
+def trunk_runs(noise=0.003, steps=(400, 800, 1600), sizes=(10_000, 30_000, 90_000)):
+    """Runs of role wsd, the longest of each size a trunk of the others, and cosine runs of the same cells."""
+    rng, rows = np.random.default_rng(1), []
+    for role in ("wsd", "cosine"):
+        for N in sizes:
+            for count in steps:
+                D, branch = count * 512, role == "wsd" and count < max(steps)
+                shared = round(0.8 * count) if branch else 0
+                rows.append(
+                    {
+                        "name": f"{role}-{N}-{count}",
+                        "identity": f"{len(rows):012x}",
+                        "trunk": f"{role}-{N}-{max(steps)}" if branch else None,
+                        "role": role,
+                        "N": N,
+                        "N_matmul": N,
+                        "D": D,
+                        "steps": count,
+                        "steps_shared": shared,
+                        "steps_trained": count - shared,
+                        "flops_exact": 6.0 * N * D,
+                        "flops_6nd": 6.0 * N * D,
+                        "flops_spent": 6.0 * N * D * (count - shared) / count,
+                        "loss": loss(N, D) * np.exp(noise * rng.standard_normal()),
+                        "status": "done",
+                        "seed": 0,
+                    }
+                )
+    return pd.DataFrame(rows)
+
+
 def write_records(folder, table):
-    """The same table as run folders: config.json, metrics/00000.jsonl and result.json in folder/<name>."""
+    """The same table as run folders: config.json, metrics/00000.jsonl and result.json in folder/<name>.
+
+    trunk, if there is such a column, names the run that the first `steps_shared` steps are from.
+    """
+    identities = dict(zip(table["name"], table["identity"], strict=True))
     for row in table.to_dict("records"):
         row = {key: None if value != value else value for key, value in row.items()}
         run = pathlib.Path(folder) / row["name"]
@@ -87,6 +122,14 @@ def write_records(folder, table):
         (run / "config.json").write_text(json.dumps(config))
         recorded = {key: value for key, value in row.items() if key not in ("N", "C")}
         (run / "result.json").write_text(json.dumps(recorded))
-        marks = np.unique(np.linspace(1, row["steps"], 20).astype(int))
-        lines = [{"step": int(s), "loss": float(loss(row["N"], row["D"] * s / row["steps"]))} for s in marks]
+        head, begin = {"part": 0, "resume_at": 0}, 0
+        if trunk := row.get("trunk"):
+            begin = row["steps_shared"]
+            head |= {"resume_at": begin, "trunk": {"folder": f"../{trunk}", "identity": identities[trunk]}}
+        marks = range(row["steps"] // 20, row["steps"] + 1, row["steps"] // 20)
+        lines = [head] + [
+            {"step": s, "loss": float(loss(row["N"], row["D"] * s / row["steps"])), "learning_rate": 0.01}
+            for s in marks
+            if s > begin
+        ]
         (run / "metrics" / "00000.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -68,6 +68,19 @@ def test_notebooks_of_published_data_say_so_where_it_is_absent(tmp_path, monkeyp
 
 
 @pytest.mark.slow
+def test_the_trunks_notebook_draws_trees_and_laws_from_records_alone(tmp_path, monkeypatch):
+    runs = sweep.trunk_runs()
+    sweep.write_records(tmp_path, runs)
+    monkeypatch.setenv("LLM_JAX_SWEEP", str(tmp_path))
+    text, figures = executed("trunks.ipynb")
+    assert figures == 2
+    # 3 runs of 1, 2 and 4 units of tokens: 4 + 0.2 * (1 + 2) units are spent instead of 7.
+    assert "trunks and branches: 9 runs, 6 of them branches of 3 trunks" in text and "34% saved" in text
+    assert "independent cosine runs: nothing shared" in text
+    assert "8 rows of the shortest, 4 of them the trunk's" in text
+
+
+@pytest.mark.slow
 def test_the_isoflop_notebook_draws_the_report_from_records_alone(swept, monkeypatch):
     monkeypatch.setenv("LLM_JAX_SWEEP", str(swept))
     text, figures = executed("isoflop.ipynb")
