@@ -1,0 +1,44 @@
+"""What trunks save, from a table of runs."""
+
+import numpy as np
+import pytest
+import synthetic_sweep as sweep
+
+from llm_jax.scaling import plots
+from llm_jax.scaling.trunks import savings, tree_panels
+
+
+@pytest.fixture(scope="module")
+def runs():
+    return sweep.trunk_runs()
+
+
+def test_savings_are_the_steps_that_were_not_computed(runs):
+    # Three sizes, each with runs of 1, 2 and 4 units, in both ways; a branch's own part is a fifth of it.
+    unit = 6 * 512 * 400 * (10_000 + 30_000 + 90_000)
+    saved = savings(runs)
+    assert (saved.runs, saved.branches, saved.trunks) == (18, 6, 3)
+    assert saved.unbroken == pytest.approx(14 * unit)
+    assert saved.spent == pytest.approx((7 + 4.6) * unit)
+    assert str(saved).endswith("17% saved")
+
+
+def test_runs_that_are_not_done_count_in_neither_price(runs):
+    one = savings(runs[runs["role"] == "wsd"])
+    diverged = runs[runs["role"] == "wsd"].iloc[-1:].assign(status="diverged", identity="d")
+    assert savings(runs[runs["role"] == "wsd"].merge(diverged, how="outer")) == one
+
+
+def test_nothing_is_claimed_where_nothing_was_shared(runs):
+    assert savings(runs[runs["role"] == "cosine"]) is None
+    assert savings(runs.drop(columns=["trunk"])) is None
+
+
+def test_a_tree_shows_of_each_branch_its_own_steps_only(runs, tmp_path):
+    tree = runs[(runs["role"] == "wsd") & (runs["N"] == 10_000)]
+    sweep.write_records(tmp_path, tree)
+    rates, losses = tree_panels(tmp_path, tree.assign(run=tree["name"]))
+    begins = [float(np.min(series.x)) for series in losses.series]
+    assert begins == [80 * 512, 640 * 512, 320 * 512]
+    assert [len(series.x) for series in rates.series] == [len(series.x) for series in losses.series]
+    plots.draw("tree", [rates, losses])
