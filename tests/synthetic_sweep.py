@@ -126,9 +126,13 @@ def write_records(folder, table):
         if trunk := row.get("trunk"):
             begin = row["steps_shared"]
             head |= {"resume_at": begin, "trunk": {"folder": f"../{trunk}", "identity": identities[trunk]}}
-        marks = range(row["steps"] // 20, row["steps"] + 1, row["steps"] // 20)
+        marks = np.unique(np.linspace(1, row["steps"], 20).astype(int))
         lines = [head] + [
-            {"step": s, "loss": float(loss(row["N"], row["D"] * s / row["steps"])), "learning_rate": 0.01}
+            {
+                "step": int(s),
+                "loss": float(loss(row["N"], row["D"] * s / row["steps"])),
+                "learning_rate": 0.01,
+            }
             for s in marks
             if s > begin
         ]
