@@ -27,7 +27,7 @@ def score(
     """Scores every held-out document in full, `rows` windows at a time.
 
     The standard error is that of the ratio (sum of nats) / (sum of tokens), documents being independent
-    (linearisation; Cochran, Sampling Techniques, 3rd edition, equation 2.45).
+    (linearisation; Cochran, Sampling Techniques, 3rd edition, equation 2.45); one document alone has none.
     """
     nats = np.zeros(held_out.documents)
     tokens = np.zeros(held_out.documents)
@@ -40,10 +40,13 @@ def score(
         tokens += np.bincount(document.ravel(), mask.ravel(), minlength=len(tokens))
     loss = nats.sum() / tokens.sum()
     count = int((tokens > 0).sum())
-    variance = np.square(nats - loss * tokens).sum() / max(count - 1, 1) * count / tokens.sum() ** 2
+    spread = {}
+    if count > 1:
+        variance = np.square(nats - loss * tokens).sum() / (count - 1) * count / tokens.sum() ** 2
+        spread["loss_standard_error"] = float(math.sqrt(variance))
     return {
         "loss": float(loss),
-        "loss_standard_error": float(math.sqrt(variance)),
+        **spread,
         "bits_per_byte": float(nats.sum() / math.log(2) / held_out.bytes),
         "held_out_tokens": int(tokens.sum()),
         "held_out_bytes": int(held_out.bytes),

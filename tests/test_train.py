@@ -12,8 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm_jax import config, optimizers, records
+from llm_jax import config, optimizers, records, sharding
 from llm_jax.config import UserError
+from llm_jax.data import HeldOut
+from llm_jax.held_out import score
 from llm_jax.models import Term
 from llm_jax.models.transformer import LayerNorm
 from llm_jax.step import State, accumulate, make_init, make_step
@@ -52,6 +54,19 @@ def test_a_run_learns_and_its_result_says_what_analysis_needs(finished, tiny_run
     assert result["D"] == result["steps"] * tiny_run.data.tokens_per_step == 40 * 8 * 32
     assert result["identity"] == tiny_run.identity()
     assert json.loads((folder / "result.json").read_text())["loss"] == result["loss"]
+
+
+@pytest.mark.parametrize("documents", [1, 2])
+def test_the_standard_error_is_that_of_several_documents(documents):
+    nats = np.float32([[1.0, 2.0], [3.0, 6.0]])
+    document = np.int32([[0, 0], [1, 1]]) % documents
+    batch = {"document": document, "mask": np.ones((2, 2), np.float32), "nats": nats}
+    held_out = HeldOut(lambda rows: iter([batch.copy()]), tokens=4, bytes=8, documents=documents)
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=1))
+    scores = score(lambda params, batch: batch["nats"], {}, held_out, 2, mesh)
+    assert scores["loss"] == 3.0
+    # The documents' sums lie 3 below and above what the mean says: sqrt(2 (9 + 9) / 4^2).
+    assert scores.get("loss_standard_error") == (None if documents == 1 else pytest.approx(1.5))
 
 
 def test_a_finished_run_is_not_trained_again(finished, tiny_run):
