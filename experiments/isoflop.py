@@ -20,7 +20,7 @@ Every run, the hold-out too, sees each byte of the corpus at most once, and its 
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from llm_jax.ladder import Shapes, shapes
 from llm_jax.models.transformer import Transformer
 from llm_jax.optimizers import AdamW
 from llm_jax.run import Run, Sweep
-from llm_jax.scaling import fits, grids, isoflop
+from llm_jax.scaling import fits, grids
 from llm_jax.scaling import forecast as forecasting
 from llm_jax.scaling import report as reports
 from llm_jax.scaling.rates import RateCheck, check_rates
@@ -161,35 +161,32 @@ def cells(base: Run, role: str) -> list[dict[str, Any]]:
 # ---- the law ----
 
 
-def fit_law(base: Run, runs: pd.DataFrame) -> fits.Fit:
-    """Approach 3 on the grid."""
-    grid = ladder.points(runs[runs["role"] == "grid"])
-    return fits.fit(grid, "chinchilla", bootstrap=base.sweep.bootstrap, counting=ladder.COUNTING)
-
-
 def rate_checks(base: Run, runs: pd.DataFrame) -> list[RateCheck]:
     """The smallest and the largest model at half and double the rule's rate."""
     table = ladder.points(runs[runs["role"].isin(["grid", "rate"])])
     return check_rates(table, [ladder.rate(base, width) for width in table["width"]], ladder.MULTIPLES)
 
 
-def laws(bootstrap: int) -> dict[str, Callable[[pd.DataFrame], fits.Fit | isoflop.IsoflopFit]]:
+@functools.cache
+def laws(bootstrap: int) -> dict[str, forecasting.MakeFit]:
     """What a forecast may be made with: the law of N and D, or the power law through the isoFLOP minima."""
     options = {"bootstrap": bootstrap, "counting": ladder.COUNTING}
     return {
-        "Approach 3": lambda grid: fits.fit_law(grid, "chinchilla", **options),
-        "Approach 2": lambda grid: isoflop.fit_isoflop(grid, **options),
+        "Approach 3": forecasting.once(functools.partial(fits.fit, law="chinchilla", **options)),
+        "Approach 2": forecasting.once(functools.partial(fits.fit, approach=2, **options)),
     }
 
 
-def backtests(grid: pd.DataFrame) -> dict[str, float]:
+def backtests(base: Run, grid: pd.DataFrame) -> dict[str, float]:
     """How far each law, fitted without the largest budget, misses that one's best run [of ln loss]."""
-    grid = grid[grid["status"] == "done"]
-    return {name: forecasting.backtest(make_fit, grid) for name, make_fit in laws(bootstrap=0).items()}
+    done = grid[grid["status"] == "done"]
+    made = laws(base.sweep.bootstrap)
+    return {name: forecasting.backtest(make_fit, done) for name, make_fit in made.items()}
 
 
-def back_tested(base: Run, grid: pd.DataFrame, errors: Mapping[str, float]) -> list[str]:
+def back_tested(base: Run, grid: pd.DataFrame) -> list[str]:
     """Lines: each law at the largest budget, and the preferred one at every budget but the first."""
+    errors = backtests(base, grid)
     best = min(errors, key=errors.get)
     rolled = forecasting.rollout(laws(base.sweep.bootstrap)[best], grid[grid["status"] == "done"])
     lines = [f"back-test of {name} at the largest budget: {error:.2%}" for name, error in errors.items()]
@@ -199,7 +196,7 @@ def back_tested(base: Run, grid: pd.DataFrame, errors: Mapping[str, float]) -> l
 def forecast(base: Run, runs: pd.DataFrame, run: Run) -> forecasting.Forecast:
     """The loss that `run` will reach, by the law that the back-test prefers; written before it starts."""
     grid = ladder.points(runs[runs["role"] == "grid"])
-    errors = backtests(grid)
+    errors = backtests(base, grid)
     fit = laws(base.sweep.bootstrap)[min(errors, key=errors.get)](grid)
     cell = next(cell for cell in cells(base, "holdout") if cell["D"] == run.tokens)
     noise = max((c.relative_spread for c in rate_checks(base, runs) if c.judged), default=None)
@@ -209,9 +206,9 @@ def forecast(base: Run, runs: pd.DataFrame, run: Run) -> forecasting.Forecast:
 def report(base: Run, folder: Path, runs: pd.DataFrame, forecasts: Mapping[str, Any]) -> dict[str, Any]:
     """Fits, prints and writes the report; returns its numbers."""
     grid = ladder.points(runs[runs["role"] == "grid"])
-    warnings, minima, tests = [], None, backtests(grid)
+    fit, warnings, minima = laws(base.sweep.bootstrap), [], None
     try:
-        minima = isoflop.fit_isoflop(grid, bootstrap=base.sweep.bootstrap, counting=ladder.COUNTING)
+        minima = fit["Approach 2"](grid)
     except UserError as error:
         warnings.append(f"Approach 2: {error}")
     try:
@@ -230,12 +227,12 @@ def report(base: Run, folder: Path, runs: pd.DataFrame, forecasts: Mapping[str, 
         title=f"IsoFLOP sweep: {base.name}",
         question=__doc__.splitlines()[0],
         runs=ladder.points(runs),
-        law=fit_law(base, runs),
+        law=fit["Approach 3"](grid),
         isoflop=minima,
         outcomes=outcomes,
         rates=rates,
         warnings=warnings,
-        notes=[*plan_notes(base), *back_tested(base, grid, tests)],
+        notes=[*plan_notes(base), *back_tested(base, grid)],
         curves=reports.training_curves(folder, grid),
     )
     page = reports.write(folder, result)

@@ -28,6 +28,8 @@ from llm_jax.scaling.resampling import one_run
 from llm_jax.scaling.results import Fit, plain
 
 SCHEMA = 1
+
+MakeFit = Callable[[pd.DataFrame], Fit | IsoflopFit]
 METHOD = (
     "{formula}; interval: percentiles of ln loss over {draws} bootstrap refits, plus run-to-run noise "
     "of {noise:.2%} ({source}) as Student's t with {freedom} degrees of freedom"
@@ -83,6 +85,19 @@ def fitted_flops(fit: Fit | IsoflopFit) -> pd.Series:
     """C of every fitted run: the table's, or flops_per_nd * N * D where it has none."""
     points = fit.points.frame
     return points["C"] if "C" in points else fit.conventions["flops_per_nd"] * points["N"] * points["D"]
+
+
+def once(make_fit: MakeFit) -> MakeFit:
+    """The same, but tables with the same runs are fitted once."""
+    made: dict[str, Fit | IsoflopFit] = {}
+
+    def fit(points: pd.DataFrame) -> Fit | IsoflopFit:
+        key = hash_points(points)
+        if key not in made:
+            made[key] = make_fit(points)
+        return made[key]
+
+    return fit
 
 
 def make(
@@ -160,7 +175,7 @@ class Rolled(NamedTuple):
         )
 
 
-def rollout(make_fit: Callable[[pd.DataFrame], Fit | IsoflopFit], points: pd.DataFrame) -> list[Rolled]:
+def rollout(make_fit: MakeFit, points: pd.DataFrame) -> list[Rolled]:
     """Every budget but the smallest, its best run forecast by a fit to all smaller budgets alone.
 
     points: columns budget_flops, N, D, C, loss. Budgets whose smaller ones allow no fit are passed over.
@@ -170,15 +185,13 @@ def rollout(make_fit: Callable[[pd.DataFrame], Fit | IsoflopFit], points: pd.Dat
     return [one for one in rolled if one is not None]
 
 
-def backtest(make_fit: Callable[[pd.DataFrame], Fit | IsoflopFit], points: pd.DataFrame) -> float:
+def backtest(make_fit: MakeFit, points: pd.DataFrame) -> float:
     """|ln measured / forecast| of the largest budget; infinite where the smaller budgets allow no fit."""
     last = _rolled(make_fit, points, points["budget_flops"].max())
     return float("inf") if last is None else abs(last.error)
 
 
-def _rolled(
-    make_fit: Callable[[pd.DataFrame], Fit | IsoflopFit], points: pd.DataFrame, budget: float
-) -> Rolled | None:
+def _rolled(make_fit: MakeFit, points: pd.DataFrame, budget: float) -> Rolled | None:
     best = points[points["budget_flops"] == budget].nsmallest(1, "loss").iloc[0]
     try:
         fit = make_fit(points[points["budget_flops"] < budget])
