@@ -7,7 +7,7 @@ Models of several sizes are trained at each of a few compute budgets (Hoffmann e
     python -m launch.local --config=experiments/isoflop.py:cpu --workers=2
     python -m launch.local --config=experiments/isoflop.py:smoke --workers=2
 
-Cost: smoke half a minute, quickstart 6 minutes, cpu 2 hours (not run), each on 2 CPU cores; gpu 25 minutes
+Cost: smoke half a minute, quickstart 7 minutes, cpu 2 hours (not run), each on 2 CPU cores; gpu 25 minutes
 on one H100 (not run); full some days on a pod, on a corpus of yours (not run). What was not run is estimated.
 
 Result (quickstart, 2026-11-22): N_opt ~ C^0.53 (90% interval 0.38 to 0.65, Approach 2), C^0.43 (0.31 to 0.60,
@@ -189,8 +189,9 @@ def back_tested(base: Run, grid: pd.DataFrame) -> list[str]:
     errors = backtests(base, grid)
     best = min(errors, key=errors.get)
     rolled = forecasting.rollout(laws(base.sweep.bootstrap)[best], grid[grid["status"] == "done"])
-    lines = [f"back-test of {name} at the largest budget: {error:.2%}" for name, error in errors.items()]
-    return lines + [f"rollout of {best}, {one}" for one in rolled]
+    told = " and ".join(f"{name} by {error:.2%}" for name, error in errors.items())
+    chosen = f"Fitted without it, the laws miss the largest budget's best run: {told}; {best} forecasts."
+    return [chosen, *(f"Rollout of {best}, {one}" for one in rolled)]
 
 
 def forecast(base: Run, runs: pd.DataFrame, run: Run) -> forecasting.Forecast:
@@ -232,10 +233,12 @@ def report(base: Run, folder: Path, runs: pd.DataFrame, forecasts: Mapping[str, 
         outcomes=outcomes,
         rates=rates,
         warnings=warnings,
-        notes=[*plan_notes(base), *back_tested(base, grid)],
+        backtests=back_tested(base, grid),
+        notes=plan_notes(base),
         curves=reports.training_curves(folder, grid),
     )
     page = reports.write(folder, result)
     print(reports.summary(result))
-    print(f"\nreport: {page}")
+    pictures = ", ".join(sorted(picture.name for picture in folder.glob("*.png")))
+    print(f"\nreport: {page}, and beside it {pictures}")
     return reports.facts(result)

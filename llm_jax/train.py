@@ -241,8 +241,9 @@ def main() -> None:
         raise UserError(f"{picked.module.__file__} measures, it trains no single run: use launch.local")
     if flags.FLAGS.deterministic:
         run = config.replace(run, "execution.deterministic", True)
-    name = f"{Path(picked.module.__file__).stem}-{picked.scale}"
-    folder = Path(flags.FLAGS.folder or Path("runs") / name / run.identity())
+    # Not among the runs of a sweep, runs/<experiment>-<scale>: it belongs to none.
+    place = Path("runs") / Path(picked.module.__file__).stem
+    folder = Path(flags.FLAGS.folder or place / run.identity())
     headline = f"{folder}: {run.steps:,} steps of {run.data.tokens_per_step:,} tokens"
     was_complete = (folder / "result.json").exists()
     signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
@@ -264,6 +265,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     flags.adopt_module_key_flags(config)
-    flags.DEFINE_string("folder", None, "the run's folder; runs/<experiment>-<scale>/<identity> if not given")
+    flags.DEFINE_string("folder", None, "the run's folder; runs/<experiment>/<identity> if not given")
     flags.DEFINE_bool("deterministic", False, "repeat bit for bit on a GPU too, at some cost in speed")
     config.run_main(main, dict.fromkeys(("workers", "dry_run"), "python -m launch.local, which runs a sweep"))

@@ -159,7 +159,7 @@ def residuals(fit: Fit, outcomes: Sequence[Outcome] = (), *, look: Theme) -> "Fi
         axes.axhspan(-spread, spread, color=look.law, alpha=0.15, linewidth=0, label=f"rms {spread:.2g}%")
         for made, check in outcomes:
             if check and hasattr(made, column):
-                error = 100 * np.log(check.measured / made.loss)
+                error = 100 * (np.log(check.measured) - fit.extrapolate(made.N, made.D, made.C)[0])
                 axes.plot(getattr(made, column), error, "*", color=look.ink, markersize=11, label="hold-out")
         log_axis(axes.xaxis)
         bound = 1.15 * max(np.abs(axes.get_ylim()))

@@ -31,8 +31,8 @@ SCHEMA = 1
 
 MakeFit = Callable[[pd.DataFrame], Fit | IsoflopFit]
 METHOD = (
-    "{formula}; interval: percentiles of ln loss over {draws} bootstrap refits, plus run-to-run noise "
-    "of {noise:.2%} ({source}) as Student's t with {freedom} degrees of freedom"
+    "by Approach {approach}, {formula}; interval: percentiles of ln loss over {draws} bootstrap refits, "
+    "plus run-to-run noise of {noise:.2%} ({source}) as Student's t with {freedom} degrees of freedom"
 )
 
 
@@ -79,6 +79,25 @@ class Outcome(NamedTuple):
 
     forecast: Forecast
     check: Check | None = None
+
+
+def miss(fit: Fit | IsoflopFit, made: Forecast, measured: float, level: float = 0.9) -> str:
+    """How far `fit` lies from what a forecast's run reached, if outside its interval for one run; else "".
+
+    For the fits that the forecast was not made with: what they say wasn't written down before.
+    """
+    log_loss, draws = fit.extrapolate(made.N, made.D, made.C)
+    if len(draws) < 100 or fit.freedom < 1:
+        return ""
+    run = one_run(draws, max(fit.noise, made.noise), fit.freedom)
+    low, high = np.exp(np.quantile(run, [(1 - level) / 2, (1 + level) / 2]))
+    if low <= measured <= high:
+        return ""
+    error = np.log(measured) - log_loss
+    return (
+        f"Approach {fit.approach}, {fit.formula}, misses the hold-out by {error:+.1%}: {measured:.4f} "
+        f"lies outside its {level:.0%} interval, {low:.4f} to {high:.4f}; the law does not hold that far"
+    )
 
 
 def fitted_flops(fit: Fit | IsoflopFit) -> pd.Series:
@@ -135,7 +154,12 @@ def make(
         intervals={q: tuple(np.exp(np.quantile(draws, [(1 - q) / 2, (1 + q) / 2])).tolist()) for q in levels},
         noise=noise,
         method=METHOD.format(
-            formula=fit.formula, draws=len(fit.draws), noise=noise, source=source, freedom=fit.freedom
+            approach=fit.approach,
+            formula=fit.formula,
+            draws=len(fit.draws),
+            noise=noise,
+            source=source,
+            freedom=fit.freedom,
         ),
         law=plain({"formula": fit.formula, "parameters": {k: e.value for k, e in fit.parameters.items()}}),
         points=len(points),

@@ -17,7 +17,7 @@ import pandas as pd
 from llm_jax import records
 from llm_jax.scaling import figures, page, style
 from llm_jax.scaling.curves import METHODS, Curve, curve_of
-from llm_jax.scaling.forecast import Outcome, fitted_flops
+from llm_jax.scaling.forecast import Outcome, fitted_flops, miss
 from llm_jax.scaling.isoflop import IsoflopFit
 from llm_jax.scaling.page import Answer, Drawing, Fitted, Page, Table, Tile
 from llm_jax.scaling.powers import FORMULAS
@@ -34,7 +34,8 @@ class Report:
 
     runs: every run of the sweep, those that no fit used too, with the columns name, role, status, N, D, C,
     loss and whatever else result.json has. isoflop: None where no budget had a minimum (say why in
-    `warnings`). rates: checks of the learning rate. conventions, notes: lines of the plan. curves: a table a
+    `warnings`). rates: checks of the learning rate. backtests: lines on how the laws fared on budgets that
+    they were not fitted to. conventions, notes: lines of the plan. curves: a table a
     run of C and loss as it trained (`training_curves`).
     """
 
@@ -44,6 +45,7 @@ class Report:
     isoflop: IsoflopFit | None = None
     outcomes: Sequence[Outcome] = ()
     rates: Sequence[RateCheck] = ()
+    backtests: Sequence[str] = ()
     question: str = ""
     conventions: Mapping[str, str] = dataclasses.field(default_factory=dict)
     warnings: Sequence[str] = ()
@@ -74,11 +76,18 @@ class Report:
         )
 
     @property
+    def misses(self) -> list[str]:
+        """The fits that fail at a hold-out."""
+        checked = [(made, check.measured) for made, check in self.outcomes if check]
+        found = (miss(fit, made, measured) for fit in self.fits for made, measured in checked)
+        return [text for text in found if text]
+
+    @property
     def all_warnings(self) -> list[str]:
-        """The caller's, the rate checks', then the fits', each once."""
+        """The caller's, failures at the hold-out, the rate checks', then the fits', each once."""
         fitted = (f"Approach {fit.approach}: {text}" for fit in self.fits for text in fit.warnings)
         doubts = (f"{text}. The exponents are marked †." for text in self.rate_doubts)
-        return list(dict.fromkeys([*self.warnings, *doubts, *fitted]))
+        return list(dict.fromkeys([*self.warnings, *self.misses, *doubts, *fitted]))
 
 
 def write(folder: str | pathlib.Path, report: Report) -> pathlib.Path:
@@ -97,7 +106,7 @@ def write(folder: str | pathlib.Path, report: Report) -> pathlib.Path:
             fits=[fitted(fit, "†" if report.rate_doubts else "") for fit in report.fits],
             tables=[*tables(report), *([("Left out of the fits", excluded)] if excluded else [])],
             conventions=conventions(report),
-            notes=report.notes,
+            notes=[*report.backtests, *report.notes],
         ),
     )
 
@@ -111,8 +120,10 @@ def summary(report: Report) -> str:
     ]
     parts += [fit.table() for fit in report.fits]
     parts += ["\n".join(verdict(outcome)[:2]) for outcome in report.outcomes]
+    parts += ["\n".join(report.backtests)] if report.backtests else []
     parts += ["\n".join(map(str, report.rates))] if report.rates else []
-    parts += ["\n".join(f"WARNING: {text}" for text in report.warnings)] if report.warnings else []
+    warnings = [f"WARNING: {text}" for text in (*report.warnings, *report.misses)]
+    parts += ["\n".join(warnings)] if warnings else []
     return "\n\n".join(parts)
 
 

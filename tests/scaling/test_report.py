@@ -163,6 +163,18 @@ def test_a_missed_forecast_is_called_outside(story):
     assert "inside the 95% interval" in report.verdict(forecast.Outcome(made, between))[0]
 
 
+def test_a_law_that_fails_at_the_hold_out_is_named_where_another_made_the_forecast(story):
+    made, check = story.outcomes[0]
+    assert not story.misses, "the law that made it was right"
+    low, high = made.intervals[0.95]
+    for measured, sign in ((low * 0.97, "-"), (high * 1.03, "+")):
+        text = forecast.miss(story.law, made, measured)
+        assert f"misses the hold-out by {sign}" in text and f"{measured:.4f} lies outside" in text
+    missed = forecast.Outcome(made, forecast.check(made, low * 0.97))
+    told = dataclasses.replace(story, outcomes=[missed])
+    assert told.misses[0] in told.all_warnings and told.misses[0] in report.summary(told)
+
+
 def test_the_summary_says_the_same_in_aligned_columns(story):
     text = report.summary(story)
     lines = text.splitlines()
