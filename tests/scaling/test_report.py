@@ -114,7 +114,7 @@ def test_the_numbers_on_the_page_are_those_of_the_fits(page, story):
     for fitted in story.fits:
         for number in fitted.parameters.values():
             assert all(f"{part:.5g}" in page.text for part in number)
-    made, check = story.outcomes[0]
+    made, _ = story.outcomes[0]
     assert (
         f"measured {check.measured:.4f}, forecast {made.loss:.4f} ({check.relative_error:+.2%})" in page.text
     )
@@ -164,7 +164,7 @@ def test_a_missed_forecast_is_called_outside(story):
 
 
 def test_a_law_that_fails_at_the_hold_out_is_named_where_another_made_the_forecast(story):
-    made, check = story.outcomes[0]
+    made, _ = story.outcomes[0]
     assert not story.misses, "the law that made it was right"
     low, high = made.intervals[0.95]
     for measured, sign in ((low * 0.97, "-"), (high * 1.03, "+")):
