@@ -2,26 +2,25 @@
 
 Nothing here branches on a hyperparameter's value, so one compiled step serves every rate, decay and schedule,
 and packing members is `jax.vmap` over rows. A chain is built anew in each trace, around that trace's row.
-Weight decay is decoupled (a step shrinks matrices by learning_rate * weight_decay), except in SGD.
+Weight decay is decoupled (a step shrinks matrices by learning_rate * weight_decay), except in SGD. Roles may
+multiply rate, decay and epsilon (models/parametrization.py).
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from llm_jax import links
 from llm_jax.config import Tagged, UserError
+from llm_jax.links import Hyper, Roles
 from llm_jax.losses import Objective
-from llm_jax.models import Params, Role
+from llm_jax.models import Params
 from llm_jax.schedules import Constant, Cosine, Schedule
 from llm_jax.values import hints
-
-Hyper = Mapping[str, Any]  # one row of the tables: a scalar for each column
-Roles = Any  # a tree of Role
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +29,10 @@ class Optimizer(Tagged):
 
     clip_norm: norm of the whole gradient above which it is scaled down to it (inf: never).
     average: decay of an exponential moving average of the weights, used for evaluation (None: no average).
+    steps: the kinds of steps it makes, by which roles tell their multipliers.
     """
+
+    steps: ClassVar[frozenset[str]] = frozenset(("adam",))
 
     learning_rate: float = 3e-3
     weight_decay: float = 0.1
@@ -79,7 +81,7 @@ class AdamW(Optimizer, kind="adamw"):
     epsilon: float = 1e-8
 
     def rule(self, roles: Roles, hyper: Hyper) -> optax.GradientTransformation:
-        return optax.chain(_adam(hyper), _decayed(roles, hyper, hyper["learning_rate"]))
+        return optax.chain(links.adam(roles, hyper), links.decayed(roles, hyper, hyper["learning_rate"]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +91,8 @@ class Muon(Optimizer, kind="muon"):
     A leaf is a matrix, or a stack of them, where its role says so. Keller Jordan 2024,
     https://kellerjordan.github.io/posts/muon.
     """
+
+    steps: ClassVar[frozenset[str]] = frozenset(("muon", "adam"))
 
     learning_rate: float = 0.02
     weight_decay: float = 0.0
@@ -100,9 +104,10 @@ class Muon(Optimizer, kind="muon"):
 
     def rule(self, roles: Roles, hyper: Hyper) -> optax.GradientTransformation:
         rates = {"muon": hyper["learning_rate"], "adam": hyper["adam_learning_rate"]}
-        directions = {"muon": _muon(roles, hyper["momentum"]), "adam": _adam(hyper)}
+        directions = {"muon": links.muon(roles, hyper["momentum"]), "adam": links.adam(roles, hyper)}
+        decayed = {name: links.decayed(roles, hyper, rate, name) for name, rate in rates.items()}
         return optax.partition(
-            {name: optax.chain(directions[name], _decayed(roles, hyper, rates[name])) for name in rates},
+            {name: optax.chain(directions[name], decayed[name]) for name in rates},
             jax.tree.map(lambda role: "adam" if role.matrix is None else "muon", roles),
         )
 
@@ -119,7 +124,7 @@ class Lion(Optimizer, kind="lion"):
     def rule(self, roles: Roles, hyper: Hyper) -> optax.GradientTransformation:
         return optax.chain(
             optax.scale_by_lion(hyper["beta1"], hyper["beta2"]),
-            _decayed(roles, hyper, hyper["learning_rate"]),
+            links.decayed(roles, hyper, hyper["learning_rate"]),
         )
 
 
@@ -130,6 +135,8 @@ class Adafactor(Optimizer, kind="adafactor"):
     Shazeer and Stern 2018 (arXiv:1804.04235). Matrices are factored if both sides are at least
     `factored_from`; each layer of a stack is a parameter of its own.
     """
+
+    steps: ClassVar[frozenset[str]] = frozenset(("adafactor",))
 
     learning_rate: float = 1e-2
     weight_decay: float = 0.0
@@ -145,12 +152,15 @@ class Adafactor(Optimizer, kind="adafactor"):
             optax.clip_by_block_rms(hyper["clip_threshold"]),
             optax.scale_by_param_block_rms(),
         )
-        return optax.chain(_by_layer(roles, rescaled), _decayed(roles, hyper, hyper["learning_rate"]))
+        decayed = links.decayed(roles, hyper, hyper["learning_rate"], "adafactor")
+        return optax.chain(links.by_layer(roles, rescaled), decayed)
 
 
 @dataclasses.dataclass(frozen=True)
 class SGD(Optimizer, kind="sgd"):
     """Stochastic gradient descent with momentum; weight decay is part of the gradient, as in torch."""
+
+    steps: ClassVar[frozenset[str]] = frozenset(("sgd",))
 
     learning_rate: float = 0.1
     weight_decay: float = 0.0
@@ -159,9 +169,9 @@ class SGD(Optimizer, kind="sgd"):
 
     def rule(self, roles: Roles, hyper: Hyper) -> optax.GradientTransformation:
         return optax.chain(
-            optax.add_decayed_weights(hyper["weight_decay"], mask=_decay_mask(roles)),
+            links.decay(roles, hyper, "sgd"),
             optax.trace(hyper["momentum"], nesterov=self.nesterov),
-            optax.scale_by_learning_rate(hyper["learning_rate"]),
+            links.down(roles, hyper["learning_rate"], "sgd"),
         )
 
 
@@ -190,9 +200,10 @@ class ScheduleFree(Optimizer, kind="schedule_free"):
 
     def rule(self, roles: Roles, hyper: Hyper) -> optax.GradientTransformation:
         return optax.chain(
+            links.in_units(roles),
             optax.scale_by_rms(hyper["beta2"], hyper["epsilon"], eps_in_sqrt=False, bias_correction=True),
-            _decayed(roles, hyper, hyper["learning_rate"]),
-            _interpolate(hyper["beta1"], hyper["average_rate"]),
+            links.decayed(roles, hyper, hyper["learning_rate"]),
+            links.interpolate(hyper["beta1"], hyper["average_rate"]),
         )
 
 
@@ -229,8 +240,8 @@ def update(
 
 def evaluation_params(optimizer: Optimizer, state: Any, params: Params) -> Params:
     """The parameters to score and to publish: the average where the optimizer keeps one, else `params`."""
-    links = jax.tree.leaves(state, is_leaf=lambda link: isinstance(link, Averaged))
-    return next((link.average for link in links if isinstance(link, Averaged)), params)
+    kept = jax.tree.leaves(state, is_leaf=lambda link: isinstance(link, links.Averaged))
+    return next((link.average for link in kept if isinstance(link, links.Averaged)), params)
 
 
 def norms_by_role(roles: Roles, tree: Params) -> dict[str, jax.Array]:
@@ -242,128 +253,11 @@ def norms_by_role(roles: Roles, tree: Params) -> dict[str, jax.Array]:
 
 
 def _chain(optimizer: Optimizer, roles: Roles, hyper: Hyper) -> optax.GradientTransformation:
-    links = [optax.clip_by_global_norm(hyper["clip_norm"]), optimizer.rule(roles, hyper)]
+    chain = [optax.clip_by_global_norm(hyper["clip_norm"]), optimizer.rule(roles, hyper)]
     if optimizer.average is not None:
-        links.append(_moving_average(hyper["average_rate"]))
-    return optax.chain(*links)
+        chain.append(links.moving_average(hyper["average_rate"]))
+    return optax.chain(*chain)
 
 
 def _floats(optimizer: Optimizer) -> list[str]:
     return [name for name, kind in hints(type(optimizer)).items() if kind is float]
-
-
-# ---- links of the chains ----
-
-
-def _adam(hyper: Hyper) -> optax.GradientTransformation:
-    return optax.scale_by_adam(hyper["beta1"], hyper["beta2"], hyper["epsilon"])
-
-
-def _decay_mask(roles: Roles) -> Any:
-    return jax.tree.map(lambda role: role.decay, roles)
-
-
-def _decayed(roles: Roles, hyper: Hyper, rate: Any) -> optax.GradientTransformation:
-    """-rate * (direction + weight_decay * parameter), the last term where the role decays."""
-    return optax.chain(
-        optax.add_decayed_weights(hyper["weight_decay"], mask=_decay_mask(roles)),
-        optax.scale_by_learning_rate(rate),
-    )
-
-
-class Averaged(NamedTuple):
-    """State of a link that keeps an average of the weights, and for schedule-free the iterate z."""
-
-    average: Params
-    iterate: Params = ()
-
-
-def _moving_average(rate: Any) -> optax.GradientTransformation:
-    """The last link: moves the average towards the new parameters by `rate` of the way."""
-
-    def update(updates: Params, state: Averaged, params: Params) -> tuple[Params, Averaged]:
-        towards = lambda a, p, u: a + rate * (p + u - a)  # noqa: E731
-        return updates, Averaged(jax.tree.map(towards, state.average, params, updates))
-
-    return optax.GradientTransformation(lambda params: Averaged(jax.tree.map(jnp.copy, params)), update)
-
-
-def _interpolate(beta: Any, rate: Any) -> optax.GradientTransformation:
-    """Schedule-free's z and x from z's step; the update takes y, the parameters, to its next place."""
-
-    def init(params: Params) -> Averaged:
-        return Averaged(jax.tree.map(jnp.copy, params), jax.tree.map(jnp.copy, params))
-
-    def update(updates: Params, state: Averaged, params: Params) -> tuple[Params, Averaged]:
-        z = jax.tree.map(jnp.add, state.iterate, updates)
-        x = jax.tree.map(lambda x, z: x + rate * (z - x), state.average, z)
-        return jax.tree.map(lambda x, y, z: z + beta * (x - z) - y, x, params, z), Averaged(x, z)
-
-    return optax.GradientTransformation(init, update)
-
-
-class Momentum(NamedTuple):
-    """State of Muon's link."""
-
-    momentum: Params
-
-
-def _muon(roles: Roles, momentum: Any) -> optax.GradientTransformation:
-    """Nesterov momentum, no bias correction, then the nearest semi-orthogonal matrix, scaled by its shape."""
-
-    def update(updates: Params, state: Momentum, params: Params) -> tuple[Params, Momentum]:
-        blend = lambda g, m: momentum * m + (1 - momentum) * g  # noqa: E731
-        kept = jax.tree.map(blend, updates, state.momentum)
-        looked_ahead = jax.tree.map(blend, updates, kept)
-        # Leaves of other optimizers are masked: a role stands over nothing there.
-        steps = jax.tree.map(
-            lambda role, leaf: jax.tree.map(lambda g: _muon_step(role, g), leaf), roles, looked_ahead
-        )
-        return steps, Momentum(kept)
-
-    return optax.GradientTransformation(lambda params: Momentum(optax.tree.zeros_like(params)), update)
-
-
-def _muon_step(role: Role, leaf: jax.Array) -> jax.Array:
-    inputs, outputs = role.matrix
-    stack = tuple(d for d in range(leaf.ndim) if d not in inputs + outputs)
-    order = stack + inputs + outputs
-    turned = leaf.transpose(order)
-    rows, columns = (int(np.prod([leaf.shape[d] for d in dims])) for dims in (inputs, outputs))
-    matrices = turned.reshape(*turned.shape[: len(stack)], rows, columns)
-    step = orthogonalize(matrices) * max(1, columns / rows) ** 0.5
-    return step.reshape(turned.shape).transpose(np.argsort(order))
-
-
-def orthogonalize(matrices: jax.Array) -> jax.Array:
-    """Singular values brought near 1 by five Newton-Schulz steps, for each matrix of [..., rows, columns].
-
-    The quintic a x + b x^3 + c x^5 of Jordan 2024: its slope at 0 lifts small singular values fast; they end
-    between about 0.7 and 1.2, not at 1.
-    """
-    a, b, c = 3.4445, -4.7750, 2.0315
-    tall = matrices.shape[-2] > matrices.shape[-1]
-    x = matrices.mT if tall else matrices
-    x = x / (jnp.linalg.norm(x, axis=(-2, -1), keepdims=True) + 1e-7)
-    for _ in range(5):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if tall else x
-
-
-def _by_layer(roles: Roles, rule: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`rule` for each parameter on its own, and for each layer of a stacked one."""
-
-    def each(role: Role, function: Any) -> Any:
-        return jax.vmap(function) if role.axes[:1] == ("layers",) else function
-
-    def init(params: Params) -> Any:
-        return jax.tree.map(lambda role, leaf: each(role, rule.init)(leaf), roles, params)
-
-    def update(updates: Params, state: Any, params: Params) -> tuple[Params, Any]:
-        all_roles, tree = jax.tree.flatten(roles)
-        columns = (tree.flatten_up_to(x) for x in (updates, state, params))
-        pairs = [each(role, rule.update)(*row) for role, *row in zip(all_roles, *columns, strict=True)]
-        return tuple(tree.unflatten(part) for part in zip(*pairs, strict=True))
-
-    return optax.GradientTransformation(init, update)

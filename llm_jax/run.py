@@ -111,6 +111,8 @@ class Run:
             )
         self.optimizer.schedule.check_length(self.steps)
         config.check(self.resolved_model, "config.model")
+        if hasattr(self.model, "parametrization"):
+            self.model.parametrization.check_optimizer(self.optimizer)
 
     def identity(self, content: bool = True) -> str:
         return config.identity(self, SCHEMA, content)

@@ -12,7 +12,7 @@ ROWS = [
     ["kernels", "sharding"],
     ["models", "data"],
     ["checkpoints", "manifest", "records", "environment", "events", "progress"],
-    ["optimizers", "schedules", "losses", "interop"],
+    ["optimizers", "links", "schedules", "losses", "interop"],
     ["pack", "train", "trunks", "program", "step", "run", "facts", "held_out", "inference"],
     ["scaling", "ladder", "posttraining", "evaluation"],
     ["score", "generate", "chat", "aot"],

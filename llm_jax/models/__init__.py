@@ -10,7 +10,7 @@ way of executing it (`Layout`). The trainer sees nothing else, so a foreign mode
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -36,19 +36,33 @@ class Output(NamedTuple):
     aux: dict[str, Term]
 
 
+class Multipliers(NamedTuple):
+    """What an optimizer's numbers are multiplied by for one parameter."""
+
+    rate: float = 1.0
+    decay: float = 1.0
+    epsilon: float = 1.0
+
+
 @dataclasses.dataclass(frozen=True)
 class Role:
     """What one parameter is, from which its sharding, its decay and its optimizer follow.
 
     axes: a logical axis (or None) for each dimension. decay: weight decay applies. matrix: (input dimensions,
     output dimensions) as Muon sees it, or None where Muon leaves it to AdamW (embeddings, head, norms,
-    biases); a dimension in neither, such as "layers", is a stack.
+    biases); a dimension in neither, such as "layers", is a stack. multipliers: by the optimizer's kind of
+    steps (models/parametrization.py); empty means 1 for all.
     """
 
     name: str
     axes: tuple[str | None, ...]
     decay: bool
     matrix: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+    multipliers: Mapping[str, Multipliers] = dataclasses.field(default_factory=dict)
+
+    def multiplier(self, steps: str) -> Multipliers:
+        """For an optimizer that makes such steps; raises KeyError where the parametrisation has no rule."""
+        return self.multipliers[steps] if self.multipliers else Multipliers()
 
 
 def plain_roles(params: Params) -> Any:
@@ -69,7 +83,8 @@ class Model:
     unembed_params(params) returns, so that a chunked loss differentiates through nothing else.
     roles(params) -> tree of Role. A model that generates brings init_state(batch_size, length) -> state,
     decode(params, state, tokens, positions, lengths) -> (hidden, state) and state_axes(state), the tree of
-    logical axes of its state.
+    logical axes of its state. activations(params, batch) -> {name: array [L, B, T, ...]} is for a look at
+    what stands in every layer.
     """
 
     init: Callable[[jax.Array], Params]
@@ -80,6 +95,7 @@ class Model:
     init_state: Callable[[int, int], Any] | None = None
     decode: Callable[..., tuple[jax.Array, Any]] | None = None
     state_axes: Callable[[Any], Any] | None = None
+    activations: Callable[[Params, Batch], dict[str, jax.Array]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

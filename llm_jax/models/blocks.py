@@ -88,14 +88,15 @@ class Norm(nn.Module):
 class Attention(nn.Module):
     """Causal attention of `heads` queries that share `kv_heads` keys and values (MHA, GQA, MQA).
 
-    window: a token sees itself and the window-1 tokens before it. qk_norm: an RMSNorm over each head's query
-    and key, before they are turned.
+    A score is scale * q.k. window: a token sees itself and the window-1 tokens before it. qk_norm: an RMSNorm
+    over each head's query and key, before they are turned.
     """
 
     width: int
     heads: int
     kv_heads: int
     head_width: int
+    scale: float
     window: int | None = None
     qk_norm: bool = False
     bias: bool = False
@@ -141,11 +142,12 @@ class Attention(nn.Module):
                 v_BTGK,
                 segments=context.segments,
                 window=self.window,
+                scale=self.scale,
                 kind=context.attention,
             )
         else:
             new = {"key": k_BTGK, "value": v_BTGK}
-            o_BTHK = cache.attend(q_BTHK, new, state, context.start, self.window)
+            o_BTHK = cache.attend(q_BTHK, new, state, context.start, self.window, self.scale)
         return linear(o_BTHK, self.out, self.out_bias if self.bias else None, inputs=2), new
 
     def init_state(self, batch: int, length: int, dtype: jnp.dtype) -> dict[str, jax.Array]:
@@ -183,13 +185,14 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x + f(norm(x)) (pre) or norm(x + f(x)) (post, the original transformer's) for the mixer and the MLP."""
+    """x + r f(norm(x)) (pre) or norm(x + r f(x)) (post, as at first) for mixer and MLP; r is `residual`."""
 
     mixer: nn.Module
     mlp: nn.Module
     mixer_norm: nn.Module
     mlp_norm: nn.Module
     norm_position: Literal["pre", "post"] = "pre"
+    residual: float = 1.0
     dropout: float = 0.0
 
     def __call__(
@@ -199,8 +202,12 @@ class Block(nn.Module):
         pre = self.norm_position == "pre"
         keys = (None, None) if key is None else jax.random.split(key)
         y_BTD, new = self.mixer(self.mixer_norm(x_BTD) if pre else x_BTD, context, state)
-        x_BTD = constrain(x_BTD + dropout(y_BTD, self.dropout, keys[0]), "batch", "time", "embed")
+        x_BTD = self.add(x_BTD, y_BTD, keys[0])
         x_BTD = x_BTD if pre else self.mixer_norm(x_BTD)
         y_BTD = self.mlp(self.mlp_norm(x_BTD) if pre else x_BTD)
-        x_BTD = constrain(x_BTD + dropout(y_BTD, self.dropout, keys[1]), "batch", "time", "embed")
+        x_BTD = self.add(x_BTD, y_BTD, keys[1])
         return x_BTD if pre else self.mlp_norm(x_BTD), new
+
+    def add(self, x_BTD: jax.Array, y_BTD: jax.Array, key: jax.Array | None) -> jax.Array:
+        """The stream after a branch."""
+        return constrain(x_BTD + self.residual * dropout(y_BTD, self.dropout, key), "batch", "time", "embed")

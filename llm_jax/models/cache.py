@@ -19,14 +19,16 @@ def init(batch: int, slots: int, kv_heads: int, head_width: int, dtype: jnp.dtyp
     return {"key": jnp.zeros(shape, dtype), "value": jnp.zeros(shape, dtype)}
 
 
-def attend(q_BTHK: jax.Array, new: Cache, old: Cache, start_B: jax.Array, window: int | None) -> jax.Array:
+def attend(
+    q_BTHK: jax.Array, new: Cache, old: Cache, start_B: jax.Array, window: int | None, scale: float
+) -> jax.Array:
     """Attention [B, T, H, K] of T new tokens to themselves (causally) and to the start_B tokens in the cache.
 
-    new: keys and values [B, T, G, K]; old: [B, S, G, K]. Scores and softmax are float32.
+    new: keys and values [B, T, G, K]; old: [B, S, G, K]. Scores, scale * q.k, and softmax are float32.
     """
     B, T, H, K = q_BTHK.shape
     S, G = old["key"].shape[1:3]
-    q_BTGRK = q_BTHK.reshape(B, T, G, H // G, K) * K**-0.5
+    q_BTGRK = q_BTHK.reshape(B, T, G, H // G, K) * scale
     last_B1 = start_B[:, None] - 1
     slots_BS = last_B1 - (last_B1 - jnp.arange(S)) % S  # the newest position < start that lives in the slot
     queries_BT = start_B[:, None] + jnp.arange(T)

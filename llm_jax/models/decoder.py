@@ -5,6 +5,7 @@ one scan or as straight code is an execution setting (`Layout.unroll`), and so i
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from flax import linen as nn
 
 from llm_jax.models import Batch, Layout, Model, Output, Params, cache
 from llm_jax.models.blocks import Block, Context, Norm, dropout
+from llm_jax.models.parametrization import Scaling
 from llm_jax.models.positions import Learned, Positions, Rotary, Sinusoidal, rotation, sinusoids
 from llm_jax.models.roles import draw, parameter, roles
 from llm_jax.sharding import constrain
@@ -85,6 +87,7 @@ class Decoder:
     softcap: float | None
     dropout: float
     head_width: int
+    scaling: Scaling
     layout: Layout
 
     def model(self) -> Model:
@@ -93,11 +96,12 @@ class Decoder:
             init=self.init,
             apply=self.apply,
             unembed=self.unembed,
-            roles=roles,
+            roles=functools.partial(roles, scaling=self.scaling),
             unembed_params=self.unembed_params,
             init_state=self.init_state,
             decode=self.decode,
             state_axes=self.state_axes,
+            activations=self.activations,
         )
 
     def groups(self) -> list[tuple[str, tuple[Block, ...], int]]:
@@ -110,14 +114,14 @@ class Decoder:
         one = jnp.zeros((1, 1), jnp.int32)
         x_BTD = jnp.zeros((1, 1, self.embed.width), self.embed.dtype)
         context = self.context(one, attention="reference")
-        keys = iter(jax.random.split(key, 3 + len(self.pattern) + self.tail))
+        keys, factors = iter(jax.random.split(key, 3 + len(self.pattern) + self.tail)), self.scaling.init
 
         def single(module: nn.Module, *inputs: Any) -> Params:
-            return draw(next(keys), jax.eval_shape(module.init, key, *inputs)["params"])
+            return draw(next(keys), jax.eval_shape(module.init, key, *inputs)["params"], factors)
 
         def stack(block: Block, repeats: int) -> Params:
             shapes = jax.eval_shape(lambda: block.init(key, x_BTD, context))["params"]
-            return jax.lax.map(lambda k: draw(k, shapes), jax.random.split(next(keys), repeats))
+            return jax.lax.map(lambda k: draw(k, shapes, factors), jax.random.split(next(keys), repeats))
 
         params = {"embed": single(self.embed, one, one)}
         for name, blocks, repeats in self.groups():
@@ -164,6 +168,36 @@ class Decoder:
         if self.norm is not None:
             x_BTD = self.norm.apply({"params": params["norm"]}, x_BTD)
         return x_BTD, new
+
+    def activations(self, params: Params, batch: Batch) -> dict[str, jax.Array]:
+        """What stands in every layer [L, B, T, ...]: what mixer and MLP give, and the stream after the block.
+
+        Also, with L = 1: the embedding, the hidden states and the logits.
+        """
+        tokens_BT = batch["tokens"]
+        positions_BT = batch.get("positions", jnp.arange(tokens_BT.shape[1])[None])
+        context = self.context(positions_BT, segments=batch.get("segments"), attention="reference")
+        x_BTD = self.embed.apply({"params": params["embed"]}, tokens_BT, positions_BT)
+        found = {"embedding": [x_BTD], "mixer": [], "mlp": [], "stream": []}
+        for name, blocks, repeats in self.groups():
+            for layer in range(repeats):
+                for i, block in enumerate(blocks):
+                    here = jax.tree.map(lambda leaf, layer=layer: leaf[layer], params[name][str(i)])
+                    (x_BTD, _), inside = block.apply(
+                        {"params": here},
+                        x_BTD,
+                        context,
+                        mutable=["intermediates"],
+                        capture_intermediates=lambda module, _: module.name in ("mixer", "mlp"),
+                    )
+                    inside = inside["intermediates"]
+                    found["mixer"].append(inside["mixer"]["__call__"][0][0])
+                    found["mlp"].append(inside["mlp"]["__call__"][0])
+                    found["stream"].append(x_BTD)
+        if self.norm is not None:
+            x_BTD = self.norm.apply({"params": params["norm"]}, x_BTD)
+        found |= {"hidden": [x_BTD], "logits": [self.unembed(params, x_BTD)]}
+        return {name: jnp.stack(layers) for name, layers in found.items()}
 
     def step(self, blocks: tuple[Block, ...], context: Context) -> Callable:
         """One repeat of the pattern, (x, (params, state, keys)) -> (x, new), rematerialised or not."""
@@ -214,7 +248,7 @@ class Decoder:
     def unembed(self, params: Params, hidden: jax.Array) -> jax.Array:
         """Float32 logits [..., V] of hidden states [..., D], capped as softcap * tanh(logits / softcap)."""
         table_DV = params["embed"]["embedding"].T if self.head is None else params["head"]["head"]
-        rows = hidden.reshape(-1, hidden.shape[-1])
+        rows = self.scaling.output * hidden.reshape(-1, hidden.shape[-1])
         logits = jnp.matmul(rows, table_DV.astype(hidden.dtype), preferred_element_type=jnp.float32)
         logits = logits.reshape(*hidden.shape[:-1], -1)
         return logits if self.softcap is None else self.softcap * jnp.tanh(logits / self.softcap)

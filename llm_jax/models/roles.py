@@ -1,5 +1,7 @@
 """What each parameter is: one table from a leaf's name to its initialisation, sharding, decay and optimizer.
 
+How these go with width and depth is the parametrisation's to say, by the `part` that a leaf plays.
+
 A leaf's name in the parameter tree is its role, so "query" means the same in every family, and a leaf that
 the table does not know is an error, not a default. Dimensions are counted without the "layers" axis on which
 the blocks of a decoder are stacked; `roles` puts it in front.
@@ -7,6 +9,7 @@ the blocks of a decoder are stacked; `roles` puts it in front.
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -14,12 +17,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from llm_jax.models import Params, Role
+from llm_jax.models.parametrization import Part, Scaling
 from llm_jax.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """One row: logical axes, initialisation, and the number of leading dimensions that a matrix sums over.
+    """One row: logical axes, initialisation, how many leading dimensions a matrix sums over, its part.
 
     init: a constant; "fan_in", normal with variance 1 / summed dimensions, so that outputs have the scale of
     the inputs at every width; "unit_rows", normal with rows of length about 1, so that the logits of a tied
@@ -35,16 +39,17 @@ class Rule:
     inputs: int = 0
     decay: bool = False
     muon: bool = False
+    part: Part = "vector"
 
 
 def _matrix(*axes: str | None, inputs: int = 1, init: Literal["fan_in", "zeros"] = "fan_in") -> Rule:
-    return Rule(axes, init, inputs, decay=True, muon=True)
+    return Rule(axes, init, inputs, decay=True, muon=True, part="hidden")
 
 
 TABLE: dict[str, Rule] = {
-    "embedding": Rule(("vocabulary", "embed"), "unit_rows", decay=True),
+    "embedding": Rule(("vocabulary", "embed"), "unit_rows", decay=True, part="embedding"),
     "position": Rule((None, "embed"), "small", decay=True),
-    "head": Rule(("embed", "vocabulary"), "fan_in", inputs=1, decay=True),
+    "head": Rule(("embed", "vocabulary"), "fan_in", inputs=1, decay=True, part="output"),
     "query": _matrix("embed", "heads", "head_dim"),
     "key": _matrix("embed", "kv_heads", "head_dim"),
     "value": _matrix("embed", "kv_heads", "head_dim"),
@@ -80,8 +85,8 @@ def parameter(module: nn.Module, name: str, shape: tuple[int, ...]) -> jax.Array
     return module.param(name, nn.initializers.zeros, shape)
 
 
-def draw(key: jax.Array, shapes: Params) -> Params:
-    """Fresh parameters of these shapes.
+def draw(key: jax.Array, shapes: Params, factors: Mapping[str, float]) -> Params:
+    """Fresh parameters of these shapes; `factors` of the deviation by part, 1 where it names none.
 
     One stream of normal numbers is cut into the leaves: XLA compiles every call of a generator for itself, up
     to two seconds each on a CPU where sizes aren't powers of two.
@@ -96,20 +101,24 @@ def draw(key: jax.Array, shapes: Params) -> Params:
             leaves.append(jnp.full(shape, float(row.init == "ones")))
         else:
             stop = start + math.prod(shape)
-            leaves.append(_deviation(row, shape) * stream[start:stop].reshape(shape))
+            deviation = _deviation(row, shape) * factors.get(row.part, 1.0)
+            leaves.append(deviation * stream[start:stop].reshape(shape))
             start = stop
     return jax.tree.unflatten(tree, leaves)
 
 
 def _deviation(row: Rule, shape: tuple[int, ...]) -> float:
-    """The standard deviation of a leaf at the start."""
+    """The standard deviation of a leaf at the start, by its rule."""
     if row.init == "small":
         return 0.02
     return (shape[-1] if row.init == "unit_rows" else math.prod(shape[: row.inputs])) ** -0.5
 
 
-def roles(params: Params) -> Any:
-    """The tree of `Role`s of a tree of parameters (or their shapes); raises KeyError for a strange leaf."""
+def roles(params: Params, scaling: Scaling | None = None) -> Any:
+    """The tree of `Role`s of a tree of parameters (or their shapes); raises KeyError for a strange leaf.
+
+    scaling: where the multipliers come from; without one they are 1.
+    """
 
     def role(path: tuple, leaf: Any) -> Role:
         name = path[-1].key
@@ -119,6 +128,9 @@ def roles(params: Params) -> Any:
             raise ValueError(f"parameter {name!r} of shape {leaf.shape}: its role has the axes {row.axes}")
         dims = tuple(range(stack, leaf.ndim))
         matrix = (dims[: row.inputs], dims[row.inputs :]) if row.muon else None
-        return Role(name, ("layers",) * stack + row.axes, row.decay, matrix)
+        # What is stacked stands in a block.
+        by_part = {} if scaling is None else scaling.blocks if stack else scaling.outer
+        axes = ("layers",) * stack + row.axes
+        return Role(name, axes, row.decay, matrix, by_part.get(row.part, {}))
 
     return jax.tree_util.tree_map_with_path(role, params)

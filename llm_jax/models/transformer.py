@@ -9,6 +9,7 @@ from llm_jax.config import Tagged, UserError
 from llm_jax.models import DEFAULT_LAYOUT, Layout, Model, ModelConfig
 from llm_jax.models.blocks import GATED, MLP, Attention, Block, Norm
 from llm_jax.models.decoder import Decoder, Embed, Head
+from llm_jax.models.parametrization import Parametrization, Standard
 from llm_jax.models.positions import Learned, Positions, Rotary, Sinusoidal
 
 
@@ -56,6 +57,7 @@ class Transformer(ModelConfig, kind="transformer"):
     softcap: float | None = None
     dropout: float = 0.0
     dtype: Literal["float32", "bfloat16"] = "float32"
+    parametrization: Parametrization = Standard()
 
     @property
     def key_value_heads(self) -> int:
@@ -101,6 +103,7 @@ class Transformer(ModelConfig, kind="transformer"):
             raise UserError(f"model.dropout={self.dropout} must be at least 0 and below 1")
         if self.softcap is not None and self.softcap <= 0:
             raise UserError(f"model.softcap={self.softcap} must be positive, or none")
+        self.parametrization.check_model(self)
 
     def _nearest_heads(self) -> int:
         divisors = [h for h in range(1, self.width + 1) if self.width % h == 0]
@@ -125,6 +128,7 @@ class Transformer(ModelConfig, kind="transformer"):
         if self.vocabulary is None:
             raise UserError("model.vocabulary is not set, and there is no data to take it from")
         centre = self.norm.kind == "layer"
+        scaling = self.parametrization.at(self.width, self.layers, self.size_of_head)
 
         def norm() -> Norm:
             return Norm(self.width, self.norm.epsilon, centre, bias=centre and self.bias)
@@ -136,6 +140,7 @@ class Transformer(ModelConfig, kind="transformer"):
                     heads=self.heads,
                     kv_heads=self.key_value_heads,
                     head_width=self.size_of_head,
+                    scale=scaling.attention,
                     window=window,
                     qk_norm=self.qk_norm,
                     bias=self.bias,
@@ -145,6 +150,7 @@ class Transformer(ModelConfig, kind="transformer"):
                 mixer_norm=norm(),
                 mlp_norm=norm(),
                 norm_position=self.norm_position,
+                residual=scaling.residual,
                 dropout=self.dropout,
             )
 
@@ -159,5 +165,6 @@ class Transformer(ModelConfig, kind="transformer"):
             softcap=self.softcap,
             dropout=self.dropout,
             head_width=self.size_of_head,
+            scaling=scaling,
             layout=layout,
         ).model()
