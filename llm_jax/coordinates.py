@@ -1,54 +1,58 @@
-"""The coordinate check: how much a few steps change what stands in every layer, at one width and another.
+"""The coordinate check: how much a few steps change what stands in every layer, at one size and another.
 
-Under a parametrisation that transfers, entries of all activations move by as much at every width (Yang and Hu
-2021, arXiv:2011.14522, and the check of arXiv:2203.03466, appendix D.1). Blocks' last matrices are zero at the
-start, so there is nothing to see before a few steps.
+Under a parametrisation that transfers, the entries of all activations move by as much at every width (Yang
+and Hu 2021, arXiv:2011.14522; Yang et al. 2022, arXiv:2203.03466, appendix D.1). Blocks' last matrices are
+zero at the start, so there is little to see before a few steps.
 """
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llm_jax import optimizers
-from llm_jax.losses import NextToken, Objective
-from llm_jax.models import Batch, Layout, ModelConfig
-from llm_jax.optimizers import Optimizer
-from llm_jax.step import make_init, make_step
+from llm_jax import optimizers, sharding
+from llm_jax.config import UserError
+from llm_jax.models import Batch, Params
+from llm_jax.program import program, shape_of
+from llm_jax.run import Run
+from llm_jax.schedules import Constant
 
 
-def movements(
-    config: ModelConfig,
-    optimizer: Optimizer,
-    batches: Batch,
-    seed: int = 0,
-    objective: Objective = NextToken(),
-) -> dict[str, float]:
-    """The root mean square of what the steps changed in each of the model's activations, by name.
+def movements(run: Run, steps: int) -> dict[str, float]:
+    """The root mean square of what the first steps change in the last layer's activations, on the first rows.
 
-    batches: with a leading axis of steps, an update each; the first is what the activations are looked at on.
+    The run's own program takes them, at a constant rate. Raises UserError for a model that doesn't show its
+    activations.
     """
-    model = config.build(Layout(unroll=True, attention="reference"))
-    roles = model.roles(jax.eval_shape(model.init, jax.random.PRNGKey(0)))
-    steps = next(iter(batches.values())).shape[0]
-    tables = optimizers.tables(optimizer, objective, steps)
-    step = make_step(model, objective, optimizer, roles)
+    source, mesh = run.data.open(), sharding.make_mesh(run.execution.mesh)
+    steady = dataclasses.replace(run.optimizer, schedule=Constant(warmup_fraction=0.0))
+    tables = optimizers.tables(steady, run.objective, steps)
+    model = run.resolved_model.build(run.execution.layout)
+    if model.activations is None:
+        raise UserError(f"model={run.model.kind} doesn't show its activations, so nothing can be checked")
+
+    def rows(step: int) -> Batch:
+        start = step * run.data.batch_size
+        return sharding.load_rows(lambda chosen: source.rows(run.seed, start + chosen), source.spec, mesh)
 
     @jax.jit
-    def moved(key: jax.Array, batches: Batch, tables: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        look = jax.tree.map(lambda x: x[0], batches)
-        state = make_init(model, optimizer, roles)(key)
-        before = model.activations(state.trained, look)
-        state, _ = jax.lax.scan(lambda state, row: (step(state, *row)[0], None), state, (batches, tables))
-        after = model.activations(state.trained, look)
-        change = jax.tree.map(lambda a, b: (a - b).astype(jnp.float32), after, before)
-        return jax.tree.map(lambda x: jnp.sqrt(jnp.mean(jnp.square(x))), change)
+    def moved(before: Params, after: Params, batch: Batch) -> dict[str, jax.Array]:
+        change = jax.tree.map(jnp.subtract, model.activations(after, batch), model.activations(before, batch))
+        return jax.tree.map(lambda x: jnp.sqrt(jnp.mean(jnp.square(x[-1].astype(jnp.float32)))), change)
 
-    return {name: float(value) for name, value in moved(jax.random.PRNGKey(seed), batches, tables).items()}
+    with jax.set_mesh(mesh):
+        parts = program(shape_of(run, source), mesh)
+        state = parts.init(jax.random.PRNGKey(run.seed))
+        before = jax.tree.map(jnp.copy, state.trained)  # the step takes its state's memory
+        for step in range(steps):
+            hyper = {name: table[step] for name, table in tables.items()}
+            state, _ = parts.step(state, rows(step), hyper)
+        return {name: float(value) for name, value in moved(before, state.trained, rows(0)).items()}
 
 
-def growth(widths: list[int], moved: list[dict[str, float]]) -> dict[str, float]:
-    """For each activation the power of the width that its movement goes with (least squares on logarithms)."""
-    x = np.log(np.asarray(widths, float))
+def growth(sizes: Sequence[float], moved: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """For each activation the power of the size that its movement goes with (least squares on logarithms)."""
+    x = np.log(np.asarray(sizes, float))
     return {name: float(np.polyfit(x, np.log([row[name] for row in moved]), 1)[0]) for name in moved[0]}

@@ -12,8 +12,8 @@ ROWS = [
     ["kernels", "sharding"],
     ["models", "data"],
     ["checkpoints", "manifest", "records", "environment", "events", "progress"],
-    ["optimizers", "links", "schedules", "losses", "interop"],
-    ["pack", "train", "trunks", "program", "step", "run", "facts", "held_out", "inference"],
+    ["optimizers", "links", "transfer", "schedules", "losses", "interop"],
+    ["pack", "train", "trunks", "program", "coordinates", "step", "run", "facts", "held_out", "inference"],
     ["scaling", "ladder", "posttraining", "evaluation"],
     ["score", "generate", "chat", "aot"],
 ]

@@ -11,7 +11,7 @@ import pytest
 from llm_jax import config, links, optimizers
 from llm_jax.config import UserError
 from llm_jax.losses import NextToken
-from llm_jax.models import Role
+from llm_jax.models import Multipliers, Role
 from llm_jax.optimizers import (
     SGD,
     Adafactor,
@@ -82,6 +82,26 @@ def run_optax(transform):
 def assert_close(actual, expected, tolerance=1e-6):
     for name in expected:
         np.testing.assert_allclose(actual[name], expected[name], rtol=tolerance, atol=tolerance, err_msg=name)
+
+
+# ---- a role's multipliers ----
+
+
+@pytest.mark.parametrize("cls", MEMBERS)
+@pytest.mark.parametrize("name", ["up", "embedding"])
+def test_a_role_s_multipliers_are_its_own_rate_decay_and_epsilon(cls, name):
+    optimizer = cls(clip_norm=OFF, weight_decay=0.2, schedule=STEADY)
+    given = Multipliers(rate=3.0, decay=0.5, epsilon=1e5)
+    roles = ROLES | {name: dataclasses.replace(ROLES[name], multipliers=dict.fromkeys(cls.steps, given))}
+    names = [field.name for field in dataclasses.fields(cls)]
+    changed = {f: getattr(optimizer, f) * 3.0 for f in names if f.endswith("learning_rate")}
+    changed |= {"epsilon": optimizer.epsilon * 1e5} if "epsilon" in names else {}
+    other = dataclasses.replace(optimizer, weight_decay=0.1, **changed)
+    multiplied, _ = run(optimizer, gradients=GRADIENTS[:5], roles=roles)
+    plain, _ = run(optimizer, gradients=GRADIENTS[:5])
+    expected, _ = run(other, gradients=GRADIENTS[:5])
+    assert_close(multiplied, plain | {name: expected[name]}, 2e-6)
+    assert np.abs(multiplied[name] - plain[name]).max() > 1e-3
 
 
 # ---- against what others wrote ----

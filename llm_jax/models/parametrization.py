@@ -123,7 +123,7 @@ class MuP(Parametrization, kind="mup"):
             for part in Part.__args__
         }
         return Scaling(
-            attention=self.base_head_width**0.5 / head_width,
+            attention=head_width**-0.5 * (self.base_head_width / head_width) ** 0.5,
             output=1 / m,
             init={"embedding": m**0.5, "output": m**0.5},
             outer=leaves,

@@ -10,6 +10,7 @@ import pytest
 from tiny import parameters
 
 from llm_jax.models import Layout
+from llm_jax.models.parametrization import CompleteP
 from llm_jax.models.positions import Learned, NoPositions, Sinusoidal
 from llm_jax.models.transformer import LayerNorm, Transformer
 
@@ -19,7 +20,13 @@ TOKENS = jax.random.randint(jax.random.key(1), (3, T), 0, TINY.vocabulary)
 VARIANTS = {
     "rotary": {},
     "windows": {"windows": (4, None), "layers": 3},
-    "gpt2": {"positions": Learned(T), "norm": LayerNorm(), "bias": True, "activation": "gelu"},
+    "gpt2": {
+        "positions": Learned(T),
+        "norm": LayerNorm(),
+        "bias": True,
+        "activation": "gelu",
+        "parametrization": CompleteP(4, 2, 3),
+    },
     "post": {"positions": Sinusoidal(), "norm_position": "post"},
     "none": {"positions": NoPositions(), "qk_norm": True, "kv_heads": 1, "windows": (5,)},
 }
