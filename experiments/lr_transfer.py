@@ -30,6 +30,7 @@ from llm_jax.scaling import plots
 from llm_jax.scaling.drift import Drift, drift
 from llm_jax.scaling.plots import Panel, Series
 from llm_jax.schedules import Cosine
+from llm_jax.transfer import HORIZON_EXPONENT
 
 SHOWN = ("mixer", "mlp", "stream", "logits")  # of the coordinate check
 
@@ -230,6 +231,7 @@ def report(base: Run, folder: Path, runs: pd.DataFrame, _: Mapping[str, Any]) ->
             "loss": "held out [nats/token]",
             "rate": "the peak of the cosine; what roles multiply it by is not in it",
             "best": "the minimum of the parabola in ln rate through the 5 rates around the lowest",
+            "horizons": f"the published slope is {-HORIZON_EXPONENT:g} (arXiv:2409.19913)",
             "tokens": f"{tokens:,} (horizons: multiples of it), batches of {base.data.tokens_per_step:,}",
             "machine": ", ".join(sorted(set(map(str, runs["device"].dropna())))),
         },
@@ -313,7 +315,7 @@ def drawings(
     """The losses of each series, the best rates over each kind of size, and the coordinate check."""
     for name, found in drifts.items():
         panel = Panel("learning rate", "held-out loss [nats/token]", list(losses(name, found)), log="x")
-        caption = "Loss over the rate at each size; a cross is a minimum, lines are the parabolas."
+        caption = "Loss over the rate at each size, with the parabola; dotted where it has no minimum."
         yield drawing(f"{name[0]}-{name[1]}", label(name), caption, [panel])
     panels = [
         Panel(what, "best learning rate", [best_rates(n, f) for n, f in drifts.items() if n[0] == what])
