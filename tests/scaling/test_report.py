@@ -114,7 +114,7 @@ def test_the_numbers_on_the_page_are_those_of_the_fits(page, story):
     for fitted in story.fits:
         for number in fitted.parameters.values():
             assert all(f"{part:.5g}" in page.text for part in number)
-    made, _ = story.outcomes[0]
+    made, check = story.outcomes[0]
     assert (
         f"measured {check.measured:.4f}, forecast {made.loss:.4f} ({check.relative_error:+.2%})" in page.text
     )
