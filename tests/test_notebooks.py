@@ -46,7 +46,7 @@ def test_the_chinchilla_notebook_finds_the_published_constants(reference_data, m
     monkeypatch.setenv("LLM_JAX_REFERENCE_DATA", str(reference_data))
     text, figures = executed("chinchilla.ipynb")
     assert figures == 3
-    for number in ("477.826", "0.347310", "482.00", "593.32", "beta 0.453", "D/N 18."):
+    for number in ("477.826", "0.347310", "482.00", "593.32", "beta 0.453", "D/N 92.6"):
         assert number in text, number
 
 

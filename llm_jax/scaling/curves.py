@@ -21,7 +21,8 @@ class Curve:
 
     C: geometric mean of the runs' FLOPs (or the budget they were planned for). sizes, tokens, losses: [n] of
     its runs; used [n]: which of them the curve passes. coefficients: of ln(loss) = c0 + c1 u + c2 u^2 with
-    u = ln N - center (None for Akima). N, D, loss: at the minimum, NaN where `refused` says why not.
+    u = ln N - center (None for Akima). N, D, loss: at the minimum, NaN where `refused` says why not. half:
+    sizes to each side of the lowest that a local parabola passes; 0 where all are.
     """
 
     C: float
@@ -35,6 +36,7 @@ class Curve:
     D: float
     loss: float
     refused: str = ""
+    half: int = 0
 
     def predict(self, N: np.ndarray) -> np.ndarray:
         """The curve's loss at sizes N, within the range of the runs it passes; NaN outside."""
@@ -57,13 +59,12 @@ def curve_of(group: pd.DataFrame, method: str, window: int) -> Curve:
     sizes, tokens, losses = (group[name].to_numpy(float) for name in ("N", "D", "loss"))
     means = group.groupby("N")["loss"].mean()  # seeds of one size
     distinct, lowest = means.index.to_numpy(float), int(np.argmin(means))
-    used = np.ones(len(sizes), bool)
-    if method in ("local", "parabola"):
-        half = window // 2
+    used, half = np.ones(len(sizes), bool), window // 2 if method in ("local", "parabola") else 0
+    if half:
         near = distinct[max(lowest - half, 0) : lowest + half + 1]
         used = (near[0] <= sizes) & (near[-1] >= sizes)
     C, center = float(np.exp(np.log(group[column]).mean())), float(np.log(distinct[lowest]))
-    curve = Curve(C, sizes, tokens, losses, used, center, None, np.nan, np.nan, np.nan)
+    curve = Curve(C, sizes, tokens, losses, used, center, None, np.nan, np.nan, np.nan, half=half)
     if method != "akima":
         fitted = np.polynomial.polynomial.polyfit(np.log(sizes[used]) - center, np.log(losses[used]), 2)
         curve = dataclasses.replace(curve, coefficients=tuple(map(float, fitted)))
@@ -73,7 +74,10 @@ def curve_of(group: pd.DataFrame, method: str, window: int) -> Curve:
         return dataclasses.replace(curve, refused=reason)
     if curve.coefficients and curve.coefficients[2] <= 0:
         return dataclasses.replace(curve, refused="the parabola is concave")
-    minimum = redraw(curve, np.zeros((1, len(sizes))))[0]
+    if curve.coefficients:
+        minimum = _vertices(curve, used, np.array([curve.coefficients]))[0]
+    else:
+        minimum = redraw(curve, np.zeros((1, len(sizes))))[0]
     if np.isnan(minimum).any():
         return dataclasses.replace(curve, refused="the vertex lies outside the sizes it was fitted to")
     N, D, loss = map(float, np.exp(minimum))
@@ -81,26 +85,49 @@ def curve_of(group: pd.DataFrame, method: str, window: int) -> Curve:
 
 
 def redraw(curve: Curve, noise: np.ndarray) -> np.ndarray:
-    """ln of N, D and loss [S, 3] at the minimum when `noise` [S, n] is added; NaN where there is none."""
+    """ln of N, D and loss [S, 3] at the minimum when `noise` [S, n] is added; NaN where there is none.
+
+    What a local parabola passes is chosen anew: with other noise another size is the lowest.
+    """
     x, y = np.log(curve.sizes), np.log(curve.losses)
+    knots, place = np.unique(x, return_inverse=True)
     if curve.coefficients is None:
-        knots = np.unique(x)
         at = np.linspace(knots[0], knots[-1], _AKIMA_POINTS * (len(knots) - 1))
         values = _akima(x, y + noise)(at)  # [grid, S]
         best = values.argmin(0)
-        where, low = at[best], values.min(0)
         inside = (best > 0) & (best < len(at) - 1)
-    else:
-        u = x[curve.used] - curve.center
-        solve = np.linalg.pinv(np.vander(u, 3, increasing=True))
-        c0, c1, c2 = np.array(curve.coefficients)[:, None] + solve @ noise[:, curve.used].T
-        with np.errstate(divide="ignore", invalid="ignore"):
-            vertex = -c1 / (2 * c2)
-        inside = (c2 > 0) & (vertex >= u.min()) & (vertex <= u.max())
-        where, low = vertex + curve.center, c0 + c1 * vertex / 2
-    sizes, first = np.unique(x, return_index=True)
-    log_d = np.interp(where, sizes, np.log(curve.tokens)[first])
-    return np.where(inside[:, None], np.stack([where, log_d, low], axis=1), np.nan)
+        found = np.stack([at[best], _tokens(curve, at[best]), values.min(0)], axis=1)
+        return np.where(inside[:, None], found, np.nan)
+    fitted = np.polynomial.polynomial.polyval(x - curve.center, curve.coefficients)
+    values = np.where(curve.used, fitted, y) + noise
+    means = np.stack([values[:, place == knot].mean(-1) for knot in range(len(knots))], axis=1)
+    lowest = means.argmin(1) if curve.half else np.zeros(len(values), int)
+    out = np.full((len(values), 3), np.nan)
+    for knot in np.unique(lowest):
+        if curve.half and knot in (0, len(knots) - 1):
+            continue
+        used = np.abs(place - knot) <= curve.half if curve.half else curve.used
+        solve = np.linalg.pinv(np.vander(x[used] - curve.center, 3, increasing=True))
+        out[lowest == knot] = _vertices(curve, used, values[lowest == knot][:, used] @ solve.T)
+    return out
+
+
+def _vertices(curve: Curve, used: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
+    """ln of N, D and loss [S, 3] at the vertices of parabolas [S, 3]; NaN outside the sizes they pass."""
+    c0, c1, c2 = coefficients.T
+    u = np.log(curve.sizes[used]) - curve.center
+    with np.errstate(divide="ignore", invalid="ignore"):
+        vertex = -c1 / (2 * c2)
+    inside = (c2 > 0) & (vertex >= u.min()) & (vertex <= u.max())
+    where = vertex + curve.center
+    found = np.stack([where, _tokens(curve, where), c0 + c1 * vertex / 2], axis=1)
+    return np.where(inside[:, None], found, np.nan)
+
+
+def _tokens(curve: Curve, log_n: np.ndarray) -> np.ndarray:
+    """ln D of the budget at ln N."""
+    sizes, first = np.unique(np.log(curve.sizes), return_index=True)
+    return np.interp(log_n, sizes, np.log(curve.tokens)[first])
 
 
 def shifted(curve: Curve, by: np.ndarray) -> Curve:

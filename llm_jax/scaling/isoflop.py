@@ -152,13 +152,11 @@ def fit_isoflop(
     if not len(noise) and bootstrap:
         warnings.append("no intervals: every parabola has as many coefficients as sizes; add sizes a budget")
         bootstrap = 0
-    # Few residuals know the noise poorly, so its size is drawn too (as in Student's t).
     freedom = max(len(noise) - 3 * len(accepted), 1)
-    scale = np.sqrt(freedom / generator.chisquare(freedom, (bootstrap, 1)))
     minima = np.full((bootstrap, len(curves), 3), np.nan)
     for index, curve in enumerate(curves):
         if bootstrap and not curve.refused:
-            scatter = scale * generator.choice(noise, (bootstrap, len(curve.sizes)))
+            scatter = generator.choice(noise, (bootstrap, len(curve.sizes)))
             minima[:, index] = redraw(curve, scatter) + corrections[index]
     kept = minima[:, [not curve.refused for curve in curves]]
     draws = np.stack([lines_through(x, kept[:, :, i]) for i in range(3)], axis=1)
@@ -184,6 +182,9 @@ def fit_isoflop(
     }
     checked = dataclasses.replace(checked, notes=tuple(notes))
     draws = draws[np.isfinite(draws).all((1, 2))]
+    if len(draws):
+        # Noise on top of noise moves minima the same way again; the spread counts, around the estimate.
+        draws = draws - np.quantile(draws, [0.05, 0.95], axis=0).mean(0) + lines
     spread = float(np.sqrt(np.mean(noise**2))) if len(noise) else 0.0
     return IsoflopFit(
         lines,

@@ -23,7 +23,7 @@ from llm_jax.scaling.isoflop import fit_isoflop
 from llm_jax.scaling.resampling import KINDS
 
 BEYOND = 30 * 1e22
-OUTLIER, REFITS = 0.03, 200
+OUTLIER, REFITS = 0.03, 300
 
 
 class Row(NamedTuple):
