@@ -50,7 +50,7 @@ def dataset(noise: float, outliers: bool, seed: int) -> pd.DataFrame:
     return points
 
 
-def measure(sets: int, first_seed: int = 0) -> list[Row]:
+def measure(sets: int, refits: int = REFITS) -> list[Row]:
     """The table of coverage over `sets` sets."""
     N = float(optimum(TRUTH, np.array(BEYOND)))
     D = BEYOND / 6 / N
@@ -63,10 +63,10 @@ def measure(sets: int, first_seed: int = 0) -> list[Row]:
     for noise in (0.003, 0.01):
         for outliers in (False, True):
             hits = {kind: [] for kind in (*KINDS, "approach 2")}
-            for seed in range(first_seed, first_seed + sets):
+            for seed in range(sets):
                 points = dataset(noise, outliers, seed)
                 for kind in KINDS:
-                    fit = fit_law(points, few_starts(), bootstrap=REFITS, intervals=kind, seed=seed)
+                    fit = fit_law(points, few_starts(), bootstrap=refits, intervals=kind, seed=seed)
                     found = {
                         "a": fit.parameters["a"],
                         "E": fit.parameters["E"],
@@ -74,7 +74,7 @@ def measure(sets: int, first_seed: int = 0) -> list[Row]:
                     }
                     hits[kind].append({name: e.low <= truth[name] <= e.high for name, e in found.items()})
                 if not outliers:
-                    a = fit_isoflop(points, bootstrap=REFITS, seed=seed).parameters["a"]
+                    a = fit_isoflop(points, bootstrap=refits, seed=seed).parameters["a"]
                     hits["approach 2"].append({"a": a.low <= truth["a"] <= a.high})
             for kind, held in hits.items():
                 if held:
