@@ -31,13 +31,11 @@ def connect(stages: Sequence[Sequence["Planned"]]) -> list[tuple["Planned", ...]
         return max((there for there in standing[trunk] if there <= step), default=0)
 
     ranks = [-1 if done else stage for done, stage in zip(complete, stage_of, strict=True)]
-    starts = trunks.graph([item.run for item in items], ranks, offer)
+    begun = {number for number in range(len(items)) if complete[number] or standing[number]}
+    starts = trunks.graph([item.run for item in items], ranks, offer, begun)
     kept: dict[int, set[int]] = {}
-    for number, start in list(starts.items()):
-        if complete[number] or standing[number]:
-            del starts[number]
-        else:
-            kept.setdefault(start.trunk, set()).add(start.from_step)
+    for start in starts.values():
+        kept.setdefault(start.trunk, set()).add(start.from_step)
     connected = list(items)
     for number in sorted(range(len(items)), key=lambda number: _depth(number, starts)):
         run = items[number].run
@@ -48,7 +46,7 @@ def connect(stages: Sequence[Sequence["Planned"]]) -> list[tuple["Planned", ...]
         if number in starts:
             trunk, from_step = connected[starts[number].trunk], starts[number].from_step
         else:
-            trunk, from_step = None, _begun_at(items[number]) if complete[number] or standing[number] else 0
+            trunk, from_step = None, _begun_at(items[number]) if number in begun else 0
         connected[number] = dataclasses.replace(items[number], run=run, trunk=trunk, from_step=from_step)
     ends = [sum(len(stage) for stage in stages[: number + 1]) for number in range(len(stages))]
     return [tuple(connected[end - len(stage) : end]) for end, stage in zip(ends, stages, strict=True)]

@@ -68,7 +68,7 @@ class Program:
         placed = state_shardings(state, self.roles, mesh)
         self.state: State = _at(state, placed)
         self.init = jax.jit(init, out_shardings=placed)
-        self.scorer = make_scorer(model)
+        self.scorer, self.predicts_tokens = make_scorer(model), model.unembed is not None
 
         batch = {name: _at(x, sharding.batch_sharding(mesh)) for name, x in shape.spec}
         columns = optimizers.tables(shape.optimizer, shape.objective, steps=1)

@@ -63,22 +63,30 @@ def train(run: Run, folder: str | Path, hooks: Sequence[Hook] = (), progress: An
     trunk = trunks.find(run, folder)
 
     record = Record(folder, writes=jax.process_index() == 0)
-    with record, jax.set_mesh(mesh), catching_sigterm() as terminated:
+    closing = contextlib.ExitStack()
+    with record, jax.set_mesh(mesh), catching_sigterm() as terminated, closing:
         if (folder / "result.json").exists():
             record.start(facts.described(run, source), {})  # refuses the result of another run
             return load_run(folder)["result"]
         compiled = program.cache_info().misses
         parts = program(shape, mesh)
         compile_seconds = parts.compile_seconds if program.cache_info().misses > compiled else 0.0
+        if held_out is not None and not parts.predicts_tokens:
+            raise UserError(
+                "held-out documents are scored by their tokens, and this model predicts none (it has no "
+                "unembed): set --config.data.held_out_fraction=0"
+            )
         try:
             record.start(facts.described(run, source), facts.execution_facts(run, parts, mesh))
         except OSError as error:
             raise UserError(f"{folder} can't be a run's folder: {error.strerror}") from None
+        if (folder / "result.json").exists():  # another process ended it while this one compiled
+            return load_run(folder)["result"]
 
         # ---- the state, new or restored ----
-        checkpoints = Checkpoints(
-            folder / "checkpoints", execution.checkpoint.keep_last, execution.checkpoint.keep_steps
-        )
+        kept = execution.checkpoint
+        checkpoints = Checkpoints(folder / "checkpoints", kept.keep_last, kept.keep_steps)
+        closing.callback(checkpoints.close)
         restored = checkpoints.restore(parts.state) or (trunk and trunk.restore(parts.state, run))
         first, state, *origin = restored or (0, parts.init(jax.random.PRNGKey(run.seed)))
         record.resume_at(first, *origin)
@@ -154,7 +162,6 @@ def train(run: Run, folder: str | Path, hooks: Sequence[Hook] = (), progress: An
                 checkpoints.save(done, state, wait=stopping)
                 saved_at = time.perf_counter()
             if stopping:
-                checkpoints.close()
                 raise SystemExit(143)
             if evaluating or saving:
                 stopwatch.restart()
@@ -167,7 +174,7 @@ def train(run: Run, folder: str | Path, hooks: Sequence[Hook] = (), progress: An
         scores = evaluate(steps) if status == "done" else {}
         guessing = math.log(max(run.data.vocabulary, 2))
         broken = scores.get("loss", 0.0) > WORSE_THAN_GUESSING * guessing
-        if broken or not all(map(math.isfinite, scores.values())):
+        if broken or not math.isfinite(scores.get("loss", 0.0)):
             status, scores = "diverged", {}
         logged = metrics(folder).set_index("step")
         result = facts.outcome(

@@ -28,8 +28,9 @@ def to_batch(optimizer: Optimizer, batch_tokens: float, tuned_batch_tokens: floa
 
     Rates go as sqrt(k) where steps don't grow with the gradient (Malladi et al. 2022, arXiv:2205.10287), as k
     for SGD (Goyal et al. 2017, arXiv:1706.02677), both below the critical batch size. Beta2 becomes beta2^k:
-    it forgets after as many tokens (Marek et al. 2025, arXiv:2507.07101); beta1 stays, as there. Epsilon goes
-    as the noise in the gradient, k^-1/2. Decay times rate grows as k, as it acts once a step.
+    it forgets after as many tokens (Marek et al. 2025, arXiv:2507.07101), and so does the average of the
+    weights; beta1 stays, as there. Epsilon goes as the noise in the gradient, k^-1/2. Decay times rate grows
+    as k, as it acts once a step.
     """
     k = _ratio(batch_tokens, tuned_batch_tokens, "tokens of a batch")
     power = 1.0 if optimizer.steps == {"sgd"} else 0.5
@@ -38,6 +39,8 @@ def to_batch(optimizer: Optimizer, batch_tokens: float, tuned_batch_tokens: floa
         changed["beta2"] = optimizer.beta2**k
     if hasattr(optimizer, "epsilon"):
         changed["epsilon"] = optimizer.epsilon * k**-0.5
+    if optimizer.average is not None:
+        changed["average"] = optimizer.average**k
     return dataclasses.replace(_with_rates(optimizer, k**power), **changed)
 
 

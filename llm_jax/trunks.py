@@ -11,7 +11,7 @@ alike. Where its state came from belongs to its execution, and is recorded.
 
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ def graph(
     runs: Sequence[Run],
     ranks: Sequence[int] | None = None,
     offer: Callable[[int, int], int] = lambda trunk, step: step,
+    begun: Container[int] = (),
 ) -> dict[int, Start]:
     """What each run starts from, for those that start from another run's state; in an order to train them in.
 
@@ -55,7 +56,8 @@ def graph(
     for all) comes first what shares most with all others, and then has the longest constant part, so that
     under WSD all others are branches of one trunk.
 
-    offer(trunk, step): the last step up to `step` whose state run number `trunk` has or will have.
+    offer(trunk, step): the last step up to `step` whose state run number `trunk` has or, if it trains all
+    steps itself, will have. begun: the runs that keep the start they had.
     Runs that are executed differently share nothing, as their roundings differ.
     """
     groups: dict[Any, list[int]] = {}
@@ -71,8 +73,12 @@ def graph(
         constant = {number: extensible_steps(runs[number]) for number in group}
         order = sorted(group, key=lambda n: (ranks[n] if ranks else 0, -total[n], -constant[n]))
         for place, number in enumerate(order[1:], 1):
+            if number in begun:
+                continue
             offers = [(offer(trunk, shared[trunk, number]), trunk) for trunk in order[:place]]
-            step, trunk = max(offers, key=lambda pair: pair[0])
+            # A run that starts from another's state passes through later ones only.
+            offers = [(step, at) for step, at in offers if at not in starts or step > starts[at].from_step]
+            step, trunk = max(offers, key=lambda pair: pair[0], default=(0, 0))
             if step >= WORTH * runs[number].steps:
                 starts[number] = Start(trunk, step)
     return starts

@@ -1,8 +1,10 @@
 """Every experiment file: its scales are valid, and what it asks for is pinned, so that no result is orphaned.
 
-If a change here is meant, write the golden files anew: UPDATE_GOLDEN=1 pytest tests/test_experiments.py
+If a change here is meant, write the golden files anew: UPDATE_GOLDEN=1 pytest tests/test_experiments.py. If a
+default has changed, raise llm_jax/run.py's SCHEMA too, or old results count for the new meaning.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -35,11 +37,22 @@ def test_what_every_experiment_asks_for_is_pinned(experiment):
     runs = [base, *(experiment.sweep(base) if hasattr(experiment, "sweep") else [])]
     runs += experiment.holdout(base) if hasattr(experiment, "holdout") else []
     asked = {run.identity(content=False): config.scientific(run, content=False) for run in runs}
+    # Identities leave defaults out: a default that changes shows here, and must raise run.SCHEMA.
+    whole = config.to_json(base)
+    asked["defaults"] = {
+        name: whole[name] for name in config.values.hints(type(base)) if _decides(base, name)
+    }
     asked = json.loads(json.dumps(asked))
     if os.environ.get("UPDATE_GOLDEN"):
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(asked, indent=1, sort_keys=True) + "\n")
     assert json.loads(path.read_text()) == asked
+
+
+def _decides(run, name):
+    """Whether the field decides the result."""
+    field = next(field for field in dataclasses.fields(run) if field.name == name)
+    return field.metadata.get("identity", True)
 
 
 def test_the_docstring_asks_the_question_and_gives_the_command(experiment):

@@ -34,6 +34,7 @@ def test_the_rate_grows_as_the_root_of_the_batch_and_for_sgd_as_the_batch():
     sgd = to_batch(SGD(0.1, weight_decay=0.01), 4e5, 1e5)
     assert (sgd.learning_rate, sgd.weight_decay) == pytest.approx((0.4, 0.01))
     assert to_batch(Lion(), 7e4, 7e4) == Lion()
+    assert to_batch(AdamW(average=0.999), 4e5, 1e5).average == pytest.approx(0.999**4)
 
 
 @pytest.mark.parametrize("tokens", [0, -1, float("nan"), float("inf")])

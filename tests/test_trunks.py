@@ -112,6 +112,21 @@ def test_runs_of_a_higher_rank_start_from_lower_ones_only_and_from_what_these_of
     assert trunks.graph(runs, [1, 0, 1], only_at_12) == {0: trunks.Start(1, 12), 2: trunks.Start(0, 16)}
 
 
+def test_a_run_offers_no_state_from_before_its_own_start(wsd):
+    complete, longer, shorter = wsd(40), wsd(80), wsd(30)
+    standing = {0: (31, 40)}
+
+    def offer(trunk, step):
+        return max((at for at in standing[trunk] if at <= step), default=0) if trunk in standing else step
+
+    # Step 23 is gone from the complete run, and the longer one begins at 31.
+    assert trunks.graph([complete, longer, shorter], [-1, 0, 0], offer, begun={0}) == {1: trunks.Start(0, 31)}
+    # Where the longer one has begun already and keeps the state, it serves all the same.
+    standing[1] = (23,)
+    found = trunks.graph([complete, longer, shorter], [-1, 0, 0], offer, begun={0, 1})
+    assert found == {2: trunks.Start(1, 23)}
+
+
 def test_runs_on_other_layouts_share_nothing_as_they_round_differently(wsd):
     assert trunks.graph([wsd(80), wsd(40, execution__micro_batches=2)]) == {}
 

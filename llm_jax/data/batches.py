@@ -9,7 +9,7 @@ window shuffled(i mod windows) of epoch i // windows.
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -73,7 +73,7 @@ class Text(DataConfig, kind="text"):
         self.validate()
         parts = self.corpus.sources()
         found = [catalogue(part.corpus) for part in parts]
-        training = [self.split(part, item)[1] for part, item in zip(parts, found, strict=True)]
+        training = [train for _, train in self.splits(found)]
         total = sum(part.weight for part in parts)
 
         def texts(most_bytes: int) -> Iterator[str]:
@@ -92,10 +92,17 @@ class Text(DataConfig, kind="text"):
         parts = self.corpus.sources()
         return parts if len(parts) > 1 else (dataclasses.replace(parts[0], unique_tokens=self.unique_tokens),)
 
-    def split(self, part: Weighted, found: Catalogue | Store) -> list[np.ndarray]:
-        """[held-out, training] numbers of documents."""
-        name, fraction = part.corpus.name, self.held_out_fraction
-        return split(found.hashes, found.sizes_bytes, fraction, self.held_out_bytes, name)
+    def splits(self, found: Sequence[Catalogue | Store]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(held-out, training) numbers of each part's documents; what one holds out, none trains on."""
+        parts = []
+        for part, item in zip(self.corpus.sources(), found, strict=True):
+            limits = self.held_out_fraction, self.held_out_bytes
+            parts.append(split(item.hashes, item.sizes_bytes, *limits, part.corpus.name))
+        held = np.concatenate([item.hashes[out] for item, (out, _) in zip(found, parts, strict=True)])
+        return [
+            (out, train[~np.isin(item.hashes[train], held)])
+            for item, (out, train) in zip(found, parts, strict=True)
+        ]
 
 
 class TextSource(Source):
@@ -104,7 +111,7 @@ class TextSource(Source):
     def __init__(self, config: Text, codec: Codec, found: list[Catalogue], stores: list[Store]) -> None:
         self.config, self.codec, self._catalogues = config, codec, found
         self._parts, length = config.parts(), config.sequence_length
-        splits = [config.split(part, store) for part, store in zip(self._parts, stores, strict=True)]
+        splits = config.splits(stores)
         self._streams = [Stream(store, train) for store, (_, train) in zip(stores, splits, strict=True)]
         self._held_out = [
             Stream(store, held, closing=length + 1)

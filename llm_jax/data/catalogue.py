@@ -2,7 +2,8 @@
 
 The hashes of their texts order all documents as if at random, whatever files they came from. The first few of
 this order are held out; the rest is the order of training, so that any beginning of it is
-a fair and nested sample. Equal texts have equal hashes and can't stand on both sides.
+a fair and nested sample. Equal texts have equal hashes and can't stand on both sides; `Text.splits` sees
+to it between the sources of a mixture.
 """
 
 import array

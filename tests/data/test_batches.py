@@ -22,7 +22,7 @@ def text(corpus) -> Text:
 def stream(text: Text, side: int = 1) -> tuple[np.ndarray, np.ndarray]:
     """The plain way: all tokens of the held-out (0) or training (1) documents, and whose each is."""
     made = tokenize(text.corpus, catalogue(text.corpus), Bytes())
-    order = text.split(text.parts()[0], made)[side]
+    order = text.splits([made])[0][side]
     pieces = [made.tokens[made.starts[d] : made.starts[d] + made.lengths[d]] for d in order]
     owner = np.repeat(np.arange(len(order)), [len(piece) for piece in pieces])
     return np.append(np.concatenate(pieces), 256), owner
@@ -187,6 +187,30 @@ def test_a_mixture_scores_the_held_out_documents_of_all_its_sources():
     owner = np.concatenate([batch["document"].ravel() for batch in batches])
     by_document = np.bincount(owner, mask, both.documents)
     assert mask.sum() == both.tokens and by_document.min() > 0 and len(by_document) == both.documents
+
+
+def test_a_text_that_one_source_holds_out_is_trained_on_in_no_other(tmp_path):
+    words = [f"document {n} " * (5 + n % 7) for n in range(400)]
+    for name, chosen in (("some", words[:100]), ("all", words)):
+        lines = [json.dumps({"text": text}) for text in chosen]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    corpora = [Files((str(tmp_path / f"{name}.jsonl"),)) for name in ("some", "all")]
+    text = Text(Mixture(tuple(Weighted(part, 0.5) for part in corpora)), held_out_bytes=4000)
+    found = [catalogue(part) for part in corpora]
+    held, trained = (
+        {
+            int(hash)
+            for item, sides in zip(found, text.splits(found), strict=True)
+            for hash in item.hashes[sides[side]]
+        }
+        for side in (0, 1)
+    )
+    assert held and trained and not held & trained
+    alone = [
+        set(map(int, item.hashes[dataclasses.replace(text, corpus=part).splits([item])[0][1]]))
+        for part, item in zip(corpora, found, strict=True)
+    ]
+    assert held & (alone[0] | alone[1]), "each source alone would have trained on what the other holds out"
 
 
 # ---- the order of windows ----
