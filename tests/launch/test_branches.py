@@ -2,14 +2,19 @@
 
 import dataclasses
 import json
-import os
 import shutil
-import signal
-import threading
 
 import numpy as np
 import pytest
-from test_local import bits, changed, launched_workers, plan_of, trained, wait_for, where_workers_find_things
+from test_local import (
+    bits,
+    changed,
+    plan_of,
+    trained,
+    trained_though_killed,
+    wait_for,
+    where_workers_find_things,
+)
 
 from launch import sweep
 from llm_jax import config, manifest, records
@@ -121,16 +126,7 @@ def test_a_killed_trunk_continues_and_its_branch_waits_for_it(wsd, tmp_path):
     short = config.replace(wsd(50, slow=0.02), "execution.checkpoint.every_steps", 10)
     plan = plan_of(tmp_path / "killed", run, short)
     trunk, branch = plan.sweep
-
-    def kill():
-        wait_for(lambda: manifest.steps(trunk.folder / "checkpoints"))
-        for pid in launched_workers():
-            os.kill(pid, signal.SIGKILL)
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    assert trained(plan) == {}
-    killer.join()
+    assert trained_though_killed(plan, lambda: manifest.steps(trunk.folder / "checkpoints")) == {}
     assert len(records.starts(trunk.folder)) == 2
     assert result(branch)["steps_shared"] == 41
     train(short, tmp_path / "unbroken")

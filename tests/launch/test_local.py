@@ -72,11 +72,22 @@ def ended(process):
     return process.returncode, out, err
 
 
-def launched_workers():
-    """The process ids of the workers that this process has started."""
-    children = pathlib.Path(f"/proc/{os.getpid()}/task").glob("*/children")
-    pids = [int(pid) for file in children for pid in file.read_text().split()]
-    return [pid for pid in pids if b"launch.worker" in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()]
+def trained_though_killed(plan, when):
+    """As `trained`, but the worker is killed, once, as soon as `when()` is true."""
+
+    def kill():
+        wait_for(when)
+        children = pathlib.Path(f"/proc/{os.getpid()}/task").glob("*/children")
+        workers = [int(pid) for file in children for pid in file.read_text().split()]
+        for pid in workers:
+            if b"launch.worker" in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes():
+                os.kill(pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    failures = trained(plan)
+    killer.join()
+    return failures
 
 
 def wait_for(condition, seconds=40.0):
@@ -293,15 +304,7 @@ def test_a_killed_worker_is_replaced_and_its_run_ends_as_if_undisturbed(bits, tm
     plan = plan_of(tmp_path / "killed", run)
     checkpoints = plan.runs[0].folder / "checkpoints"
 
-    def kill():
-        wait_for(lambda: any(checkpoints.glob("*.json")))
-        for pid in launched_workers():
-            os.kill(pid, signal.SIGKILL)
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    assert trained(plan) == {}
-    killer.join()
+    assert trained_though_killed(plan, lambda: any(checkpoints.glob("*.json"))) == {}
     starts = records.starts(plan.runs[0].folder)
     assert len(starts) == 2
     assert starts[1]["resume_at"] > 0
