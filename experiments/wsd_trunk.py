@@ -192,6 +192,7 @@ def report(base: Run, folder: Path, runs: pd.DataFrame, forecasts: Mapping[str, 
     result = Page(
         title=f"Trunks and branches: {base.name}",
         question=__doc__.splitlines()[0],
+        caution=reports.too_small(laws["wsd"]),
         tiles=list(tiles(laws, saved, costs)),
         answers=list(answers(laws, saved, costs, relative, target)),
         warnings=[

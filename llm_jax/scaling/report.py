@@ -63,17 +63,7 @@ class Report:
 
     @property
     def too_small(self) -> str:
-        """Why the sweep is too small to judge the law by, in a sentence; empty where it isn't."""
-        points, needed = self.law.points.frame, 3 * self.law.free
-        budgets = points["budget_flops"].nunique() if "budget_flops" in points else 3
-        if len(points) >= needed and budgets >= 3:
-            return ""
-        at = f" at {budgets} budget{'s' * (budgets != 1)}" if budgets < 3 else ""
-        return (
-            f"This sweep is too small to judge the law by: {len(points)} runs{at} for {self.law.free} "
-            f"parameters, where {needed} at 3 budgets are the least. It shows that everything runs; "
-            "its numbers mean little."
-        )
+        return too_small(self.law)
 
     @property
     def misses(self) -> list[str]:
@@ -88,6 +78,22 @@ class Report:
         fitted = (f"Approach {fit.approach}: {text}" for fit in self.fits for text in fit.warnings)
         doubts = (f"{text}. The exponents are marked †." for text in self.rate_doubts)
         return list(dict.fromkeys([*self.warnings, *self.misses, *doubts, *fitted]))
+
+
+def too_small(law: Fit) -> str:
+    """Why a law's points are too few to judge it by, in a sentence; empty where they aren't.
+
+    Points that were not planned by budgets have none to count.
+    """
+    points, needed = law.points.frame, 3 * law.free
+    budgets = (points["budget_flops"].nunique() if "budget_flops" in points else 0) or 3
+    if len(points) >= needed and budgets >= 3:
+        return ""
+    at = f" at {budgets} budget{'s' * (budgets != 1)}" if budgets < 3 else ""
+    return (
+        f"This sweep is too small to judge the law by: {len(points)} runs{at} for {law.free} parameters, "
+        f"where {needed} at 3 budgets are the least. It shows that everything runs; its numbers mean little."
+    )
 
 
 def write(folder: str | pathlib.Path, report: Report) -> pathlib.Path:
