@@ -52,7 +52,7 @@ class WsdTrunk(Sweep, kind="wsd_trunk"):
     shapes: Shapes = shapes((8, 12, 16, 24, 32), layers=2)
     D_tokens: tuple[int, ...] = tuple(2**k * 512 * 300 for k in range(4))
     rate_exponent: float = -0.7
-    cosine_rate: float = 1.0
+    cosine_rate: float = 2.0
     rate_seeds: int = 2
     target: float = 4.0
     bootstrap: int = 1000
@@ -91,7 +91,7 @@ def get_config(scale: str) -> Run:
     return Run(
         model=Transformer(layers=3, width=64, heads=4),
         data=ladder.text(scale),
-        optimizer=AdamW(learning_rate=6e-3, schedule=WSD(decay_fraction=0.2, warmup_steps=warmup_steps)),
+        optimizer=AdamW(learning_rate=3e-3, schedule=WSD(decay_fraction=0.2, warmup_steps=warmup_steps)),
         tokens=SCALES[scale].D_tokens[0],
         name=f"wsd_trunk-{scale}",
         sweep=SCALES[scale],

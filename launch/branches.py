@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from llm_jax import config, manifest, records, trunks
+from llm_jax.run import Run
 
 if TYPE_CHECKING:
     from launch.sweep import Planned
@@ -20,36 +21,41 @@ MOST_LINES = 12  # of a plan's trunks on the screen
 def connect(stages: Sequence[Sequence["Planned"]]) -> list[tuple["Planned", ...]]:
     """The same runs, each with the trunk it starts from, and each trunk keeping the checkpoints it must."""
     items = [item for stage in stages for item in stage]
-    stage_of = [number for number, stage in enumerate(stages) for _ in stage]
-    standing = [manifest.steps(item.folder / "checkpoints") for item in items]
     complete = [item.complete for item in items]
+    standing = [manifest.steps(item.folder / "checkpoints") for item in items]
+    begun = {number for number in range(len(items)) if complete[number] or standing[number]}
 
     def offer(trunk: int, step: int) -> int:
-        """A state that no longer comes by must stand."""
+        """What the trunk has passed already must stand; what is ahead of it, it will keep."""
         if not complete[trunk] and step > max(standing[trunk], default=0):
             return step
         return max((there for there in standing[trunk] if there <= step), default=0)
 
-    ranks = [-1 if done else stage for done, stage in zip(complete, stage_of, strict=True)]
-    begun = {number for number in range(len(items)) if complete[number] or standing[number]}
+    # Complete runs come first, so that those to come start from them; then stage by stage.
+    ranks = [number for number, stage in enumerate(stages) for _ in stage]
+    ranks = [-1 if done else rank for done, rank in zip(complete, ranks, strict=True)]
     starts = trunks.graph([item.run for item in items], ranks, offer, begun)
-    kept: dict[int, set[int]] = {}
+    keep: dict[int, set[int]] = {}
     for start in starts.values():
-        kept.setdefault(start.trunk, set()).add(start.from_step)
-    connected = list(items)
+        keep.setdefault(start.trunk, set()).add(start.from_step)
+
+    connected: dict[int, Planned] = {}
     for number in sorted(range(len(items)), key=lambda number: _depth(number, starts)):
-        run = items[number].run
-        if number in kept:
-            longer = {trunks.extensible_steps(run)} - {0}
-            steps = {*kept[number], *longer, *run.execution.checkpoint.keep_steps}
-            run = config.replace(run, "execution.checkpoint.keep_steps", tuple(sorted(steps)))
-        if number in starts:
-            trunk, from_step = connected[starts[number].trunk], starts[number].from_step
-        else:
-            trunk, from_step = None, _begun_at(items[number]) if number in begun else 0
-        connected[number] = dataclasses.replace(items[number], run=run, trunk=trunk, from_step=from_step)
-    ends = [sum(len(stage) for stage in stages[: number + 1]) for number in range(len(stages))]
-    return [tuple(connected[end - len(stage) : end]) for end, stage in zip(ends, stages, strict=True)]
+        item, start = items[number], starts.get(number)
+        connected[number] = dataclasses.replace(
+            item,
+            run=_keeping(item.run, keep[number]) if number in keep else item.run,
+            trunk=connected[start.trunk] if start else None,
+            from_step=start.from_step if start else _begun_at(item) if number in begun else 0,
+        )
+    numbers = iter(range(len(items)))
+    return [tuple(connected[next(numbers)] for _ in stage) for stage in stages]
+
+
+def _keeping(run: Run, steps: set[int]) -> Run:
+    """The run with checkpoints of `steps` kept, and one from which a longer run could start some day."""
+    steps = steps | {trunks.extensible_steps(run)} | set(run.execution.checkpoint.keep_steps)
+    return config.replace(run, "execution.checkpoint.keep_steps", tuple(sorted(steps - {0})))
 
 
 def _depth(number: int, starts: dict[int, trunks.Start]) -> int:

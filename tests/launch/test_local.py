@@ -90,7 +90,7 @@ def trained_though_killed(plan, when):
     return failures
 
 
-def wait_for(condition, seconds=40.0):
+def wait_for(condition, seconds=120.0):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not happen"
