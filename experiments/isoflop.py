@@ -37,6 +37,7 @@ from llm_jax.scaling import forecast as forecasting
 from llm_jax.scaling import report as reports
 from llm_jax.scaling.rates import RateCheck, check_rates
 from llm_jax.schedules import Cosine
+from llm_jax.values import check_least, write
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,12 +61,14 @@ class Isoflop(Sweep, kind="isoflop"):
     bootstrap: int = 1000
 
     def validate(self) -> None:
-        if not self.budgets_flops or self.minimum_steps < 1 or self.bootstrap < 100 or self.rate_seeds < 2:
+        check_least(self, "sweep.", ("tokens_per_parameter",), minimum_steps=1, bootstrap=100, rate_seeds=2)
+        ladder.check_shapes(self.shapes)
+        if len(self.budgets_flops) < 3:
             raise UserError(
-                "sweep.budgets_flops needs a budget, sweep.minimum_steps is at least 1, sweep.bootstrap at "
-                "least 100, sweep.rate_seeds at least 2"
+                f"sweep.budgets_flops is {write(self.budgets_flops)}; three budgets at least: the law is "
+                "tested on the largest, by a fit to the others"
             )
-        if self.holdout_flops < 4 * max(self.budgets_flops, default=0):
+        if self.holdout_flops < 4 * max(self.budgets_flops):
             raise UserError(
                 f"sweep.holdout_flops is {self.holdout_flops:.3g}; a check of the law lies at least 4 times "
                 f"above the largest budget, {max(self.budgets_flops):.3g}"

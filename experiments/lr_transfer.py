@@ -31,6 +31,7 @@ from llm_jax.scaling.drift import Drift, drift
 from llm_jax.scaling.plots import Panel, Series
 from llm_jax.schedules import Cosine
 from llm_jax.transfer import HORIZON_EXPONENT
+from llm_jax.values import check_least, write
 
 SHOWN = ("mixer", "mlp", "stream", "logits")  # of the coordinate check
 
@@ -56,8 +57,11 @@ class LrTransfer(Sweep, kind="lr_transfer"):
     bootstrap: int = 1000
 
     def validate(self) -> None:
-        if len(self.rates) < 3 or list(self.rates) != sorted(set(self.rates)) or self.seeds < 1:
-            raise UserError("sweep.rates are at least 3, each larger than the one before; seeds at least 1")
+        check_least(self, "sweep.", head_width=1, seeds=1, coordinate_steps=1)
+        if len(self.rates) < 3 or list(self.rates) != sorted(set(self.rates)):
+            raise UserError(
+                f"sweep.rates is {write(self.rates)}; at least 3, each larger than the one before"
+            )
         if any(width % self.head_width for width in self.widths):
             raise UserError(
                 f"sweep.widths={self.widths}: heads of {self.head_width} don't divide each of them"

@@ -63,8 +63,10 @@ class Shape:
 
     def validate(self) -> None:
         sizes = self.layers, self.width, self.heads, self.sequence_length, self.batch_size, self.vocabulary
-        if min(sizes) < 1 or self.width % self.heads:
-            raise UserError(f"shape {self.name}: all sizes are at least 1, and heads divides width")
+        if min(sizes) < 1:
+            raise UserError(f"shape {self.name}: all sizes are at least 1")
+        if self.width % self.heads:
+            raise UserError(f"shape {self.name}: heads={self.heads} does not divide width={self.width}")
 
     @property
     def tokens(self) -> int:

@@ -36,6 +36,7 @@ from llm_jax.scaling.rates import RateCheck, check_rates
 from llm_jax.scaling.results import Fit
 from llm_jax.scaling.trunks import Savings, law_panels, savings, tree_panels
 from llm_jax.schedules import WSD, Cosine
+from llm_jax.values import check_least, write
 
 WAYS = {"wsd": "trunks and branches", "cosine": "independent cosine runs"}
 
@@ -58,9 +59,13 @@ class WsdTrunk(Sweep, kind="wsd_trunk"):
     bootstrap: int = 1000
 
     def validate(self) -> None:
-        if len(self.shapes) < 3 or len(self.D_tokens) < 3 or self.rate_seeds == 1:
+        check_least(self, "sweep.", ("cosine_rate", "target"), rate_seeds=0, bootstrap=100)
+        ladder.check_shapes(self.shapes, least=3)
+        if len(self.D_tokens) < 3 or min(self.D_tokens) < 1:
+            raise UserError(f"sweep.D_tokens is {write(self.D_tokens)}; three sizes at least, each positive")
+        if self.rate_seeds == 1:
             raise UserError(
-                "sweep.shapes and sweep.D_tokens need three sizes each, sweep.rate_seeds is 0 or at least 2"
+                "sweep.rate_seeds is 1; one seed shows no spread: it is 0 (no check) or at least 2"
             )
 
 

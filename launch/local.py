@@ -5,16 +5,18 @@
 
 The same command again continues: what is complete is skipped. Exit code 0: all runs are complete; 1: some
 failed, or there is no forecast or report, for the reasons printed; 2: something the user has to put right,
-said in one line; 130: stopped.
+said in one line; 130: stopped by Ctrl-C; 143: by SIGTERM.
 """
 
 import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,7 +26,7 @@ from launch import order, sweep
 from launch.pool import Pool, gpus, shares
 from launch.sweep import Plan
 from llm_jax import config, records, sharding
-from llm_jax.config import Chosen
+from llm_jax.config import Chosen, UserError
 from llm_jax.kernels import devices
 
 # What steps of small models reach of the speed of bare matrix products, and what every run costs besides.
@@ -35,7 +37,15 @@ def main() -> int:
     experiment = config.chosen()
     order.check(experiment)
     folder = Path(flags.FLAGS.folder or sweep.folder_of(experiment))
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if (folder / "config.json").exists():
+        raise UserError(f"{folder} is the folder of a single run; name another by --folder")
+    terminated = threading.Event()
+
+    def terminate(*_: Any) -> None:
+        terminated.set()
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, terminate)
     try:
         if hasattr(experiment.module, "measure"):
             return measure(experiment, folder)
@@ -43,7 +53,7 @@ def main() -> int:
     except KeyboardInterrupt:
         command = [sys.executable, "-m", "launch.local", *sys.argv[1:]]
         print(f"\nstopped; to continue: {shlex.join(command)}")
-        return 130
+        return 143 if terminated.is_set() else 130
 
 
 def measure(experiment: Chosen, folder: Path) -> int:
@@ -69,7 +79,9 @@ def launch(experiment: Chosen, folder: Path) -> int:
         return 0
     file = Path(experiment.module.__file__)
     workers = flags.FLAGS.workers
-    return order.carry_out(plan, lambda runs, planned: Pool(runs, file, shares(workers, planned)).run())
+    return order.carry_out(
+        plan, lambda runs, planned: Pool(runs, file, shares(workers, planned), planned).run()
+    )
 
 
 def refuse_meshes(plan: Plan) -> None:

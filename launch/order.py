@@ -36,6 +36,11 @@ def check(experiment: Chosen) -> None:
     module = experiment.module
     if not hasattr(module, "sweep") and not hasattr(module, "measure"):
         raise UserError(f"{module.__file__}: an experiment defines sweep(base) or measure(base, folder)")
+    wanted = getattr(module.get_config(experiment.scale), "sweep", None)
+    if (given := getattr(experiment.config, "sweep", None)) is not None and type(given) is not type(wanted):
+        raise UserError(
+            f"sweep is {given.kind}; {module.__file__} plans by {wanted.kind}: --config.sweep={wanted.kind}"
+        )
     if hasattr(module, "holdout") and not hasattr(module, "forecast"):
         raise UserError(f"{module.__file__}: holdout(base) comes with forecast(base, runs, run), its check")
 

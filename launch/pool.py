@@ -157,9 +157,14 @@ def origin(run: Planned, shared: int) -> str:
 
 
 class Pool:
-    """Runs `runs`, at most one worker process for each share."""
+    """Runs `runs`, at most one worker process for each share.
 
-    def __init__(self, runs: Sequence[Planned], experiment: Path, shares: Sequence[Share]) -> None:
+    planned: how many runs the stage has, the complete ones included (0: these are all).
+    """
+
+    def __init__(
+        self, runs: Sequence[Planned], experiment: Path, shares: Sequence[Share], planned: int = 0
+    ) -> None:
         self._waiting = collections.deque(sorted(runs, key=lambda run: -run.flops))
         numbers: dict[Shape, int] = {}  # hashing a shape takes a while
         self._shape = {run: numbers.setdefault(run.shape, len(numbers)) for run in runs}
@@ -173,7 +178,7 @@ class Pool:
         self._count = len(runs)
         self._looked = time.monotonic()
         self._selector = selectors.DefaultSelector()
-        self._display = SweepProgress({run.label: run.price for run in runs})
+        self._display = SweepProgress({run.label: run.price for run in runs}, planned=planned)
 
     def run(self) -> dict[Planned, str]:
         """Blocks until every run is complete or has failed; returns the reasons of those that failed.

@@ -16,9 +16,7 @@ any field of what its `get_config(scale)` returns.
 
 import dataclasses
 import hashlib
-import importlib.util
 import json
-import pathlib
 import re
 import shlex
 import sys
@@ -30,6 +28,7 @@ from typing import Any, ClassVar
 from absl import app, flags, logging
 
 from llm_jax import values
+from llm_jax.experiment_file import load_experiment
 from llm_jax.values import UserError, nearest
 
 
@@ -203,28 +202,7 @@ def identity(config: Any, schema: int, content: bool = True) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-# ---- experiment files and the flag ----
-
-
-def load_experiment(place: str) -> tuple[types.ModuleType, str]:
-    """The module at `FILE.py[:scale]` and its scale (the first of its `SCALES` if none is named)."""
-    name, _, scale = place.partition(":")
-    path = pathlib.Path(name)
-    if not path.is_file() or path.suffix != ".py":
-        near = [str(found) for found in sorted((path if path.is_dir() else path.parent).glob("*.py"))]
-        raise UserError(f"no experiment file {name!r}; {nearest(name, near)}")
-    unique = f"{path.stem} ({path.resolve()})"
-    spec = importlib.util.spec_from_file_location(unique, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[unique] = module  # dataclasses look up their module's names there
-    spec.loader.exec_module(module)
-    for needed in ("SCALES", "get_config"):
-        if not hasattr(module, needed):
-            raise UserError(f"{name}: an experiment file defines {needed}; see experiments/isoflop.py")
-    scale = scale or next(iter(module.SCALES))
-    if scale not in module.SCALES:
-        raise UserError(f"{name}: no scale {scale!r}; {nearest(scale, module.SCALES)}")
-    return module, scale
+# ---- the flag ----
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,14 +234,28 @@ def chosen() -> Chosen:
         raise UserError("--config is missing, for example --config=experiments/isoflop.py:smoke")
     module, scale = load_experiment(_FILE.value)
     config = module.get_config(scale)
+    if not dataclasses.is_dataclass(config):
+        raise UserError(f"{module.__file__}: get_config({scale!r}) returned {config!r}, not a config")
     for path, text in _overrides:
-        config = override(config, path, text)
+        try:
+            config = override(config, path, text)
+        except UserError as error:
+            raise UserError(f"{error}{_out_of_order(path)}") from None
     if _help:
         for place in _help:
             _print_fields(config, place)
         sys.exit(0)
     check(config)
     return Chosen(module, scale, config, tuple(_overrides))
+
+
+def _out_of_order(path: str) -> str:
+    """A hint where the kind that may have the field at `path` is chosen only after it."""
+    places = [place for place, _ in _overrides]
+    for place, text in _overrides[places.index(path) + 1 :]:
+        if path.startswith(f"{place.removesuffix('.kind')}."):
+            return f" (--config.{place}={text} comes first, then its fields)"
+    return ""
 
 
 def _print_fields(config: Any, place: str) -> None:
@@ -294,6 +286,8 @@ def parse_flags(argv: Sequence[str], elsewhere: Mapping[str, str]) -> list[str]:
         _overrides.append((path, text))
     try:
         left = flags.FLAGS(rest)
+    except SystemExit:  # --help has been printed, which absl takes for a failure
+        sys.exit(0)
     except flags.Error as error:
         raise UserError(_plainly(error, elsewhere)) from None
     if len(left) > 1:
@@ -344,6 +338,8 @@ def run_main(main: Callable[[], int | None], elsewhere: Mapping[str, str] | None
         except UserError as error:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
             sys.exit(2)
+        except KeyboardInterrupt:
+            sys.exit(130)
 
     logging.set_verbosity(logging.WARNING)  # JAX tells of every kind of device that it did not find
     app.run(lambda _: guarded(main), flags_parser=lambda argv: guarded(parse_flags, argv, elsewhere or {}))

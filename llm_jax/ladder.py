@@ -13,6 +13,7 @@ from llm_jax.data import Python, SentencePiece, Text
 from llm_jax.models import counting
 from llm_jax.models.transformer import Transformer
 from llm_jax.run import Cell, Run
+from llm_jax.values import write
 
 if TYPE_CHECKING:
     import pandas
@@ -39,6 +40,15 @@ def text(scale: str) -> Text:
 
 def shapes(widths: Sequence[int], layers: int) -> Shapes:
     return tuple((width, layers) for width in widths)
+
+
+def check_shapes(sizes: Shapes, least: int = 1) -> None:
+    """Raises UserError where sweep.shapes has fewer than `least` sizes, or one that can't be built."""
+    if len(sizes) < least:
+        raise UserError(f"sweep.shapes is {write(sizes)}; it needs {least} (width, layers) or more")
+    for size in sizes:
+        if min(size) < 1:
+            raise UserError(f"sweep.shapes has {write(size)}; width and layers are at least 1")
 
 
 def model_of(base: Run, width: int, layers: int) -> Transformer:

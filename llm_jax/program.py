@@ -16,6 +16,7 @@ import numpy as np
 from llm_jax import optimizers, sharding
 from llm_jax.data import Source
 from llm_jax.held_out import make_scorer
+from llm_jax.kernels import memory
 from llm_jax.losses import Objective
 from llm_jax.models import Layout, ModelConfig
 from llm_jax.optimizers import Optimizer
@@ -56,7 +57,8 @@ class Program:
     """The compiled functions of a shape on a mesh.
 
     init(key) -> State. step(state, batch, hyper) -> (state, metrics); the state is donated. scorer: of
-    held_out.py. state: the State as ShapeDtypeStructs that say where it lies.
+    held_out.py. state: the State as ShapeDtypeStructs that say where it lies. Raises UserError, before
+    anything is compiled, where a device can't hold that and the gradient.
     """
 
     def __init__(self, shape: Shape, mesh: jax.sharding.Mesh) -> None:
@@ -67,6 +69,7 @@ class Program:
         state = jax.eval_shape(init, KEY)
         placed = state_shardings(state, self.roles, mesh)
         self.state: State = _at(state, placed)
+        memory.check(self.state.trained, self.state, mesh)
         self.init = jax.jit(init, out_shardings=placed)
         self.scorer, self.predicts_tokens = make_scorer(model), model.unembed is not None
 

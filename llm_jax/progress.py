@@ -16,6 +16,7 @@ from typing import NamedTuple, TextIO
 from tqdm import tqdm
 
 SECONDS_BETWEEN_DRAWS = 0.2
+KNOWN = 0.05  # the part of a sweep's cost whose time foretells the rest's; or a run that has ended
 SECONDS_BETWEEN_LINES = 10.0  # of one run, where the output is no terminal
 
 
@@ -159,10 +160,12 @@ class Display:
 class SweepProgress:
     """The parent's side: bars of the runs in flight, and one line for all of them.
 
-    costs: {run: cost}, in any unit, of the runs to be done; they weigh the runs in the time left.
+    costs: {run: cost}, in any unit, of the runs to be done; they weigh the runs in the time left. planned:
+    how many runs there are with those that were complete before (0: these are all).
     """
 
-    def __init__(self, costs: Mapping[str, float], stream: TextIO | None = None) -> None:
+    def __init__(self, costs: Mapping[str, float], stream: TextIO | None = None, planned: int = 0) -> None:
+        self._complete = max(planned - len(costs), 0)
         self._costs, self._started = dict(costs), time.monotonic()
         self._fractions = dict.fromkeys(costs, 0.0)
         self._ended: dict[str, bool] = {}
@@ -201,9 +204,10 @@ class SweepProgress:
     def __str__(self) -> str:
         failed = sum(not good for good in self._ended.values())
         elapsed, fraction = time.monotonic() - self._started, self.fraction
-        left = elapsed * (1 - fraction) / fraction if fraction else None
+        known = self._ended or fraction >= KNOWN
+        left = elapsed * (1 - fraction) / fraction if known and fraction else None
         return (
-            f"{len(self._ended) - failed}/{len(self._costs)} runs done"
+            f"{self._complete + len(self._ended) - failed}/{self._complete + len(self._costs)} runs done"
             + (f", {failed} failed" if failed else "")
             + f", {clock(elapsed)} elapsed, {clock(left)} left"
         )

@@ -15,6 +15,7 @@ from llm_jax.models import Layout, ModelConfig
 from llm_jax.models.transformer import Transformer
 from llm_jax.optimizers import AdamW, Optimizer
 from llm_jax.sharding import MeshConfig
+from llm_jax.values import check_least
 
 # Raised when the meaning of an unchanged config changes, so that old results are not taken for new ones.
 SCHEMA = 2
@@ -48,11 +49,7 @@ class Checkpointing:
     at_end: bool = True
 
     def validate(self) -> None:
-        if self.keep_last < 1 or self.every_steps < 0 or self.every_seconds < 0:
-            raise UserError(
-                "execution.checkpoint.keep_last is at least 1, execution.checkpoint.every_steps and "
-                "execution.checkpoint.every_seconds are at least 0"
-            )
+        check_least(self, "execution.checkpoint.", keep_last=1, every_steps=0, every_seconds=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +69,7 @@ class Execution:
     deterministic: bool = False
 
     def validate(self) -> None:
-        if self.micro_batches < 1 or self.log_every_steps < 1:
-            raise UserError("execution.micro_batches and execution.log_every_steps are at least 1")
+        check_least(self, "execution.", micro_batches=1, log_every_steps=1, evaluate_every_steps=0)
 
 
 @dataclasses.dataclass(frozen=True)

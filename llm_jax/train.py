@@ -7,6 +7,7 @@ import contextlib
 import math
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,7 @@ import numpy as np
 from absl import flags
 from jax._src import xla_bridge  # no public way to ask whether devices are in use yet
 
-from llm_jax import config, facts, optimizers, records, sharding, trunks
+from llm_jax import config, facts, manifest, optimizers, records, sharding, trunks
 from llm_jax.checkpoints import Checkpoints
 from llm_jax.config import UserError
 from llm_jax.data import cache_folder
@@ -79,7 +80,9 @@ def train(run: Run, folder: str | Path, hooks: Sequence[Hook] = (), progress: An
         try:
             record.start(facts.described(run, source), facts.execution_facts(run, parts, mesh))
         except OSError as error:
-            raise UserError(f"{folder} can't be a run's folder: {error.strerror}") from None
+            raise UserError(
+                f"{folder} can't be a run's folder: {error.strerror}; name another by --folder"
+            ) from None
         if (folder / "result.json").exists():  # another process ended it while this one compiled
             return load_run(folder)["result"]
 
@@ -253,18 +256,29 @@ def main() -> None:
     folder = Path(flags.FLAGS.folder or place / run.identity())
     headline = f"{folder}: {run.steps:,} steps of {run.data.tokens_per_step:,} tokens"
     was_complete = (folder / "result.json").exists()
-    signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    interrupted = threading.Event()
+
+    def interrupt(*_: Any) -> None:
+        interrupted.set()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # until train() catches it
     try:
         with contextlib.closing(
             Progress(run.steps, run.name or run.identity(), headline=headline)
         ) as progress:
             result = train(run, folder, progress=progress)
     except SystemExit:
-        print(f"stopped, and saved in {folder}; the same command continues")
-        raise
+        saved = manifest.steps(folder / "checkpoints")
+        what = f"saved in {folder}" if saved else "nothing was saved yet"
+        print(f"stopped, and {what}; the same command continues")
+        raise SystemExit(130 if interrupted.is_set() else 143) from None
     if was_complete:
         print(f"{folder} is complete; nothing was trained")
     shown = result | {"status": how_it_ended(result), "records": folder}
+    if shown.get("held_out_documents") == 1:
+        shown["loss_standard_error"] = "unknown: one document is held out"
     for key in SHOWN:
         if shown.get(key) is not None:
             print(f"{key:>22}  {shown[key]}")

@@ -22,6 +22,21 @@ def nearest(name: str, names: Sequence[str] | Mapping[str, Any]) -> str:
     return f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(names) or 'none'}"
 
 
+def check_least(config: Any, room: str, positive: Sequence[str] = (), **least: float) -> None:
+    """Raises UserError at the first field below its `least`, or of `positive` ones not positive and finite.
+
+    room: where `config` stands, as it is typed (with its dot). A field that is None has no such rule.
+    """
+    rules = {name: (f"at least {low}", low, math.inf) for name, low in least.items()}
+    rules |= {
+        name: ("a positive number", math.nextafter(0, 1), math.nextafter(math.inf, 0)) for name in positive
+    }
+    for name, (words, low, high) in rules.items():
+        value = getattr(config, name)
+        if value is not None and not low <= value <= high:
+            raise UserError(f"{room}{name} is {write(value)}; it is {words}")
+
+
 # ---- types ----
 
 
@@ -51,9 +66,16 @@ def say(annotation: Any) -> str:
     if len(options(annotation)) > 1:
         return " or ".join(say(option) for option in options(annotation))
     if typing.get_origin(annotation) is tuple:
-        return f"a tuple such as (a, b) of {say(typing.get_args(annotation)[0])}"
+        return _say_tuple(typing.get_args(annotation))
     words = {int: "an integer", float: "a number", bool: "true or false", str: "a text", type(None): "none"}
     return words.get(annotation, getattr(annotation, "__name__", str(annotation)))
+
+
+def _say_tuple(items_: tuple[Any, ...]) -> str:
+    """A tuple in words: how many of what."""
+    if len(items_) == 2 and items_[1] is Ellipsis:
+        return f"a tuple such as (a, b), each {say(items_[0])}"
+    return f"a tuple ({', '.join(map(say, items_))})"
 
 
 def coerce(annotation: Any, value: Any, path: str) -> Any:

@@ -8,7 +8,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 ROWS = [
-    ["config", "values"],
+    ["config", "experiment_file", "values"],
     ["kernels", "sharding"],
     ["models", "data"],
     ["checkpoints", "manifest", "records", "environment", "events", "progress"],

@@ -130,7 +130,39 @@ BAD = [
     (["--config.model.positions.theta=0"], "model.positions.theta=0.0 must be positive"),
     (["--config.optimizer.schedule.warmup_fraction=2"], "optimizer.schedule.warmup_fraction is 2.0"),
     (["--config.data.corpus=markov", "--config.data.corpus.states=1"], "data.corpus.states is 1"),
-    (["--config.execution.checkpoint.keep_last=0"], "execution.checkpoint.keep_last is at least 1"),
+    (["--config.execution.checkpoint.keep_last=0"], "execution.checkpoint.keep_last is 0; it is at least 1"),
+    (
+        ["--config.execution.evaluate_every_steps=-1"],
+        "execution.evaluate_every_steps is -1; it is at least 0",
+    ),
+    (
+        ["--config.sweep.tokens_per_parameter=-1"],
+        "sweep.tokens_per_parameter is -1.0; it is a positive number",
+    ),
+    (["--config.sweep.bootstrap=9"], "sweep.bootstrap is 9; it is at least 100"),
+    (["--config.sweep.shapes=()"], "sweep.shapes is (); it needs 1 (width, layers) or more"),
+    (["--config.sweep.shapes=((8,1),(-4,1))"], "sweep.shapes has (-4, 1); width and layers are at least 1"),
+    (
+        ["--config.sweep.shapes=((4,1,2),)"],
+        "config.sweep.shapes: '(4,1,2)' is not a tuple (an integer, an integer)",
+    ),
+    (["--config.sweep.budgets_flops=1e9,"], "sweep.budgets_flops is (1000000000.0,); three budgets at least"),
+    (["--config.sweep.budgets_flops=()"], "sweep.budgets_flops is (); three budgets at least"),
+    (["--config.data.unique_tokens=-10"], "data.unique_tokens is -10; it is at least 1"),
+    (
+        ["--config.data.corpus=text.txt", "--config.data.sequence_length=1000000000"],
+        "tokens to train on, and a batch takes 4 rows of 1000000000",
+    ),
+    (["--config.data.corpus=mixture"], "the corpus mixture needs parts, which an experiment file names"),
+    (["--config.data.tokenizer=text.model"], "no tokenizer file 'text.model'; give its path"),
+    (
+        ["--config.data.tokenizer.vocabulary=600", "--config.data.tokenizer=sentencepiece"],
+        "(--config.data.tokenizer=sentencepiece comes first, then its fields)",
+    ),
+    (
+        ["--config.data.corpus=markov", "--config.data.corpus.sharpness=0"],
+        "data.corpus.sharpness is 0.0; it is a positive number",
+    ),
     (["--config.seed=-1"], "seed is -1; it lies in 0 .. 4294967295"),
     (["--config.data.corpus.pakages=true"], "no field 'pakages' in Python; did you mean 'packages'?"),
     (["--config.model.layers=two"], "config.model.layers: 'two' is not an integer"),
@@ -148,10 +180,18 @@ def test_a_mistake_is_one_line_and_leaves_no_trace(place, command, module, argum
     assert not [path for path in place.rglob("*") if path.suffix in (".lock", ".partial")]
 
 
-def test_a_shape_that_can_not_be_measured_is_refused(place, command):
-    throughput = ISOFLOP.replace("isoflop", "throughput")
-    line = refusal(*command("launch.local", throughput, "--config.shapes.0.width=33"))
-    assert "shape 1 x 32: all sizes are at least 1, and heads divides width" in line
+@pytest.mark.parametrize(
+    ("experiment", "argument", "words"),
+    [
+        ("throughput", "--config.shapes.0.width=33", "shape 1 x 32: heads=2 does not divide width=33"),
+        ("throughput", "--config.shapes.0.heads=5", "shape 1 x 32: heads=5 does not divide width=32"),
+        ("wsd_trunk", "--config.sweep.D_tokens=512,", "sweep.D_tokens is (512,); three sizes at least"),
+        ("isoflop", "--config.sweep=none", "sweep is none; "),
+    ],
+)
+def test_what_an_experiment_can_not_do_is_refused(place, command, experiment, argument, words):
+    line = refusal(*command("launch.local", ISOFLOP.replace("isoflop", experiment), argument))
+    assert words in line
 
 
 def test_a_mistake_is_one_line_in_a_process_of_its_own_too(place):
@@ -220,6 +260,23 @@ def test_a_checkpoint_of_another_architecture_is_not_continued(trained, command,
         "config.json",
         "lock",
     }  # whole, and of this run
+
+
+def test_a_sweep_is_not_planned_inside_a_run(trained, command):
+    before = files(trained)
+    line = refusal(*command("launch.local", ISOFLOP, "--dry_run", f"--folder={trained}"))
+    assert "is the folder of a single run; name another by --folder" in line
+    assert files(trained) == before
+
+
+def test_a_truncated_catalogue_is_made_anew(trained, command, place):
+    catalogues = {path: path.read_bytes() for path in (place / "cache" / "catalogues").glob("*.npz")}
+    for path in catalogues:
+        path.write_bytes(path.read_bytes()[:300])
+    code, out, err = command("llm_jax.train", ISOFLOP, *TINY, f"--folder={trained}")
+    assert code is None and "is complete" in out
+    named = [path for path in catalogues if f"{path} is damaged: it is made anew" in err]
+    assert named and all(path.read_bytes() == catalogues[path] for path in named)
 
 
 def test_a_truncated_token_store_is_named(trained, command, place):

@@ -275,8 +275,15 @@ def test_the_command_line_picks_a_file_a_scale_and_fields(tmp_path):
             ["--config=FOLDER"],
             "no experiment file 'FOLDER'; did you mean 'FOLDER/",
         ),
-        (["--config=FOLDER/notes.md"], "no experiment file"),
-        (["--config=nowhere/experiment.py"], "no experiment file"),
+        (["--config=FOLDER/notes.md"], "no experiment file 'FOLDER/notes.md'; "),
+        (["--config=nowhere/experiment.py"], "'nowhere/experiment.py'; name one such as"),
+        (["--config=FOLDER/empty.py"], "empty.py: SCALES is empty"),
+        (["--config=FOLDER/nothing.py"], "nothing.py: get_config('only') returned None, not a config"),
+        (["--config=FOLDER/syntax.py"], "syntax.py, line 2: "),
+        (
+            ["--config=FOLDER/imports.py"],
+            "imports.py, line 3: ModuleNotFoundError: No module named 'nowhere'",
+        ),
         (["--config=FILE:lage"], "no scale 'lage'; did you mean 'large'?"),
         (["--config=FILE", "--config.layer=3"], "no field 'layer' in Config; did you mean 'layers'?"),
         (["--config=FILE", "--config.layers=x"], "config.layers: 'x' is not an integer"),
@@ -290,6 +297,10 @@ def test_a_bad_command_line_is_one_line_and_exit_code_2(tmp_path, arguments, wor
     (tmp_path / "experiment.py").write_text(EXPERIMENT)
     (tmp_path / "broken.py").write_text("")
     (tmp_path / "notes.md").write_text("Not Python.")
+    (tmp_path / "empty.py").write_text("SCALES = {}\ndef get_config(scale): ...\n")
+    (tmp_path / "nothing.py").write_text("SCALES = {'only': 1}\ndef get_config(scale): ...\n")
+    (tmp_path / "syntax.py").write_text("SCALES = {}\ndef get_config(scale:\n")
+    (tmp_path / "imports.py").write_text("SCALES = {}\n\nimport nowhere\n")
     places = {"FILE": tmp_path / "experiment.py", "FOLDER": tmp_path, "BROKEN": tmp_path / "broken.py"}
     for name, place in places.items():
         arguments = [argument.replace(name, str(place)) for argument in arguments]

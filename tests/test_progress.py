@@ -87,11 +87,15 @@ def test_without_a_terminal_lines_are_printed_now_and_then(time):
 
 
 def test_costs_weigh_the_runs_in_the_time_left(time):
-    sweep = SweepProgress({"small": 1.0, "large": 9.0}, io.StringIO())
+    sweep = SweepProgress({"small": 1.0, "large": 9.0}, io.StringIO(), planned=6)
+    time.now += 30
+    sweep.show(Status("large", 1, 30))
+    assert str(sweep) == "4/6 runs done, 0:30 elapsed, ? left"  # a few steps foretell nothing
+    time.now -= 30
     sweep.show(Status("large", 1, 3))
     assert sweep.fraction == pytest.approx(0.3)
     time.now += 30
-    assert str(sweep) == "0/2 runs done, 0:30 elapsed, 1:10 left"
+    assert str(sweep) == "4/6 runs done, 0:30 elapsed, 1:10 left"
 
 
 def test_late_messages_of_a_run_that_ended_are_ignored(time):

@@ -24,6 +24,7 @@ from llm_jax.data.sources import Batch, DataConfig, HeldOut, Source
 from llm_jax.data.store import Store, tokenize
 from llm_jax.data.tokenizers import Bytes, Codec, Tokenizer
 from llm_jax.data.windows import BLOCK, Stream, mix, shuffled, turns
+from llm_jax.values import check_least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,9 +55,7 @@ class Text(DataConfig, kind="text"):
         return self.batch_size * self.sequence_length
 
     def validate(self) -> None:
-        for name in ("sequence_length", "batch_size", "held_out_bytes"):
-            if getattr(self, name) < 1:
-                raise UserError(f"data.{name} is {getattr(self, name)}; it must be at least 1")
+        check_least(self, "data.", sequence_length=1, batch_size=1, held_out_bytes=1, unique_tokens=1)
         if not 0 <= self.held_out_fraction <= 0.5:
             raise UserError(f"data.held_out_fraction is {self.held_out_fraction}; it lies between 0 and 0.5")
         if self.unique_tokens is not None and len(self.corpus.sources()) > 1:
@@ -113,11 +112,6 @@ class TextSource(Source):
         self._parts, length = config.parts(), config.sequence_length
         splits = config.splits(stores)
         self._streams = [Stream(store, train) for store, (_, train) in zip(stores, splits, strict=True)]
-        self._held_out = [
-            Stream(store, held, closing=length + 1)
-            for store, (held, _) in zip(stores, splits, strict=True)
-            if len(held)
-        ]
         self._windows = np.array(
             [self._windows_of(number, part.unique_tokens) for number, part in enumerate(self._parts)]
         )
@@ -135,6 +129,12 @@ class TextSource(Source):
                 f"{config.batch_size} rows of {length}, {config.tokens_per_step:,}: give it more text, or "
                 "lower --config.data.batch_size or --config.data.sequence_length"
             )
+        # After the refusal: a last window is filled up, however long it is.
+        self._held_out = [
+            Stream(store, held, closing=length + 1)
+            for store, (held, _) in zip(stores, splits, strict=True)
+            if len(held)
+        ]
 
     @functools.cached_property
     def spec(self) -> dict[str, jax.ShapeDtypeStruct]:

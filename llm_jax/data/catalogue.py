@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import pathlib
 import sys
+import zipfile
 from collections.abc import Iterator
 
 import numpy as np
@@ -63,7 +64,17 @@ def catalogue(corpus: Corpus) -> Catalogue:
         with open(partial, "wb") as file:
             np.savez(file, **dataclasses.asdict(found))
 
-    with np.load(once(path, build)) as arrays:
+    once(path, build)
+    try:
+        return _load(path)
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+        print(f"{path} is damaged: it is made anew", file=sys.stderr)
+        path.unlink(missing_ok=True)
+        return _load(once(path, build))
+
+
+def _load(path: pathlib.Path) -> Catalogue:
+    with np.load(path) as arrays:
         return Catalogue(
             arrays["hashes"], arrays["sizes_bytes"], int(arrays["longest"]), int(arrays["uncut"])
         )

@@ -147,7 +147,10 @@ class Mixture(Corpus, kind="mixture"):
 
     def validate(self) -> None:
         if not self.parts:
-            raise UserError("the corpus mixture needs parts: Mixture((Weighted(Python(), 0.7), ...))")
+            raise UserError(
+                "the corpus mixture needs parts, which an experiment file names: "
+                "corpus=Mixture((Weighted(...), ...))"
+            )
         if any(isinstance(part.corpus, Mixture) for part in self.parts):
             raise UserError("a mixture can't contain a mixture; list all corpora in one")
 
@@ -183,6 +186,6 @@ def _missing(text: str) -> str:
         path, parent = parent, parent.parent
     if os.path.isdir(text):
         return f"no corpus in {text!r}: no file in it ends in {', '.join(readers.FORMATS)}"
-    names = [str(parent / name) for name in sorted(os.listdir(parent))]
+    names = [str(found) for found in sorted(parent.iterdir()) if found.is_dir() or readers.form(found)]
     hint = readers.near(str(path), names, f"nothing like it in {str(parent)!r}")
     return f"no corpus at {text!r}; {hint}"

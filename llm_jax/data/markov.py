@@ -16,6 +16,7 @@ import numpy as np
 
 from llm_jax.config import UserError
 from llm_jax.data.corpora import Corpus
+from llm_jax.values import check_least
 
 _ALPHABET = np.frombuffer((string.ascii_letters + string.digits + string.punctuation).encode(), np.uint8)
 _BLOCK_DOCUMENTS = 1024  # generated together; more blocks extend the corpus, and change nothing before
@@ -42,11 +43,7 @@ class Markov(Corpus, kind="markov"):
             raise UserError(
                 f"data.corpus.order is {self.order}; it is at least 1, and states**order at most 2**20"
             )
-        if min(self.documents_count, self.mean_length) < 2 or not self.sharpness > 0 or self.seed < 0:
-            raise UserError(
-                "data.corpus.documents_count and data.corpus.mean_length are at least 2, "
-                "data.corpus.sharpness is positive, data.corpus.seed at least 0"
-            )
+        check_least(self, "data.corpus.", ("sharpness",), documents_count=2, mean_length=2, seed=0)
 
     @functools.cached_property
     def transitions(self) -> np.ndarray:

@@ -21,6 +21,7 @@ from llm_jax.config import Tagged, UserError, outside_identity
 from llm_jax.data import readers
 from llm_jax.data.cache import cache_folder, digest, once
 
+_FILES = {".model": "sentencepiece_file", ".json": "huggingface"}  # suffix -> kind
 _CHUNK_CHARACTERS = 4096  # BPE is slow on long texts, and chunks keep all threads busy
 
 
@@ -50,9 +51,8 @@ class Tokenizer(Tagged):
 
     @classmethod
     def parse(cls, text: str) -> "Tokenizer":
-        files = {".model": SentencePieceFile, ".json": HuggingFace}
         suffix = pathlib.Path(text).suffix
-        return files[suffix](path=text) if suffix in files else super().parse(text)
+        return cls.members[_FILES[suffix]](path=text) if suffix in _FILES else super().parse(text)
 
     @classmethod
     def choices(cls) -> list[str]:
@@ -300,7 +300,7 @@ def _file(path: str) -> bytes:
     """The file's content; raises UserError with the nearest existing name."""
     place = pathlib.Path(path).expanduser()
     if not place.is_file():
-        files = [str(file) for file in place.parent.glob("*") if file.is_file()]
+        files = [str(file) for file in place.parent.glob("*") if file.suffix in _FILES and file.is_file()]
         raise UserError(f"no tokenizer file {path!r}; {readers.near(path, files, 'give its path')}")
     return place.read_bytes()
 

@@ -9,10 +9,11 @@ Prints parameters with intervals, predictions, what the fit hangs on, what was l
 of; with --out writes fit.json and figures. The library behind it is llm_jax.scaling.fits.
 """
 
+import contextlib
 import json
 import math
-import os
 import pathlib
+import tempfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -52,10 +53,12 @@ def define_flags() -> None:
     flags.DEFINE_float("flops_per_nd", 6.0, "C / (N D)", 1e-9)
     flags.DEFINE_string("method", "local", f"Approach 2: one of {', '.join(METHODS)}")
     flags.DEFINE_integer("window", 5, "Approach 2: sizes that a local parabola passes")
-    flags.DEFINE_integer("bootstrap", 1000, "refits that the intervals come from", lower_bound=0)
+    flags.DEFINE_integer(
+        "bootstrap", 1000, "refits that the intervals come from, at least 100; 0: no intervals"
+    )
     flags.DEFINE_string("intervals", "runs", f"what a refit draws: {' or '.join(KINDS)}")
     flags.DEFINE_float("level", 0.9, "what share of the refits an interval holds", 0.01, 0.999)
-    flags.DEFINE_integer("seed", 0, "of the bootstrap")
+    flags.DEFINE_integer("seed", 0, "of the bootstrap", lower_bound=0)
     flags.DEFINE_string("columns", "", "names of your columns, as in N=params,D=tokens,loss=final_loss")
     flags.DEFINE_string("where", None, "which rows to fit, as in 'D > 20*N and width < 512'")
     flags.DEFINE_string("counting", "as given in the table", "what N counts; kept with the result")
@@ -81,11 +84,13 @@ BELONGS = {
 def main() -> None:
     """Reads the flags, fits, prints, writes."""
     f = flags.FLAGS
-    if f.points is None:
+    if not f.points:
         raise UserError("--points is missing, for example --points=points.csv (columns N, D, loss)")
     if f.out:
         check_folder(pathlib.Path(f.out))
     questions = [_numbers(text, "predict") for text in f.predict]
+    if f.bootstrap < 0 or 0 < f.bootstrap < 100:
+        raise UserError(f"--bootstrap={f.bootstrap}: intervals take 100 refits or more; 0 is without")
     options = _options()
     points = read_points(f.points)
     if f.compare:
@@ -140,12 +145,17 @@ def write(
 
 
 def check_folder(folder: pathlib.Path) -> None:
-    """Raises UserError where `folder` can't be made or written to; makes nothing yet."""
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not there.is_dir():
-        raise UserError(f"--out={folder} can't be a folder: {there} is a file")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"--out={folder}: nothing can be written in {there}")
+    """Raises UserError where `folder` can't be made or written to; what it made to see is taken away."""
+    made = [place for place in (folder.absolute(), *folder.absolute().parents) if not place.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"--out={folder} can't be a folder to write in: {error.strerror}") from None
+    finally:
+        for place in made:
+            with contextlib.suppress(OSError):
+                place.rmdir()
 
 
 def answer(result: AnyFit, question: Mapping[str, float]) -> tuple[str, dict[str, Estimate]]:

@@ -32,6 +32,11 @@ class Limits:
     minimum_steps: int = 100
     repeat: bool = False
 
+    def remedy(self, cells: pd.DataFrame) -> str:
+        """What to add to the refusal of `cells` that one epoch is too short for."""
+        short = self.available_tokens is not None and (cells["D"] > self.available_tokens).any()
+        return "; name a larger corpus by --config.data.corpus=FOLDER" if short and not self.repeat else ""
+
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
@@ -109,7 +114,9 @@ def isoflop(
             reasons = "; ".join(f"{count} would see {text}" for text, count in counts.items())
             raise UserError(
                 f"budget {budget:.3g} FLOPs: {len(allowed)} of {len(every)} candidates can be trained, "
-                f"a parabola needs {minimum_sizes}" + (f" ({reasons})" if reasons else "")
+                f"a parabola needs {minimum_sizes}"
+                + (f" ({reasons})" if reasons else "")
+                + limits.remedy(every)
             )
         centre = optimum(budget)
         wanted = centre * span ** np.linspace(-1, 1, sizes)
@@ -147,7 +154,7 @@ def holdout(candidates: pd.DataFrame, budget: float, optimum: Optimum, limits: L
         notes.append(f"hold-out at {budget:.3g}: N={size:,} left out, it would see {text}")
     raise UserError(
         f"no candidate can be the hold-out at {budget:.3g} FLOPs: the nearest to the optimum, "
-        f"N={every['N'].iloc[0]:,}, would see {problems.iloc[0]}"
+        f"N={every['N'].iloc[0]:,}, would see {problems.iloc[0]}{limits.remedy(every)}"
     )
 
 

@@ -40,7 +40,8 @@ def read_points(path: str | pathlib.Path) -> pd.DataFrame:
         what = "a folder, not a table" if path.is_dir() else "no such file"
         folder = path if path.is_dir() else path.parent
         near = [str(p) for p in sorted(folder.glob("*")) if p.suffix in _SUFFIXES and p.is_file()]
-        raise UserError(f"no table at {str(path)!r}: {what}; {nearest(str(path), near[:20])}")
+        hint = nearest(str(path), near[:20]) if near else f"tables are {KINDS}"
+        raise UserError(f"no table at {str(path)!r}: {what}; {hint}")
     with path.open("rb") as file:
         head = file.read(4096)
     if head.startswith(b"PAR1"):
@@ -49,6 +50,8 @@ def read_points(path: str | pathlib.Path) -> pd.DataFrame:
         kind := next((text for magic, text in _MAGIC.items() if head.startswith(magic)), None)
     ) or b"\0" in head:
         raise UserError(f"{path} is {kind or 'a binary file'}, no table; tables are {KINDS}")
+    elif path.suffix == ".parquet" and head:
+        raise UserError(f"{path} is no Parquet file, whatever its name says; tables are {KINDS}")
     else:
         try:
             text = path.read_text(encoding="utf-8-sig")

@@ -273,13 +273,14 @@ def test_a_user_error_is_one_line_and_leaves_nothing_half_written(tmp_path):
     assert not folder.exists()
 
 
-def test_what_is_complete_is_skipped_and_what_is_interrupted_continues(tmp_path):
+@pytest.mark.parametrize(("signal_sent", "ends_with"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_what_is_complete_is_skipped_and_what_is_interrupted_continues(tmp_path, signal_sent, ends_with):
     command = f"--config={BITS}:slow", f"--folder={tmp_path}", "--workers=1"
     first = launched(*command)
     wait_for(lambda: any(tmp_path.glob("*/checkpoints/*.json")))
-    first.send_signal(signal.SIGINT)
+    first.send_signal(signal_sent)
     code, out, err = ended(first)
-    assert code == 130, err
+    assert code == ends_with, err
     assert "to continue: " in out
     (folder,) = (path.parent for path in tmp_path.glob("*/config.json"))
     assert records.load_run(folder)["status"] == "missing"

@@ -40,7 +40,7 @@ def test_a_table_becomes_a_law_with_predictions_and_a_json(points, tmp_path):
 
 def test_approach_2_prints_every_budget(points):
     done = run(
-        f"--points={points}", "--columns=N=params", "--approach=2", "--bootstrap=50", "--predict=C=1e23"
+        f"--points={points}", "--columns=N=params", "--approach=2", "--bootstrap=100", "--predict=C=1e23"
     )
     assert done.returncode == 0, done.stderr
     assert "N_opt = k_N C^a" in done.stdout and done.stdout.count("\n") > 10
@@ -56,6 +56,10 @@ def test_approach_2_prints_every_budget(points):
         (["--bootstrap=abc"], "--bootstrap=abc is not an integer"),
         (["--bootstrp=3"], "no flag --bootstrp; did you mean '--bootstrap'?"),
         (["--points=absent.csv", "--out=POINTS"], "can't be a folder"),
+        (["--points=POINTS", "--out=/proc/absent"], "--out=/proc/absent can't be a folder to write in"),
+        (["--points=POINTS", "--seed=-1"], "--seed=-1"),
+        (["--points=POINTS", "--bootstrap=1"], "--bootstrap=1: intervals take 100 refits or more"),
+        (["--points="], "--points is missing"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(points, arguments, said):
