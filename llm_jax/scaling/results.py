@@ -234,8 +234,9 @@ def heading(level: float) -> str:
 
 
 def row(name: str, number: Estimate) -> str:
-    """One number with its interval, as a line of a table."""
-    return f"  {name:8} " + " ".join(f"{part:13.6g}" for part in number)
+    """One number with its interval, if it has one, as a line of a table."""
+    known = [part for part in number if part == part] or number[:1]
+    return f"  {name:8} " + " ".join(f"{part:13.6g}" for part in known)
 
 
 def remarks(points: Points, warnings: Sequence[str]) -> list[str]:

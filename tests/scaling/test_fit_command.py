@@ -1,11 +1,14 @@
 """The command: a table in, a law and fit.json out; one line and exit code 2 for what a user got wrong."""
 
 import json
+import math
 import subprocess
 import sys
 
 import pytest
 from known_laws import TRUTH, sweep
+
+from llm_jax.scaling.results import Estimate, row
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
@@ -36,6 +39,11 @@ def test_a_table_becomes_a_law_with_predictions_and_a_json(points, tmp_path):
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "fit.json", "frontier.png", "optima.png", "residuals.png"
     }  # fmt: skip
+
+
+def test_a_number_without_an_interval_is_printed_alone():
+    assert row("E", Estimate(1.69, *[math.nan] * 3)).split() == ["E", "1.69"]
+    assert row("E", Estimate(1.69, 1.5, 1.75, 0.1)).split() == ["E", "1.69", "1.5", "1.75", "0.1"]
 
 
 def test_approach_2_prints_every_budget(points):
