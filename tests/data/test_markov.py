@@ -59,6 +59,7 @@ def test_the_stated_entropy_is_what_the_best_predictor_loses(length):
     assert error < 0.01
     assert loss == pytest.approx(CHAIN.entropy(length), abs=3 * error)
     assert source.record["sources"][0]["entropy"] == CHAIN.entropy(length)
+    np.testing.assert_allclose(CHAIN.nats(batch["tokens"], batch["targets"]), true_nats(batch, CHAIN))
 
 
 def test_longer_windows_cost_less_and_the_limit_is_the_entropy_rate():
