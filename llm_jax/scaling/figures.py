@@ -188,7 +188,7 @@ def _cycled(count: int) -> list[str]:
 
 def _runs(axes: "Axes", points: pd.DataFrame, column: str, y: np.ndarray, look: Theme) -> None:
     """The fitted runs, a colour and a shape for each budget where the table tells budgets."""
-    if "budget_flops" not in points:
+    if "budget_flops" not in points or points["budget_flops"].isna().all():
         axes.plot(points[column], y, "o", color=look.colours(1)[0], markersize=5, label="runs", zorder=3)
         return
     budgets = np.unique(points["budget_flops"])

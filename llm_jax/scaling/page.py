@@ -115,5 +115,11 @@ def write(folder: str | pathlib.Path, page: Page) -> pathlib.Path:
     return folder / "report.html"
 
 
+def show(folder: str | pathlib.Path, page: Page) -> None:
+    """Writes the page to `folder`, prints it, and says where it is."""
+    place = write(folder, page)
+    print(f"{page}\n\nreport: {place}")
+
+
 def _inline(figure: Any) -> str:
     return base64.b64encode(style.svg(figure)).decode()
