@@ -24,7 +24,7 @@ from llm_jax import sharding
 from llm_jax.config import UserError
 from llm_jax.data import Bytes, Markov, Text
 from llm_jax.held_out import score
-from llm_jax.ladder import COUNTING, Shapes, points, run_of, shapes
+from llm_jax.ladder import COUNTING, Shapes, octaves, points, rectangle, shapes
 from llm_jax.models.transformer import Transformer
 from llm_jax.optimizers import AdamW
 from llm_jax.run import Run, Sweep
@@ -46,10 +46,6 @@ class KnownEntropy(Sweep, kind="known_entropy"):
     def validate(self) -> None:
         if len(self.shapes) < 3 or len(self.tokens) < 3 or self.bootstrap < 100:
             raise UserError("sweep needs 3 shapes and 3 numbers of tokens or more, and bootstrap >= 100")
-
-
-def octaves(first: int, last: int) -> tuple[int, ...]:
-    return tuple(2**n for n in range(first, last + 1))
 
 
 SCALES = {
@@ -82,15 +78,7 @@ def sweep(base: Run) -> list[Run]:
         raise UserError("the entropy is known of --config.data.corpus=markov alone")
     if not isinstance(base.data.tokenizer, Bytes):
         raise UserError("the entropy is that of a byte: leave --config.data.tokenizer=bytes")
-    return [
-        run_of(
-            base,
-            {"name": f"{width}x{layers}-{D}", "role": "grid", "budget_flops": None}
-            | {"width": width, "layers": layers, "D": D},
-        )
-        for width, layers in base.sweep.shapes
-        for D in base.sweep.tokens
-    ]
+    return rectangle(base)
 
 
 def sample_entropy(base: Run) -> tuple[float, float]:

@@ -5,6 +5,7 @@ Experiments that ask how loss goes with size and tokens share these, so that the
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -109,6 +110,24 @@ def run_of(base: Run, cell: Mapping[str, Any], multiple: float = 1.0, seed: int 
         name=f"rate-{cell['name']}-{multiple:g}x-seed{seed}" if checks else cell["name"],
         cell=Cell("rate" if checks else cell["role"], cell["budget_flops"]),
     )
+
+
+def rectangle(base: Run, name: str = "") -> list[Run]:
+    """Every shape of the sweep on every one of its numbers of tokens (its `shapes` and `tokens`)."""
+    cells = itertools.product(base.sweep.shapes, base.sweep.tokens)
+    return [
+        run_of(
+            base,
+            dict(role="grid", budget_flops=None, width=width, layers=layers, D=D)
+            | {"name": f"{name}{width}x{layers}-{D}"},
+        )
+        for (width, layers), D in cells
+    ]
+
+
+def octaves(first: int, last: int) -> tuple[int, ...]:
+    """2^first, 2^(first+1) .. 2^last tokens."""
+    return tuple(2**n for n in range(first, last + 1))
 
 
 def rate_runs(base: Run, cell: Mapping[str, Any]) -> list[Run]:

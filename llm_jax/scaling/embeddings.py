@@ -5,7 +5,13 @@ others (power 1/3 where depth goes with width, 1/2 at a fixed depth), then the b
 grow as C^(beta/(alpha+beta)): not even as a power of C, except far from where both kinds are equally many.
 """
 
+import dataclasses
+
 import numpy as np
+import pandas as pd
+
+from llm_jax.scaling import fits, isoflop
+from llm_jax.scaling.results import Fit
 
 # Their fit to Chinchilla's models, N_total = N + 47491 N^(1/3), whose vocabulary is 32,000.
 OMEGA_PER_TOKEN = 47491 / 32000
@@ -22,3 +28,42 @@ def local_exponent(
     growth = (N + power * embeddings) / (N + embeddings)  # d ln N_total / d ln N
     bend = (N + power**2 * embeddings) / (N + power * embeddings)  # d ln (N dN_total/dN) / d ln N
     return 1 / (1 + ((1 + alpha) * growth - bend) / beta)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recount:
+    """The same runs fitted with N counting everything (`total`) and without embeddings (`body`).
+
+    predicted: a of the second by the law of the first: its own losses at these runs, without noise, fitted
+    with the other N. local: d ln N_opt / d ln C in the middle of the sizes, by `local_exponent`.
+    """
+
+    total: Fit
+    body: Fit
+    predicted: float
+    local: float
+
+    @property
+    def agrees(self) -> bool:
+        a = self.body.parameters["a"]
+        return bool(a.low <= self.predicted <= a.high)
+
+
+def recount(runs: pd.DataFrame, bootstrap: int = 1000) -> Recount:
+    """Both fits (Approach 3) of a table with N_total, N_non_embedding, N_embedding, D and loss."""
+
+    def law(table: pd.DataFrame, column: str, counting: str, bootstrap: int) -> Fit:
+        return fits.fit_law(table, columns={"N": column}, bootstrap=bootstrap, counting=counting)
+
+    total = law(runs, "N_total", "all parameters", bootstrap)
+    rest = "N_non_embedding", "parameters without embeddings"
+    noiseless = total.predict(N=runs["N_total"].astype(float), D=runs["D"].astype(float)).value
+    sizes = runs["N_non_embedding"].astype(float)
+    power, omega = isoflop.power_law(sizes, runs["N_embedding"])
+    alpha, beta = (total.parameters[name].value for name in ("alpha", "beta"))
+    return Recount(
+        total,
+        body=law(runs, *rest, bootstrap),
+        predicted=law(runs.assign(loss=noiseless), *rest, 0).parameters["a"].value,
+        local=float(local_exponent(np.exp(np.log(sizes).mean()), omega, alpha, beta, power)),
+    )
