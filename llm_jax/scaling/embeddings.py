@@ -6,6 +6,8 @@ grow as C^(beta/(alpha+beta)): not even as a power of C, except far from where b
 """
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -34,8 +36,8 @@ def local_exponent(
 class Recount:
     """The same runs fitted with N counting everything (`total`) and without embeddings (`body`).
 
-    predicted: a of the second by the law of the first: its own losses at these runs, without noise, fitted
-    with the other N. local: d ln N_opt / d ln C in the middle of the sizes, by `local_exponent`.
+    predicted: a of the second if loss follows all parameters with given exponents. local: d ln N_opt / d ln C
+    with them in the middle of the sizes, by `local_exponent`.
     """
 
     total: Fit
@@ -49,18 +51,26 @@ class Recount:
         return bool(a.low <= self.predicted <= a.high)
 
 
-def recount(runs: pd.DataFrame, bootstrap: int = 1000) -> Recount:
-    """Both fits (Approach 3) of a table with N_total, N_non_embedding, N_embedding, D and loss."""
+def recount(
+    runs: pd.DataFrame, exponents: Mapping[str, float] | None = None, bootstrap: int = 1000
+) -> Recount:
+    """Both fits (Approach 3) of a table with N_total, N_non_embedding, N_embedding, D and loss.
 
-    def law(table: pd.DataFrame, column: str, counting: str, bootstrap: int) -> Fit:
-        return fits.fit_law(table, columns={"N": column}, bootstrap=bootstrap, counting=counting)
+    exponents: alpha and beta that the prediction takes from elsewhere (another vocabulary's runs); without
+    them it takes those of `total`, and then says little: the same runs were fitted twice. The predicting
+    law's losses at these runs, without noise, are fitted with N counting the body.
+    """
 
-    total = law(runs, "N_total", "all parameters", bootstrap)
-    rest = "N_non_embedding", "parameters without embeddings"
-    noiseless = total.predict(N=runs["N_total"].astype(float), D=runs["D"].astype(float)).value
+    def law(table: pd.DataFrame, column: str, counting: str, bootstrap: int, **options: Any) -> Fit:
+        return fits.fit_law(table, columns={"N": column}, bootstrap=bootstrap, counting=counting, **options)
+
+    all_of_it, rest = ("N_total", "all parameters"), ("N_non_embedding", "parameters without embeddings")
+    total = law(runs, *all_of_it, bootstrap)
+    predicting = law(runs, *all_of_it, 0, fixed=exponents) if exponents else total
+    alpha, beta = (predicting.parameters[name].value for name in ("alpha", "beta"))
+    noiseless = predicting.predict(N=runs["N_total"].astype(float), D=runs["D"].astype(float)).value
     sizes = runs["N_non_embedding"].astype(float)
     power, omega = isoflop.power_law(sizes, runs["N_embedding"])
-    alpha, beta = (total.parameters[name].value for name in ("alpha", "beta"))
     return Recount(
         total,
         body=law(runs, *rest, bootstrap),
