@@ -88,7 +88,7 @@ def sweep(base: Run) -> list[Run]:
     runs = []
     for vocabulary in base.sweep.vocabularies:
         data = dataclasses.replace(base.data, tokenizer=tokenizer(vocabulary))
-        runs += rectangle(dataclasses.replace(base, data=data), f"V{vocabulary}-")
+        runs += rectangle(dataclasses.replace(base, data=data), base.sweep.tokens, f"V{vocabulary}-")
     return runs
 
 

@@ -2,11 +2,11 @@
 
 Muennighoff et al. 2023 (arXiv:2305.16264): L = E + A/N'^alpha + B/D'^beta, where U unique tokens seen for
 D/U epochs count as D' = U + U R_D (1 - exp(-(D/U - 1)/R_D)), and parameters beyond what U tokens need fade
-alike with R_N; theirs are R_D = 15.4 and R_N = 5.3. Models of a few sizes are trained for 1 to 64 epochs on a little
-text, and on as many tokens of which none is seen twice. The law is fitted to all runs but those past the
-lowest loss of their size and text: it knows of no loss that rises again. Beside it stand two readings that
-need no law: the epochs up to which doubling them helped by more than seeds differ, and the number of fresh
-tokens that gave the same loss.
+alike with R_N; theirs are R_D = 15.4 and R_N = 5.3. Models of a few sizes are trained for 1 to 64 epochs on
+a little text, and on as many tokens of which none is seen twice. The law is fitted to all runs but those
+past the lowest loss of their size and text: it knows of no loss that rises again. Beside it stand two
+readings that need no law: the epochs up to which doubling them helped by more than seeds differ, and the
+number of fresh tokens that gave the same loss.
 
     python -m launch.local --config=experiments/data_constrained.py:cpu --workers=2
     python -m launch.local --config=experiments/data_constrained.py:smoke --workers=2
@@ -79,20 +79,14 @@ def sweep(base: Run) -> list[Run]:
     settings = base.sweep
     # One epoch of a limited text is as fresh as any, and stands for it.
     others = tuple(D for D in settings.tokens if D not in settings.unique)
-    runs = lengths(base, others, "fresh-")
+    runs = rectangle(base, others, "fresh-")
     for unique, epochs in zip(settings.unique, settings.epochs, strict=True):
         data = dataclasses.replace(base.data, unique_tokens=unique, repeat=True)
         tokens = tuple(unique * 2**n for n in range(epochs.bit_length()))
         for seed in range(base.seed, base.seed + settings.seeds):
             limited = dataclasses.replace(base, data=data, seed=seed)
-            runs += lengths(limited, tokens, f"U{unique}-seed{seed}-")
+            runs += rectangle(limited, tokens, f"U{unique}-seed{seed}-")
     return runs
-
-
-def lengths(base: Run, tokens: tuple[int, ...], name: str) -> list[Run]:
-    """Every shape on each of `tokens`."""
-    chosen = dataclasses.replace(base, sweep=dataclasses.replace(base.sweep, tokens=tokens))
-    return [dataclasses.replace(run, sweep=base.sweep) for run in rectangle(chosen, name)]
 
 
 def report(base: Run, folder: Path, runs: pd.DataFrame, _: Mapping[str, Any]) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def sweep(base: Run) -> list[Run]:
         raise UserError("the entropy is known of --config.data.corpus=markov alone")
     if not isinstance(base.data.tokenizer, Bytes):
         raise UserError("the entropy is that of a byte: leave --config.data.tokenizer=bytes")
-    return rectangle(base)
+    return rectangle(base, base.sweep.tokens)
 
 
 def sample_entropy(base: Run) -> tuple[float, float]:

@@ -112,16 +112,12 @@ def run_of(base: Run, cell: Mapping[str, Any], multiple: float = 1.0, seed: int 
     )
 
 
-def rectangle(base: Run, name: str = "") -> list[Run]:
-    """Every shape of the sweep on every one of its numbers of tokens (its `shapes` and `tokens`)."""
-    cells = itertools.product(base.sweep.shapes, base.sweep.tokens)
+def rectangle(base: Run, tokens: Sequence[int], name: str = "") -> list[Run]:
+    """Every shape of the sweep on every number of tokens."""
     return [
-        run_of(
-            base,
-            dict(role="grid", budget_flops=None, width=width, layers=layers, D=D)
-            | {"name": f"{name}{width}x{layers}-{D}"},
-        )
-        for (width, layers), D in cells
+        run_of(base, cell | {"name": f"{name}{width}x{layers}-{D}", "role": "grid", "budget_flops": None})
+        for (width, layers), D in itertools.product(base.sweep.shapes, tokens)
+        for cell in [{"width": width, "layers": layers, "D": D}]
     ]
 
 
