@@ -147,7 +147,7 @@ def worth(found: list[Repeats]) -> Table:
     rows = []
     for r in found:
         for epochs, loss, fresh in zip(r.epochs, r.losses, r.worth, strict=True):
-            mark = " lowest" * (epochs == r.best)
+            mark = " lowest" if epochs == r.best else ""
             shown = f"{fresh:.1f}" if np.isfinite(fresh) else "?"
             rows.append([short(r.N), short(r.U), f"{epochs:.0f}", f"{loss:.4f}{mark}", shown])
     return Table(["N", "unique tokens", "epochs", "loss", "worth, in fresh epochs"], rows)

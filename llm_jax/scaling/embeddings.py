@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from llm_jax.scaling import fits, isoflop
+from llm_jax.scaling import fits
+from llm_jax.scaling.powers import power_law
 from llm_jax.scaling.results import Fit
 
 # Their fit to Chinchilla's models, N_total = N + 47491 N^(1/3), whose vocabulary is 32,000.
@@ -70,7 +71,7 @@ def recount(
     alpha, beta = (predicting.parameters[name].value for name in ("alpha", "beta"))
     noiseless = predicting.predict(N=runs["N_total"].astype(float), D=runs["D"].astype(float)).value
     sizes = runs["N_non_embedding"].astype(float)
-    power, omega = isoflop.power_law(sizes, runs["N_embedding"])
+    power, omega = power_law(sizes, runs["N_embedding"])
     return Recount(
         total,
         body=law(runs, *rest, bootstrap),

@@ -143,6 +143,10 @@ class Overtraining(SumOfPowers):
         ("b", (("C", "eta"), ("M", "eta"))),
     )
 
+    def derived(self, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The best number of tokens a parameter."""
+        return {"M_opt": (values["b"] / values["a"]) ** (0.5 / values["eta"])}
+
     def optimum(
         self, theta: np.ndarray, C: float, flops_per_nd: float = 6.0, given: Mapping[str, float] | None = None
     ) -> Optimum:
