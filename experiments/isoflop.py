@@ -222,18 +222,13 @@ def report(base: Run, folder: Path, runs: pd.DataFrame, forecasts: Mapping[str, 
         warnings.append(f"rate not checked: {error}")
     diverged = runs[(runs["role"] == "holdout") & (runs["status"] == "diverged")]["name"]
     warnings += [f"the hold-out {name} diverged; its forecast stays unchecked" for name in diverged]
-    outcomes = []
-    for identity, made in forecasts.items():
-        measured = runs[(runs["identity"] == identity) & (runs["status"] == "done")]["loss"]
-        check = forecasting.check(made, measured.item(), grid) if len(measured) else None
-        outcomes.append(forecasting.Outcome(made, check))
     result = reports.Report(
         title=f"IsoFLOP sweep: {base.name}",
         question=__doc__.splitlines()[0],
         runs=ladder.points(runs),
         law=fit["Approach 3"](grid),
         isoflop=minima,
-        outcomes=outcomes,
+        outcomes=forecasting.outcomes(forecasts, runs, grid),
         rates=rates,
         warnings=warnings,
         backtests=back_tested(base, grid),

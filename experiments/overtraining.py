@@ -61,23 +61,18 @@ class Overtraining(Sweep, kind="overtraining"):
             raise UserError("sweep needs 3 budgets, and holdout_flops above all of them")
 
 
+def grown(widths: tuple[int, ...], layers: int, *budgets: float) -> Overtraining:
+    """A sweep at all `budgets` but the last, which is the hold-out's."""
+    return Overtraining(budgets[:-1], budgets[-1], shapes=shapes(widths, layers), minimum_steps=100)
+
+
 SCALES = {
     "cpu": Overtraining(),
     "smoke": Overtraining(
         (2e8, 4e8, 8e8), 3.2e9, shapes=shapes((4, 6, 8, 12, 16), 1), sizes=5, minimum_steps=8, bootstrap=200
     ),
-    "gpu": Overtraining(
-        (2e13, 4e13, 8e13, 1.6e14),
-        1.3e15,
-        shapes=shapes((64, 80, 96, 128, 160, 192, 256, 320), 4),
-        minimum_steps=100,
-    ),
-    "full": Overtraining(
-        (1e17, 3e17, 1e18, 3e18),
-        3e19,
-        shapes=shapes((256, 320, 384, 512, 640, 768, 1024, 1280), 12),
-        minimum_steps=100,
-    ),
+    "gpu": grown((64, 80, 96, 128, 160, 192, 256, 320), 4, 2e13, 4e13, 8e13, 1.6e14, 1.3e15),
+    "full": grown((256, 320, 384, 512, 640, 768, 1024, 1280), 12, 1e17, 3e17, 1e18, 3e18, 3e19),
 }
 
 
@@ -146,11 +141,7 @@ def forecast(base: Run, runs: pd.DataFrame, run: Run) -> forecasting.Forecast:
 def report(base: Run, folder: Path, runs: pd.DataFrame, forecasts: Mapping[str, Any]) -> dict[str, Any]:
     """Fits, prints and writes the report; returns its numbers."""
     law, free = (fit_law(base, runs, name) for name in ("overtraining", "chinchilla"))
-    outcomes = []
-    for identity, made in forecasts.items():
-        measured = runs[(runs["identity"] == identity) & (runs["status"] == "done")]["loss"]
-        check = forecasting.check(made, measured.item()) if len(measured) else None
-        outcomes.append(forecasting.Outcome(made, check))
+    outcomes = forecasting.outcomes(forecasts, runs)
     alike, M = one_exponent(free), law.parameters["M_opt"]
     best = Answer(f"The best ratio is {M.value:.3g} tokens a parameter ({M.low:.3g} to {M.high:.3g}).")
     content = Page(
@@ -160,11 +151,7 @@ def report(base: Run, folder: Path, runs: pd.DataFrame, forecasts: Mapping[str, 
         warnings=law.warnings,
         figures=[
             Drawing("ratios", "Loss by tokens a parameter at each budget, and the law.", drawing(law)),
-            Drawing(
-                "residuals",
-                "What the law leaves.",
-                lambda theme: figures.residuals(law, outcomes, theme=theme),
-            ),
+            Drawing("residuals", "What the law leaves.", lambda t: figures.residuals(law, outcomes, theme=t)),
         ],
         fits=[fitted(law), fitted(free)],
         tables=[("Runs", runs_table(points(runs), law))],
@@ -172,13 +159,8 @@ def report(base: Run, folder: Path, runs: pd.DataFrame, forecasts: Mapping[str, 
         notes=plan_notes(base),
     )
     page.show(folder, content)
-    checks = [{"forecast": dataclasses.asdict(f), "check": c and dataclasses.asdict(c)} for f, c in outcomes]
-    return {
-        "law": law.to_json(),
-        "chinchilla": free.to_json(),
-        "forecasts": checks,
-        "one_exponent": alike.good,
-    }
+    numbers = {"law": law.to_json(), "chinchilla": free.to_json(), "one_exponent": alike.good}
+    return numbers | {"forecasts": [outcome.to_json() for outcome in outcomes]}
 
 
 def one_exponent(free: Fit) -> Answer:
@@ -198,10 +180,9 @@ def runs_table(runs: pd.DataFrame, law: Fit) -> Table:
     runs = runs.sort_values(["role", "budget_flops", "N"])
     N, D = runs["N"].astype(float), runs["D"].astype(float)
     residual = runs["loss"] / law.predict(N=N, D=D).value - 1
-    shown = zip(runs["name"], N, D, runs["loss"], residual, strict=True)
     rows = [
         [name, short(n), short(d), f"{d / n:.1f}", f"{loss:.4f}", f"{off:+.2%}"]
-        for name, n, d, loss, off in shown
+        for name, n, d, loss, off in zip(runs["name"], N, D, runs["loss"], residual, strict=True)
     ]
     return Table(["run", "N", "D", "M", "loss", "vs law"], rows)
 

@@ -15,7 +15,7 @@ import datetime
 import hashlib
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -79,6 +79,23 @@ class Outcome(NamedTuple):
 
     forecast: Forecast
     check: Check | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "forecast": dataclasses.asdict(self.forecast),
+            "check": self.check and dataclasses.asdict(self.check),
+        }
+
+
+def outcomes(
+    forecasts: Mapping[str, Forecast], runs: pd.DataFrame, points: pd.DataFrame | None = None
+) -> list[Outcome]:
+    """Each forecast (by its run's identity), and its `check` against that run in `runs` if it is done."""
+    losses = runs[runs["status"] == "done"].set_index("identity")["loss"]
+    return [
+        Outcome(made, check(made, losses[identity], points) if identity in losses else None)
+        for identity, made in forecasts.items()
+    ]
 
 
 def miss(fit: Fit | IsoflopFit, made: Forecast, measured: float, level: float = 0.9) -> str:

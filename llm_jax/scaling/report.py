@@ -138,10 +138,7 @@ def facts(report: Report) -> dict[str, Any]:
     return {
         "law": report.law.to_json(),
         "isoflop": report.isoflop.to_json() if report.isoflop else None,
-        "forecasts": [
-            {"forecast": dataclasses.asdict(made), "check": check and dataclasses.asdict(check)}
-            for made, check in report.outcomes
-        ],
+        "forecasts": [outcome.to_json() for outcome in report.outcomes],
         "rates": [str(check) for check in report.rates],
         "warnings": report.all_warnings,
     }
