@@ -59,7 +59,7 @@ class DataConstrained(Sweep, kind="data_constrained"):
 
 SCALES = {
     "cpu": DataConstrained(shapes((8, 16, 32), 2), octaves(14, 20), (2**14, 2**16), (64, 8)),
-    "smoke": DataConstrained(shapes((4, 8, 12), 1), octaves(11, 13), (2**11,), (8,), bootstrap=100),
+    "smoke": DataConstrained(shapes((4, 8), 1), octaves(11, 14), (2**12,), (4,), bootstrap=100),
     "gpu": DataConstrained(shapes((64, 128, 256), 4), octaves(19, 25), (2**19, 2**21), (64, 16)),
     "full": DataConstrained(shapes((512, 768, 1024), 12), octaves(27, 33), (2**27, 2**29), (64, 16)),
 }
@@ -99,22 +99,13 @@ def report(base: Run, folder: Path, runs: pd.DataFrame, _: Mapping[str, Any]) ->
     found = [r for r in repeats(done) if done["D"].max() > r.U and len(r.epochs) > 1]
     fitted_runs = helpful(done)
     law = fits.fit_law(fitted_runs, "data-constrained", bootstrap=base.sweep.bootstrap, counting=COUNTING)
-    R_D = law.parameters["R_D"]
-    interval = f"{law.level:.0%} interval {R_D.low:.3g} to {R_D.high:.3g}"
+    left_out = len(done) - len(fitted_runs)
     content = Page(
         title=f"Repeated data: {base.name}",
         question=__doc__.splitlines()[0],
-        answers=[
-            *map(stops, found),
-            Answer(
-                f"R_D is {R_D.value:.3g} ({interval}): no number of epochs is worth more than "
-                f"{1 + R_D.value:.3g} of fresh text; Muennighoff et al. found 15.4.",
-            ),
-        ],
-        warnings=[
-            *law.warnings,
-            f"{len(done) - len(fitted_runs)} runs past the lowest loss of their size and text are not fitted",
-        ],
+        answers=[*map(stops, found), half_life(law)],
+        warnings=law.warnings,
+        notes=[f"{left_out} runs past the lowest loss of their size and text are not fitted"],
         figures=[Drawing("epochs", "Loss by tokens seen, fresh (circles) and repeated.", drawing(done, law))],
         fits=[fitted(law)],
         tables=[("What repeating was worth (mean over seeds)", worth(found))],
@@ -139,6 +130,18 @@ def stops(r: Repeats) -> Answer:
     return Answer(
         f"N = {short(r.N)}, U = {short(r.U)}: doubling the epochs {helped} of {last:.0f} tried; "
         f"loss is {rises}."
+    )
+
+
+def half_life(law: Fit) -> Answer:
+    """What the law says of repeating without end, where the runs determine it."""
+    R_D, level = law.parameters["R_D"], f"{law.level:.0%}"
+    if "R_D" in law.bounds_hit:
+        line = f"R_D is not determined: the best fit has it at its {law.bounds_hit['R_D']} bound."
+        return Answer(line, f"{level} of the refits have it from {R_D.low:.3g} to {R_D.high:.3g}.", False)
+    return Answer(
+        f"R_D is {R_D.value:.3g} ({level}: {R_D.low:.3g} to {R_D.high:.3g}); Muennighoff et al. found 15.4.",
+        f"By the law no number of epochs is worth more than {1 + R_D.value:.3g} of fresh text.",
     )
 
 

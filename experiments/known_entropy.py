@@ -8,8 +8,12 @@ best predictor is scored on them too, and that is what E has to find.
     python -m launch.local --config=experiments/known_entropy.py:cpu --workers=2
     python -m launch.local --config=experiments/known_entropy.py:smoke --workers=2
 
-Cost: smoke 15 seconds, cpu 5 minutes, each on 2 CPU cores; gpu some minutes and full some hours on one H100
+Cost: smoke 15 seconds, cpu 2 minutes, each on 2 CPU cores; gpu some minutes and full some hours on one H100
 (not run, estimated).
+
+Result (cpu, 2026-11-22): E is 1.896 (90% interval 1.842 to 1.929), the best predictor loses 1.9219 on the
+held-out documents: covered. That sample is 0.0016 above the source's entropy of 1.9203, half of its standard
+error of 0.0032; the best of 30 runs comes within 0.9% of it.
 """
 
 import dataclasses
