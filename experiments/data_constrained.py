@@ -51,15 +51,15 @@ class DataConstrained(Sweep, kind="data_constrained"):
     bootstrap: int = 1000
 
     def validate(self) -> None:
-        if len(self.shapes) < 2 or len(self.tokens) < 3 or self.seeds < 2 or self.bootstrap < 100:
-            raise UserError("sweep needs 2 shapes, 3 numbers of tokens, 2 seeds, and bootstrap >= 100")
+        if len(self.shapes) < 2 or len(self.tokens) < 3 or self.seeds < 2 or self.bootstrap < 20:
+            raise UserError("sweep needs 2 shapes, 3 numbers of tokens, 2 seeds, and bootstrap >= 20")
         if not self.unique or len(self.unique) != len(self.epochs) or min(self.epochs) < 2:
             raise UserError("sweep.unique and sweep.epochs go together, one number each, 2 epochs or more")
 
 
 SCALES = {
     "cpu": DataConstrained(shapes((8, 16, 32), 2), octaves(14, 20), (2**14, 2**16), (64, 8)),
-    "smoke": DataConstrained(shapes((4, 8), 1), octaves(11, 14), (2**12,), (4,), bootstrap=100),
+    "smoke": DataConstrained(shapes((4, 8), 1), octaves(11, 14), (2**12,), (4,), bootstrap=20),
     "gpu": DataConstrained(shapes((64, 128, 256), 4), octaves(19, 25), (2**19, 2**21), (64, 16)),
     "full": DataConstrained(shapes((512, 768, 1024), 12), octaves(27, 33), (2**27, 2**29), (64, 16)),
 }

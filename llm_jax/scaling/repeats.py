@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+from scipy.special import stdtrit
 
 from llm_jax.config import UserError
 
@@ -43,7 +43,7 @@ def repeats(runs: pd.DataFrame, level: float = 0.9) -> list[Repeats]:
     A gain counts if it exceeds what seeds alone would show with probability (1 - level) / 2.
     """
     noise, freedom = seed_noise(runs)
-    bound = float(stats.t.ppf((1 + level) / 2, freedom))
+    bound = float(stdtrit(freedom, (1 + level) / 2))  # Student's t; scipy.stats takes long to import
     fresh = runs[runs["U"] == runs["D"]]
     found = []
     for (N, U), cell in runs.groupby(["N", "U"]):
