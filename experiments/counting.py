@@ -10,7 +10,7 @@ losses there, without noise, are fitted with the other N.
     python -m launch.local --config=experiments/counting.py:cpu --workers=2
     python -m launch.local --config=experiments/counting.py:smoke --workers=2
 
-Cost: smoke 20 seconds, cpu 5 minutes, each on 2 CPU cores; gpu an hour on one H100, full a day on a pod (not
+Cost: smoke 20 seconds, cpu 5 minutes, each on 2 CPU cores (cpu not run); gpu an hour on one H100, full a day on a pod (not
 run, estimated).
 
 The page also gives their local exponent in the middle of this sweep's sizes (scaling/embeddings.py), and what

@@ -11,7 +11,7 @@ number of fresh tokens that gave the same loss.
     python -m launch.local --config=experiments/data_constrained.py:cpu --workers=2
     python -m launch.local --config=experiments/data_constrained.py:smoke --workers=2
 
-Cost: smoke 15 seconds, cpu 5 minutes, each on 2 CPU cores; gpu an hour on one H100, full some days on a pod
+Cost: smoke 15 seconds, cpu 5 minutes, each on 2 CPU cores (cpu not run); gpu an hour on one H100, full some days on a pod
 (not run, estimated).
 """
 

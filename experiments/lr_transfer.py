@@ -1,6 +1,6 @@
 """Does the best learning rate of a small model serve a larger one, and in which parametrisation?
 
-    python -m launch.local --config=experiments/lr_transfer.py:cpu
+    python -m launch.local --config=experiments/lr_transfer.py:cpu          (not run)
     python -m launch.local --config=experiments/lr_transfer.py:smoke
     python -m launch.local --config=experiments/lr_transfer.py:gpu          (an H100; not run)
 
