@@ -10,8 +10,8 @@ losses there, without noise, are fitted with the other N.
     python -m launch.local --config=experiments/counting.py:cpu --workers=2
     python -m launch.local --config=experiments/counting.py:smoke --workers=2
 
-Cost: smoke 20 seconds, cpu 5 minutes, each on 2 CPU cores (cpu not run); gpu an hour on one H100, full a day on a pod (not
-run, estimated).
+Cost: smoke 20 seconds on 2 CPU cores; not run, estimated: cpu 5 minutes there, gpu an hour on one H100, full
+a day on a pod.
 
 The page also gives their local exponent in the middle of this sweep's sizes (scaling/embeddings.py), and what
 it is for Chinchilla's models of 5 million parameters: 0.52, 0.61 and 0.94 at a vocabulary of 256, 4,096 and

@@ -11,8 +11,8 @@ number of fresh tokens that gave the same loss.
     python -m launch.local --config=experiments/data_constrained.py:cpu --workers=2
     python -m launch.local --config=experiments/data_constrained.py:smoke --workers=2
 
-Cost: smoke 15 seconds, cpu 5 minutes, each on 2 CPU cores (cpu not run); gpu an hour on one H100, full some days on a pod
-(not run, estimated).
+Cost: smoke 15 seconds on 2 CPU cores; not run, estimated: cpu 5 minutes there, gpu an hour on one H100, full
+some days on a pod.
 """
 
 import dataclasses

@@ -8,8 +8,8 @@ M three times larger is written down, and only then is it trained.
     python -m launch.local --config=experiments/overtraining.py:cpu --workers=2
     python -m launch.local --config=experiments/overtraining.py:smoke --workers=2
 
-Cost: smoke 15 seconds, cpu 4 minutes, each on 2 CPU cores (cpu not run); gpu half an hour on one H100, full some days on a
-pod (not run, estimated).
+Cost: smoke 15 seconds on 2 CPU cores; not run, estimated: cpu 4 minutes there, gpu half an hour on one H100,
+full some days on a pod.
 
 With C = 6 N D the law is Chinchilla's with alpha = beta = 2 eta; that law with both free is fitted too, and
 says whether the exponents may be one.
