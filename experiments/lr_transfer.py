@@ -74,12 +74,12 @@ class LrTransfer(Sweep, kind="lr_transfer"):
 SCALES = {
     "cpu": LrTransfer(),
     "smoke": LrTransfer(
-        widths=(4, 8, 16),
+        widths=(4, 8),
         width_kinds=("standard", "mup"),
         depths=(),
         horizons=(),
         head_width=4,
-        rates=(1e-2, 6e-2, 4e-1),
+        rates=(3e-2, 2e-1, 1.5),
         seeds=1,
         coordinate_steps=2,
         bootstrap=100,
@@ -258,8 +258,9 @@ def answer(name: Name, found: Drift) -> pages.Answer:
     if found.refused:
         return pages.Answer(f"{label(name)}: no drift to tell.", found.refused, good=False)
     slope, last = found.slope, found.best[-1]
-    interval = f"{found.level:.0%}: {slope.low:.2f} to {slope.high:.2f}"
-    verdict = "transfers" if found.transfers else "drifts"
+    known = math.isfinite(slope.low)
+    interval = f"{found.level:.0%}: {slope.low:.2f} to {slope.high:.2f}" if known else "no interval"
+    verdict = "transfers" if found.transfers else "drifts" if known else "goes"
     line = f"{label(name)}: the best rate {verdict}, as {name[0]}^{slope.value:.2f} ({interval})."
     cost = (
         f"The best rate of {found.best[0].size:g} costs {last.kept - last.loss:+.3f} nats at {last.size:g}."
@@ -283,10 +284,7 @@ def result(name: Name, found: Drift) -> dict[str, Any]:
 
 
 def slopes(drifts: Mapping[Name, Drift]) -> pages.Table:
-    rows = [
-        [label(name), *(digits(part) for part in found.slope), f"{found.noise:.2%}" if found.noise else ""]
-        for name, found in drifts.items()
-    ]
+    rows = [[label(name), *map(digits, (*found.slope, found.noise))] for name, found in drifts.items()]
     return pages.Table(["series", "slope", "low", "high", "std. error", "noise of ln loss"], rows)
 
 
