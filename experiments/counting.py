@@ -34,7 +34,7 @@ from llm_jax.run import Run, Sweep
 from llm_jax.scaling import page, plots
 from llm_jax.scaling.embeddings import OMEGA_PER_TOKEN, Recount, local_exponent, recount
 from llm_jax.scaling.page import Answer, Drawing, Page, Table
-from llm_jax.scaling.report import fitted
+from llm_jax.scaling.report import fitted, too_small
 from llm_jax.scaling.results import Fit
 from llm_jax.schedules import Cosine
 
@@ -50,8 +50,8 @@ class Counting(Sweep, kind="counting"):
     bootstrap: int = 1000
 
     def validate(self) -> None:
-        if min(len(self.vocabularies), len(self.shapes), len(self.tokens)) < 2 or self.bootstrap < 100:
-            raise UserError("sweep needs 2 vocabularies, shapes and numbers of tokens, and bootstrap >= 100")
+        if min(len(self.vocabularies), len(self.shapes), len(self.tokens)) < 2 or self.bootstrap < 50:
+            raise UserError("sweep needs 2 vocabularies, shapes and numbers of tokens, and bootstrap >= 50")
         if self.vocabularies[0] != Bytes.vocabulary or min(self.vocabularies[1:]) < 260:
             raise UserError(
                 f"sweep.vocabularies begin with {Bytes.vocabulary} (bytes), the others have 260 or more"
@@ -65,7 +65,7 @@ def deep(widths: Sequence[int], aspect: int) -> Shapes:
 
 SCALES = {
     "cpu": Counting((257, 4096, 8192), ((8, 1), (12, 2), (16, 2), (24, 3), (32, 4)), octaves(15, 18)),
-    "smoke": Counting((257, 512), ((4, 1), (8, 1), (16, 2)), octaves(12, 14), bootstrap=100),
+    "smoke": Counting((257, 512), ((4, 1), (12, 1)), octaves(12, 14), bootstrap=50),
     "gpu": Counting((257, 4096, 32768), deep((32, 48, 64, 96, 128, 192), 16), octaves(20, 24)),
     "full": Counting((257, 4096, 32768), deep((160, 240, 320, 480, 640), 40), octaves(26, 31)),
 }
@@ -110,6 +110,7 @@ def report(base: Run, folder: Path, runs: pd.DataFrame, _: Mapping[str, Any]) ->
     content = Page(
         title=f"Counting parameters: {base.name}",
         question=__doc__.splitlines()[0],
+        caution=next(filter(None, (too_small(law) for _, law in laws)), ""),
         answers=[*(moved(V, r) for V, r in list(found.items())[1:]), constant(list(found.values()))],
         warnings=[
             f"V = {V:,}, N: {law.conventions['N']}: {text}" for V, law in laws for text in law.warnings

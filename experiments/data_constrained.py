@@ -32,7 +32,7 @@ from llm_jax.run import Run, Sweep
 from llm_jax.scaling import fits, page, plots
 from llm_jax.scaling.page import Answer, Drawing, Page, Table
 from llm_jax.scaling.repeats import Repeats, helpful, repeats, seed_noise
-from llm_jax.scaling.report import fitted
+from llm_jax.scaling.report import fitted, too_small
 from llm_jax.scaling.results import Fit
 from llm_jax.scaling.style import short
 from llm_jax.schedules import Cosine
@@ -103,6 +103,7 @@ def report(base: Run, folder: Path, runs: pd.DataFrame, _: Mapping[str, Any]) ->
     content = Page(
         title=f"Repeated data: {base.name}",
         question=__doc__.splitlines()[0],
+        caution=too_small(law),
         answers=[*map(stops, found), half_life(law)],
         warnings=law.warnings,
         notes=[f"{left_out} runs past the lowest loss of their size and text are not fitted"],

@@ -34,7 +34,7 @@ from llm_jax.optimizers import AdamW
 from llm_jax.run import Run, Sweep
 from llm_jax.scaling import figures, fits, page, plots
 from llm_jax.scaling.page import Answer, Drawing, Page, Table, Tile
-from llm_jax.scaling.report import fitted
+from llm_jax.scaling.report import fitted, too_small
 from llm_jax.schedules import Cosine
 
 
@@ -124,6 +124,7 @@ def report(base: Run, folder: Path, runs: pd.DataFrame, _: Mapping[str, Any]) ->
     content = Page(
         title=f"A known entropy: {base.name}",
         question=__doc__.splitlines()[0],
+        caution=too_small(law),
         tiles=[
             Tile(f"{E.value:.4f}", "fitted E [nats/token]", interval),
             Tile(f"{sample:.4f}", "entropy of the held-out documents", f"source: {source:.4f}"),

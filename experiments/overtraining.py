@@ -33,7 +33,7 @@ from llm_jax.run import Run, Sweep
 from llm_jax.scaling import figures, fits, grids, page, plots
 from llm_jax.scaling import forecast as forecasting
 from llm_jax.scaling.page import Answer, Drawing, Page, Table
-from llm_jax.scaling.report import fitted, verdict
+from llm_jax.scaling.report import fitted, too_small, verdict
 from llm_jax.scaling.results import Fit, estimate
 from llm_jax.scaling.style import power, short
 from llm_jax.schedules import Cosine
@@ -147,6 +147,7 @@ def report(base: Run, folder: Path, runs: pd.DataFrame, forecasts: Mapping[str, 
     content = Page(
         title=f"Over-training: {base.name}",
         question=__doc__.splitlines()[0],
+        caution=too_small(law),
         answers=[*map(verdict, outcomes), best, alike],
         warnings=law.warnings,
         figures=[
