@@ -122,13 +122,16 @@ def make_init(model: Model, optimizer: optimizers.Optimizer, roles: Any) -> Call
 
 
 def state_shardings(state: State, roles: Any, mesh: jax.sharding.Mesh) -> State:
-    """Parameters by their roles; an optimizer's leaf as the parameter whose path its own path ends with."""
-    axes = jax.tree.map(lambda role: role.axes, roles)
-    placed = sharding.shardings(state.trained, axes, mesh)
+    """Parameters, frozen ones too, by their roles; an optimizer's leaf as the parameter its path ends with.
+
+    roles: of all parameters, `state.frozen | state.trained`.
+    """
+    params = state.frozen | state.trained
+    placed = sharding.shardings(params, jax.tree.map(lambda role: role.axes, roles), mesh)
     by_path = {
         path: (leaf.shape, place)
         for (path, leaf), place in zip(
-            jax.tree_util.tree_flatten_with_path(state.trained)[0], jax.tree.leaves(placed), strict=True
+            jax.tree_util.tree_flatten_with_path(params)[0], jax.tree.leaves(placed), strict=True
         )
     }
     whole = jax.sharding.NamedSharding(mesh, jax.P())
@@ -140,5 +143,4 @@ def state_shardings(state: State, roles: Any, mesh: jax.sharding.Mesh) -> State:
                 return place
         return whole
 
-    rest = jax.tree_util.tree_map_with_path(like_parameter, state)
-    return rest._replace(trained=placed)
+    return jax.tree_util.tree_map_with_path(like_parameter, state)

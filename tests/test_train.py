@@ -1,5 +1,6 @@
 """The trainer: the same losses however it is executed, killed or continued; a record of whatever happens."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -16,9 +17,9 @@ from llm_jax import config, optimizers, records, sharding
 from llm_jax.config import UserError
 from llm_jax.data import HeldOut
 from llm_jax.held_out import score
-from llm_jax.models import Term
+from llm_jax.models import Output, Role, Term
 from llm_jax.models.transformer import LayerNorm
-from llm_jax.step import State, accumulate, make_init, make_step
+from llm_jax.step import State, accumulate, make_init, make_step, state_shardings
 from llm_jax.train import train
 
 
@@ -153,6 +154,70 @@ def test_frozen_parameters_are_used_and_stay(tiny_run):
     assert all(
         (a != b).any() for a, b in zip(jax.tree.leaves(state.trained), jax.tree.leaves(trained), strict=True)
     )
+
+
+def low_rank(base):
+    """`base` frozen, and a trained product of two thin matrices added to its hidden states."""
+
+    def init(key):
+        return {"low_rank": {"down": 0.1 * jax.random.normal(key, (32, 2)), "up": jnp.zeros((2, 32))}}
+
+    def apply(params, batch, key):
+        hidden, aux = base.apply(params, batch, key)
+        return Output(hidden + hidden @ params["low_rank"]["down"] @ params["low_rank"]["up"], aux)
+
+    def roles(params):
+        thin = {
+            "down": Role("down", ("embed", None), decay=True),
+            "up": Role("up", (None, "embed"), decay=True),
+        }
+        return base.roles({k: v for k, v in params.items() if k != "low_rank"}) | {"low_rank": thin}
+
+    return dataclasses.replace(base, init=init, apply=apply, roles=roles)
+
+
+@pytest.fixture
+def low_rank_steps(tiny_run):
+    """low_rank_steps(**mesh) -> (the places of the state, its first losses) of a low-rank model."""
+    source, base = tiny_run.data.open(), tiny_run.resolved_model.build()
+    model, key, optimizer = low_rank(base), jax.random.PRNGKey(0), tiny_run.optimizer
+    frozen, trained = base.init(key), model.init(key)
+    roles = model.roles(frozen | trained)
+    own = {"low_rank": roles["low_rank"]}
+    tables = optimizers.tables(optimizer, tiny_run.objective, 10)
+    step = make_step(model, tiny_run.objective, optimizer, own)
+
+    def steps(**sizes):
+        mesh = sharding.make_mesh(sharding.MeshConfig(**sizes))
+        state = State(trained, frozen, optimizers.init(optimizer, own, trained), jnp.int32(0), key)
+        places = state_shardings(state, roles, mesh)
+        state, compiled, found = (
+            jax.device_put(state, places),
+            jax.jit(step, out_shardings=(places, None)),
+            [],
+        )
+        with jax.set_mesh(mesh):
+            for i in range(5):
+                batch = jax.device_put(source.rows(0, np.arange(8) + 8 * i), sharding.batch_sharding(mesh))
+                state, metrics = compiled(state, batch, {name: table[i] for name, table in tables.items()})
+                found.append(float(metrics["loss"]))
+        return places, found
+
+    return steps
+
+
+def test_a_frozen_base_is_spread_by_its_own_roles_and_trains_as_on_one_device(low_rank_steps):
+    places, losses_ = low_rank_steps(data=1, fsdp=4, tensor=2)
+    mixer = places.frozen["body"]["0"]["mixer"]
+    assert mixer["query"].spec == jax.P(None, "fsdp", "tensor", None)
+    assert mixer["out"].spec == jax.P(None, "tensor", None, "fsdp")
+    assert places.frozen["embed"]["embedding"].spec == jax.P(None, "fsdp")  # 257 rows don't divide
+    assert places.trained["low_rank"]["down"].spec == jax.P("fsdp", None)
+    moments = {leaf.spec for leaf in jax.tree.leaves(places.optimizer)}
+    assert moments == {jax.P(), jax.P("fsdp", None), jax.P(None, "fsdp")}
+    _, alone = low_rank_steps(data=1)
+    assert losses_[0] != losses_[-1]
+    np.testing.assert_allclose(losses_, alone, atol=1e-5)
 
 
 def test_seeds_change_the_initialisation_and_the_order(tiny_run):
