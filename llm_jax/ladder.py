@@ -53,8 +53,8 @@ def check_shapes(sizes: Shapes, least: int = 1) -> None:
 
 
 def model_of(base: Run, width: int, layers: int) -> Transformer:
-    """The base's model at a size, with as many heads as divide the width and leave each at least 16 wide."""
-    heads = max((h for h in range(1, width // 16 + 1) if width % h == 0), default=1)
+    """The base's model at a size, with as many heads as leave each an even width (rotary) of at least 16."""
+    heads = max((h for h in range(1, width // 16 + 1) if width % (2 * h) == 0), default=1)
     return dataclasses.replace(base.model, width=width, layers=layers, heads=heads)
 
 

@@ -1,4 +1,4 @@
-"""Presets have the published sizes, and a ladder's rungs are one shape."""
+"""Presets have the published sizes."""
 
 import math
 
@@ -7,7 +7,7 @@ import pytest
 
 from llm_jax.config import UserError, check
 from llm_jax.models import ModelConfig
-from llm_jax.models.presets import PRESETS, ladder
+from llm_jax.models.presets import PRESETS
 
 PARAMETERS = {
     "gpt2-124m": 124_439_808,
@@ -32,13 +32,3 @@ def test_an_unknown_model_is_answered_with_the_nearest():
     with pytest.raises(UserError, match=r"no model 'llama3-8'; did you mean 'llama3-8b'"):
         ModelConfig.parse("llama3-8")
     assert ModelConfig.parse("transformer").kind == "transformer"
-
-
-def test_rungs_of_a_ladder_are_valid_and_grow_in_one_proportion():
-    rungs = [ladder(width) for width in range(32, 2049, 32)]
-    for rung in rungs:
-        check(rung)
-        assert rung.size_of_head * rung.heads == rung.width
-    assert {rung.width / rung.layers for rung in rungs[1:]} == {32}
-    assert {rung.size_of_head for rung in rungs[:15]} == {32}
-    assert ladder(256, aspect=64, heads=2, bias=True).heads == 2
