@@ -19,12 +19,7 @@ A source of your own is one small class and one config:
         def open(self):
             return Squares(self)
 
-Rows are made between two steps; where they take longer than an accelerator's step, grain reads ahead:
-
-    steps = llm_jax.data.prefetch.dataset(source, seed, batch_size, count)
-    ahead = steps[first:].to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=8))
-    for step, batch in enumerate(ahead, first):
-        ...
+Rows are made while the device is at the step before.
 """
 
 import dataclasses

@@ -1,7 +1,6 @@
 import re
 import textwrap
 
-import grain
 import numpy as np
 
 from llm_jax.config import check
@@ -24,11 +23,3 @@ def test_the_source_in_the_documentation_works():
     for name, spec in source.spec.items():
         assert rows[name].shape == spec.shape and rows[name].dtype == spec.dtype
     np.testing.assert_allclose(rows["y"], rows["x"] ** 2)
-
-    seen = {}
-    names |= {"source": source, "seed": 0, "batch_size": 3, "count": 6, "first": 2, "grain": grain}
-    loop = example("grain reads ahead").replace("...", "seen[step] = batch")
-    exec("import llm_jax.data.prefetch\n" + loop, names | {"seen": seen})
-    assert list(seen) == [2, 3, 4, 5]
-    for step, batch in seen.items():
-        np.testing.assert_array_equal(batch["x"], source.rows(0, step * 3 + np.arange(3))["x"])
