@@ -8,6 +8,7 @@ they stay, and plan.json says which ones belong to this plan, so that no law is 
 import contextlib
 import dataclasses
 import functools
+import itertools
 import tempfile
 import time
 import types
@@ -188,6 +189,10 @@ def make_plan(experiment: Chosen, folder: Path) -> Plan:
         planned[stage].append(
             Planned(run, identity, folder / identity, label, flops(run), shape_of(run, _source(run.data)))
         )
+    for item in itertools.chain(*planned.values()):
+        if item.is_there:
+            here = {"data": records.plain(_source(item.run.data).record)}
+            records.check_tokenizer(item.folder, records.load_run(item.folder), here)
     return Plan(experiment, folder, *branches.connect([planned["sweep"], planned["holdout"]]))
 
 

@@ -311,11 +311,28 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 def _check_identity(folder: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
     """Raises UserError, naming the first field that differs, if the folder's run isn't the one asked for."""
     if there.get("identity") == here.get("identity"):
+        check_tokenizer(folder, there, here)
         return
     raise UserError(
         f"{folder}: this folder belongs to run {there.get('identity')}, not {here.get('identity')}: "
         f"{_first_difference(there, here)}; choose another folder or remove this one"
     )
+
+
+def check_tokenizer(folder: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Raises UserError if the tokens of a run, by its record, aren't those that it would be given here.
+
+    A config says which tokenizer is trained or read; what it does is its library's, of one version.
+    """
+    before, now = (facts.get("data", {}).get("tokenizer", {}) for facts in (there, here))
+    if before and now and before != now:
+        old, new = (
+            f"{by.get('library') or by.get('kind')} ({by.get('fingerprint')})" for by in (before, now)
+        )
+        raise UserError(
+            f"{folder}: its tokens were made by {old}, and here they are by {new}, which may make others: "
+            "install that version, or choose another folder"
+        )
 
 
 def _first_difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:

@@ -140,6 +140,24 @@ def test_another_config_is_refused_with_both_identities_and_the_first_difference
         Record(tmp_path).start(CONFIG | {"identity": "def", "schema": 2}, FACTS)
 
 
+def test_a_run_whose_tokens_another_version_made_is_refused(tmp_path):
+    def of(version):
+        made = {"kind": "sentencepiece", "fingerprint": "f00", "library": f"sentencepiece {version}"}
+        return CONFIG | {"data": {"tokenizer": made}}
+
+    for _ in range(2):
+        with Record(tmp_path, tensorboard=False) as record:
+            record.start(of("1.0"), FACTS)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(
+        UserError, match=r"made by sentencepiece 1.0 \(f00\), and here .* by sentencepiece 1.1"
+    ):
+        Record(tmp_path).start(of("1.1"), FACTS)
+    assert sorted(tmp_path.rglob("*")) == before
+    with Record(tmp_path, tensorboard=False) as record:
+        record.start(CONFIG, FACTS)  # data that has no tokenizer, or a record of before they were told
+
+
 WRITER = """
 import sys, time
 from llm_jax.records import Record

@@ -48,7 +48,7 @@ def tokenize(corpus: Corpus, found: Catalogue, codec: Codec) -> Store:
     Memory stays bounded by a batch of documents. Raises UserError where files changed since they were
     catalogued, and where the store was truncated.
     """
-    key = digest([1, found.content, codec.fingerprint])
+    key = digest([2, found.content, codec.fingerprint, codec.library])
     return open_store(
         once(cache_folder() / "tokens" / key, lambda folder: _build(folder, corpus, found, codec))
     )

@@ -5,6 +5,7 @@ to it.
 """
 
 import dataclasses
+import functools
 import importlib.metadata
 import io
 import itertools
@@ -30,8 +31,8 @@ class Codec(Protocol):
 
     vocabulary: int
     eot: int
-    fingerprint: str  # changes where some text may be encoded otherwise
-    library: str | None  # what encodes, with its version
+    fingerprint: str  # of the tokenizer itself
+    library: str | None  # what encodes, with its version: another may encode some text otherwise
 
     def encode(self, text: str) -> np.ndarray:
         """The token ids [tokens] of a text."""
@@ -171,8 +172,8 @@ class SentencePiece(Tokenizer, kind="sentencepiece"):
 
 
 @dataclasses.dataclass(frozen=True)
-class SentencePieceFile(Tokenizer, kind="sentencepiece_file"):
-    """A SentencePiece `.model` as it is; with none of its own, eot is one more id."""
+class FromFile(Tokenizer):
+    """A tokenizer as it stands in a file, which is read again only when it has changed."""
 
     path: str = outside_identity("")
 
@@ -180,30 +181,35 @@ class SentencePieceFile(Tokenizer, kind="sentencepiece_file"):
         return self.open().vocabulary
 
     def open(self, sample: Sample | None = None, content: str = "") -> Codec:
-        try:
-            return SentencePieceCodec(_file(self.path), cut=False)
-        except RuntimeError:
-            raise UserError(f"{self.path}: not a SentencePiece model") from None
+        return _opened(self, *_stamp(self.path))[0]
 
     def content(self) -> str:
-        return digest(_file(self.path))
+        return _opened(self, *_stamp(self.path))[1]
+
+    def codec(self, data: bytes) -> Codec:
+        """What the file's content does. Raises UserError if it isn't such a file."""
+        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
-class HuggingFace(Tokenizer, kind="huggingface"):
+class SentencePieceFile(FromFile, kind="sentencepiece_file"):
+    """A SentencePiece `.model` as it is; with none of its own, eot is one more id."""
+
+    def codec(self, data: bytes) -> Codec:
+        try:
+            return SentencePieceCodec(data, cut=False)
+        except RuntimeError:
+            raise UserError(f"{self.path}: not a SentencePiece model") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class HuggingFace(FromFile, kind="huggingface"):
     """A Hugging Face `tokenizer.json`. `eot` names its token that ends a text; None: one more id."""
 
-    path: str = outside_identity("")
     eot: str | None = None
 
-    def size(self) -> int:
-        return self.open().vocabulary
-
-    def open(self, sample: Sample | None = None, content: str = "") -> Codec:
-        return HuggingFaceCodec(_file(self.path), self.path, self.eot)
-
-    def content(self) -> str:
-        return digest(_file(self.path))
+    def codec(self, data: bytes) -> Codec:
+        return HuggingFaceCodec(data, self.path, self.eot)
 
 
 _SPACE = "\u2581"  # SentencePiece's own sign for a space; the same character in a text is spelled in bytes
@@ -296,13 +302,21 @@ def _threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _file(path: str) -> bytes:
-    """The file's content; raises UserError with the nearest existing name."""
+def _stamp(path: str) -> tuple[pathlib.Path, int, int]:
+    """Place, size and time of a file; raises UserError with the nearest existing name."""
     place = pathlib.Path(path).expanduser()
     if not place.is_file():
         files = [str(file) for file in place.parent.glob("*") if file.suffix in _FILES and file.is_file()]
         raise UserError(f"no tokenizer file {path!r}; {readers.near(path, files, 'give its path')}")
-    return place.read_bytes()
+    facts = place.stat()
+    return place.resolve(), facts.st_size, facts.st_mtime_ns
+
+
+@functools.lru_cache(maxsize=8)
+def _opened(tokenizer: FromFile, place: pathlib.Path, size_bytes: int, time_ns: int) -> tuple[Codec, str]:
+    """The codec and the hash of a tokenizer's file as it stands: parsing a large one takes a second."""
+    data = place.read_bytes()
+    return tokenizer.codec(data), digest(data)
 
 
 def _about_vocabulary(vocabulary: int, message: str) -> str:

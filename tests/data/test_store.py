@@ -80,6 +80,9 @@ def test_another_text_or_tokenizer_has_another_store(files, corpus):
     first = store.tokenize(files, catalogue(files), Bytes()).folder
     codec = Counting()
     assert store.tokenize(files, catalogue(files), codec).folder == first and not codec.seen
+    object.__setattr__(codec, "library", "another version")
+    assert store.tokenize(files, catalogue(files), codec).folder != first
+    object.__setattr__(codec, "library", Bytes.library)
     object.__setattr__(codec, "fingerprint", "other")
     assert store.tokenize(files, catalogue(files), codec).folder != first
     (corpus / "00.txt").write_text("changed")

@@ -1,5 +1,4 @@
 import importlib.metadata
-import json
 import lzma
 import pathlib
 import random
@@ -57,6 +56,21 @@ def files(corpus, tmp_path) -> dict[str, Tokenizer]:
         "huggingface": HuggingFace(str(tmp_path / "tokenizer.json"), eot="<|endoftext|>"),
         "sentencepiece_file": SentencePieceFile(str(tmp_path / "other.model")),
     }
+
+
+@pytest.mark.parametrize("kind", ["huggingface", "sentencepiece_file"])
+def test_a_file_is_parsed_once_and_again_when_it_has_changed(files, monkeypatch, kind):
+    tokenizer, parsed, parse = files[kind], [], type(files[kind]).codec
+    monkeypatch.setattr(type(tokenizer), "codec", lambda *args: parsed.append(1) or parse(*args))
+    assert {tokenizer.size() for _ in range(5)} == {tokenizer.open().vocabulary}
+    before = tokenizer.content()
+    assert len(parsed) == 1
+    path = pathlib.Path(tokenizer.path)
+    other = SentencePiece(vocabulary=275).train(iter(["a few words"] * 30))
+    path.write_bytes(other if path.suffix == ".model" else path.read_bytes() + b"\n")
+    assert tokenizer.content() != before
+    assert tokenizer.size() == tokenizer.open().vocabulary
+    assert len(parsed) == 2
 
 
 @pytest.mark.parametrize("kind", ["bytes", "sentencepiece", "unigram", "huggingface"])
@@ -161,8 +175,7 @@ def test_files_are_chosen_by_name_and_enter_identity_by_content(files, corpus, t
     one = config.override(base, "tokenizer", files["huggingface"].path)
     two = config.override(base, "tokenizer", str(copied))
     assert config.identity(one, 1) == config.identity(two, 1)
-    changed = json.loads(data) | {"version": "1.0 "}
-    copied.write_text(json.dumps(changed))
+    copied.write_text(data + "\n")
     assert config.identity(one, 1) != config.identity(two, 1)
 
 

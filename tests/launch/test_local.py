@@ -117,6 +117,16 @@ def test_the_table_has_the_runs_of_the_plan_only(bits, tmp_path):
     assert table["seed"].tolist() == [0]
 
 
+def test_a_run_whose_tokens_another_version_made_joins_no_plan(bits, tmp_path, monkeypatch):
+    run = dataclasses.replace(bits.get_config("small"), tokens=16 * 5)
+    monkeypatch.setattr(bits.BitSource, "record", {"tokenizer": {"library": "sentencepiece 1.0"}})
+    train(run, tmp_path / run.identity())
+    assert plan_of(tmp_path, run).runs[0].complete
+    monkeypatch.setattr(bits.BitSource, "record", {"tokenizer": {"library": "sentencepiece 1.1"}})
+    with pytest.raises(UserError, match=r"its tokens were made by sentencepiece 1\.0"):
+        plan_of(tmp_path, run)
+
+
 def test_a_forecast_is_on_disk_before_its_hold_out_begins(bits, tmp_path):
     small = dataclasses.replace(bits.get_config("small"), tokens=16 * 5)
     large = dataclasses.replace(small, tokens=16 * 20)
