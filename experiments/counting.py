@@ -51,7 +51,9 @@ class Counting(Sweep, kind="counting"):
 
     def validate(self) -> None:
         if min(len(self.vocabularies), len(self.shapes), len(self.tokens)) < 2 or self.bootstrap < 50:
-            raise UserError("sweep needs 2 vocabularies, shapes and numbers of tokens, and bootstrap >= 50")
+            raise UserError(
+                "sweep.vocabularies, sweep.shapes and sweep.tokens need 2 or more, sweep.bootstrap 50 or more"
+            )
         if self.vocabularies[0] != Bytes.vocabulary or min(self.vocabularies[1:]) < 260:
             raise UserError(
                 f"sweep.vocabularies begin with {Bytes.vocabulary} (bytes), the others have 260 or more"

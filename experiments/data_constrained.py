@@ -52,7 +52,9 @@ class DataConstrained(Sweep, kind="data_constrained"):
 
     def validate(self) -> None:
         if len(self.shapes) < 2 or len(self.tokens) < 3 or self.seeds < 2 or self.bootstrap < 20:
-            raise UserError("sweep needs 2 shapes, 3 numbers of tokens, 2 seeds, and bootstrap >= 20")
+            raise UserError(
+                "sweep.shapes needs 2, sweep.tokens 3, sweep.seeds 2, and sweep.bootstrap 20, or more"
+            )
         if not self.unique or len(self.unique) != len(self.epochs) or min(self.epochs) < 2:
             raise UserError("sweep.unique and sweep.epochs go together, one number each, 2 epochs or more")
 

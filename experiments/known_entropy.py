@@ -49,7 +49,7 @@ class KnownEntropy(Sweep, kind="known_entropy"):
 
     def validate(self) -> None:
         if len(self.shapes) < 3 or len(self.tokens) < 3 or self.bootstrap < 100:
-            raise UserError("sweep needs 3 shapes and 3 numbers of tokens or more, and bootstrap >= 100")
+            raise UserError("sweep.shapes and sweep.tokens need 3 or more, sweep.bootstrap 100 or more")
 
 
 SCALES = {

@@ -31,7 +31,7 @@ from llm_jax.scaling.drift import Drift, drift
 from llm_jax.scaling.plots import Panel, Series
 from llm_jax.schedules import Cosine
 from llm_jax.transfer import HORIZON_EXPONENT
-from llm_jax.values import check_least, write
+from llm_jax.values import check_least, nearest, write
 
 SHOWN = ("mixer", "mlp", "stream", "logits")  # of the coordinate check
 
@@ -64,11 +64,15 @@ class LrTransfer(Sweep, kind="lr_transfer"):
             )
         if any(width % self.head_width for width in self.widths):
             raise UserError(
-                f"sweep.widths={self.widths}: heads of {self.head_width} don't divide each of them"
+                f"sweep.widths is {write(self.widths)}; sweep.head_width={self.head_width} divides each"
             )
-        for sizes in (self.widths, self.depths, self.horizons):
+        for name in ("width_kinds", "depth_kinds"):
+            for kind in set(getattr(self, name)) - set(Parametrization.members):
+                raise UserError(f"sweep.{name}: no {kind!r}; {nearest(kind, Parametrization.members)}")
+        for name in ("widths", "depths", "horizons"):
+            sizes = getattr(self, name)
             if list(sizes) != sorted(set(sizes)) or any(size < 1 for size in sizes):
-                raise UserError(f"sweep: sizes {sizes} don't grow from 1 or more")
+                raise UserError(f"sweep.{name} is {write(sizes)}; sizes grow from 1 or more")
 
 
 SCALES = {
@@ -149,8 +153,6 @@ def resized(
         "per_layer": PerLayer(base_width),
         "completep": CompleteP(base_width, head, base_layers or layers),
     }
-    if kind not in given:
-        raise UserError(f"sweep: no parametrisation {kind!r}; there are: {', '.join(given)}")
     at_base = width == base_width and layers == (base_layers or layers)
     model = dataclasses.replace(
         base.model,

@@ -56,9 +56,11 @@ class Overtraining(Sweep, kind="overtraining"):
 
     def validate(self) -> None:
         if not 0 < self.lowest < self.highest < self.holdout_ratio or self.bootstrap < 100:
-            raise UserError("sweep needs 0 < lowest < highest < holdout_ratio, and bootstrap >= 100")
+            raise UserError(
+                "0 < sweep.lowest < sweep.highest < sweep.holdout_ratio, and sweep.bootstrap >= 100"
+            )
         if len(self.budgets_flops) < 3 or self.holdout_flops <= max(self.budgets_flops):
-            raise UserError("sweep needs 3 budgets, and holdout_flops above all of them")
+            raise UserError("sweep.budgets_flops needs 3, and sweep.holdout_flops lies above all of them")
 
 
 def grown(widths: tuple[int, ...], layers: int, *budgets: float) -> Overtraining:

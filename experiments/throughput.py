@@ -46,6 +46,7 @@ from llm_jax.program import Program
 from llm_jax.run import SCHEMA
 from llm_jax.scaling.page import Page, Table, write
 from llm_jax.sharding import MeshConfig
+from llm_jax.values import check_least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,9 +63,8 @@ class Shape:
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def validate(self) -> None:
-        sizes = self.layers, self.width, self.heads, self.sequence_length, self.batch_size, self.vocabulary
-        if min(sizes) < 1:
-            raise UserError(f"shape {self.name}: all sizes are at least 1")
+        sizes = "layers", "width", "heads", "sequence_length", "batch_size", "vocabulary"
+        check_least(self, f"shape {self.name}: ", **dict.fromkeys(sizes, 1))
         if self.width % self.heads:
             raise UserError(f"shape {self.name}: heads={self.heads} does not divide width={self.width}")
 
@@ -102,8 +102,7 @@ class Throughput:
     def validate(self) -> None:
         if not self.shapes:
             raise UserError("shapes is empty: there is nothing to measure")
-        if self.rounds < 1 or self.seconds <= 0:
-            raise UserError("rounds is at least 1, seconds is positive")
+        check_least(self, "", ("seconds",), rounds=1)
 
 
 CPU = (

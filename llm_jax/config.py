@@ -281,8 +281,10 @@ def parse_flags(argv: Sequence[str], elsewhere: Mapping[str, str]) -> list[str]:
         if not given and path.rpartition(".")[2] == "help":
             _help.append(path.rpartition(".")[0])
             continue
-        if not given and (text := next(items, None)) is None:
-            raise UserError(f"{item} needs a value: {item}=VALUE")
+        if not given:
+            text = next(items, "--")
+            if text.startswith("-") and values.number(text) is None:  # the flag behind it
+                raise UserError(f"{item} needs a value: {item}=VALUE")
         _overrides.append((path, text))
     try:
         left = flags.FLAGS(rest)

@@ -108,9 +108,9 @@ def parse(annotation: Any, text: str, path: str) -> Any:
         if option is bool and text.lower() in ("true", "false", "1", "0"):
             return text.lower() in ("true", "1")
         if option in (int, float):
-            number = _number(text)
-            if number is not None and (option is float or (math.isfinite(number) and number == int(number))):
-                return option(number)
+            value = number(text)
+            if value is not None and (option is float or (math.isfinite(value) and value == int(value))):
+                return option(value)
         if typing.get_origin(option) is Literal:
             for choice in typing.get_args(option):
                 if str(choice) == text:
@@ -151,7 +151,7 @@ def _depths(text: str) -> list[int]:
     return list(itertools.accumulate((sign in "([") - (sign in ")]") for sign in text))
 
 
-def _number(text: str) -> float | int | None:
+def number(text: str) -> float | int | None:
     """A Python number such as 12, 3e-3 or 1_000; infinities are written inf."""
     try:
         value = ast.literal_eval(text)

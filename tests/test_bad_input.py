@@ -153,7 +153,10 @@ BAD = [
         ["--config.data.corpus=text.txt", "--config.data.sequence_length=1000000000"],
         "tokens to train on, and a batch takes 4 rows of 1000000000",
     ),
-    (["--config.data.corpus=mixture"], "the corpus mixture needs parts, which an experiment file names"),
+    (
+        ["--config.data.corpus=mixture"],
+        "data.corpus.parts is (); an experiment file names the parts of a mixture",
+    ),
     (["--config.data.tokenizer=text.model"], "no tokenizer file 'text.model'; give its path"),
     (
         ["--config.data.tokenizer.vocabulary=600", "--config.data.tokenizer=sentencepiece"],
@@ -167,6 +170,19 @@ BAD = [
     (["--config.data.corpus.pakages=true"], "no field 'pakages' in Python; did you mean 'packages'?"),
     (["--config.model.layers=two"], "config.model.layers: 'two' is not an integer"),
     (["--conf.tokens=5"], "no flag --conf.tokens; did you mean '--config.tokens'?"),
+    (["--config.seed", "--config.tokens=5"], "--config.seed needs a value: --config.seed=VALUE"),
+    (
+        ["--config.data.corpus=files"],
+        "data.corpus.paths is (); name texts, for example --config.data.corpus=",
+    ),
+    (
+        ["--config.model.parametrization=mup", "--config.model.parametrization.base_width=0"],
+        "model.parametrization.base_width is 0; it is at least 1",
+    ),
+    (
+        ["--config.model.parametrization=completep", "--config.model.parametrization.alpha=2"],
+        "model.parametrization.alpha is 2.0; it lies between 0.5 and 1",
+    ),
 ]
 
 
@@ -185,6 +201,14 @@ def test_a_mistake_is_one_line_and_leaves_no_trace(place, command, module, argum
     [
         ("throughput", "--config.shapes.0.width=33", "shape 1 x 32: heads=2 does not divide width=33"),
         ("throughput", "--config.shapes.0.heads=5", "shape 1 x 32: heads=5 does not divide width=32"),
+        ("throughput", "--config.shapes.0.layers=0", "shape 1 x 32: layers is 0; it is at least 1"),
+        ("throughput", "--config.seconds=0", "seconds is 0.0; it is a positive number"),
+        ("lr_transfer", "--config.sweep.depths=2,1", "sweep.depths is (2, 1); sizes grow from 1 or more"),
+        (
+            "lr_transfer",
+            "--config.sweep.depth_kinds=mop,",
+            "sweep.depth_kinds: no 'mop'; did you mean 'mup'?",
+        ),
         ("wsd_trunk", "--config.sweep.D_tokens=512,", "sweep.D_tokens is (512,); three sizes at least"),
         ("isoflop", "--config.sweep=none", "sweep is none; "),
     ],

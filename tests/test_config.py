@@ -264,6 +264,7 @@ def test_the_command_line_picks_a_file_a_scale_and_fields(tmp_path):
     assert ask(f"--config={file}:large") == (0, "Config(layers=2)", "")
     assert ask(f"--config={file}", "--config.layers=7") == (0, "Config(layers=7)", "")
     assert ask(f"--config={file}", "--config.layers", "7") == (0, "Config(layers=7)", "")
+    assert ask(f"--config={file}", "--config.layers", "-7") == (0, "Config(layers=-7)", "")
 
 
 @pytest.mark.parametrize(
@@ -288,6 +289,10 @@ def test_the_command_line_picks_a_file_a_scale_and_fields(tmp_path):
         (["--config=FILE", "--config.layer=3"], "no field 'layer' in Config; did you mean 'layers'?"),
         (["--config=FILE", "--config.layers=x"], "config.layers: 'x' is not an integer"),
         (["--config=FILE", "--config.layers"], "--config.layers needs a value"),
+        (
+            ["--config=FILE", "--config.layers", "--v=0"],
+            "--config.layers needs a value: --config.layers=VALUE",
+        ),
         (["--config=FILE", "--confg=3"], "no flag --confg; did you mean '--config'?"),
         (["--config=FILE", "stray"], "unexpected argument 'stray'"),
         (["--config=BROKEN"], "an experiment file defines SCALES"),

@@ -96,7 +96,9 @@ class Files(Corpus, kind="files"):
 
     def validate(self) -> None:
         if not self.paths:
-            raise UserError("the corpus files needs paths, for example --config.data.corpus=path/*.txt")
+            raise UserError(
+                "data.corpus.paths is (); name texts, for example --config.data.corpus=path/*.txt"
+            )
 
     def _paths(self) -> list[pathlib.Path]:
         self.validate()
@@ -136,7 +138,7 @@ class Weighted:
 
     def validate(self) -> None:
         if not self.weight > 0:
-            raise UserError(f"a mixture's weights are positive, got {self.weight}")
+            raise UserError(f"data.corpus.parts: a weight is {self.weight}; each is a positive number")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,11 +150,11 @@ class Mixture(Corpus, kind="mixture"):
     def validate(self) -> None:
         if not self.parts:
             raise UserError(
-                "the corpus mixture needs parts, which an experiment file names: "
+                "data.corpus.parts is (); an experiment file names the parts of a mixture: "
                 "corpus=Mixture((Weighted(...), ...))"
             )
         if any(isinstance(part.corpus, Mixture) for part in self.parts):
-            raise UserError("a mixture can't contain a mixture; list all corpora in one")
+            raise UserError("data.corpus.parts: a mixture can't contain a mixture; list all corpora in one")
 
     def sources(self) -> tuple[Weighted, ...]:
         self.validate()

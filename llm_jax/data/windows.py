@@ -23,7 +23,7 @@ def turns(weights: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
     ends = np.round(np.cumsum(weights) / np.sum(weights) * BLOCK).astype(int)
     if np.diff(ends, prepend=0).min() < 1:
         raise UserError(
-            f"a mixture's weights are rounded to thousandths: {min(weights)} is too small a share"
+            f"data.corpus.parts: weights are rounded to thousandths, {min(weights)} is too small a share"
         )
     which = np.searchsorted(ends, np.arange(BLOCK) * 617 % BLOCK, side="right")
     ranks = np.zeros(BLOCK, np.int64)

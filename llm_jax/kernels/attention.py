@@ -5,8 +5,9 @@ numbers and is tested against it:
 
     reference   all T x T scores at once; quadratic memory; the definition
     chunked     blocks of queries that skip the keys they cannot see; linear memory; any device
-    cudnn       NVIDIA's fused kernel; bfloat16 or float16, no score soft-cap
-    auto        cudnn where it can run on a GPU, otherwise chunked
+    cudnn       NVIDIA's fused kernel; bfloat16 or float16, no score soft-cap; linear memory, but with
+                segments it reads a bias of T x T numbers for each row of the batch (one for all heads)
+    auto        cudnn where it can run on a GPU, otherwise chunked; so segments cost that memory there
 """
 
 import dataclasses
@@ -85,6 +86,7 @@ def why_not_cudnn(q_BTHK: jax.Array, segments: jax.Array | None, rule: Rule) -> 
 
 
 def _cudnn(q_BTHK, k_BSGK, v_BSGK, segments, rule: Rule) -> jax.Array:
+    # The kernel knows no segments: their mask becomes a bias [B, 1, T, T] of q's dtype, quadratic in T.
     mask = None if segments is None else (segments[:, None, :, None] == segments[:, None, None, :])
     window = None if rule.window is None else (rule.window - 1, 0)
     return jax.nn.dot_product_attention(

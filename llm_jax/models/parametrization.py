@@ -33,6 +33,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 from llm_jax.config import Tagged, UserError
 from llm_jax.models import Multipliers
+from llm_jax.values import check_least
 
 Part = Literal["embedding", "hidden", "output", "vector"]
 Powers = dict[Part, float]
@@ -61,9 +62,8 @@ class Parametrization(Tagged):
     steps: ClassVar[frozenset[str]] = ALL
 
     def validate(self) -> None:
-        for field in dataclasses.fields(self):
-            if field.name.startswith("base_") and getattr(self, field.name) < 1:
-                raise UserError(f"parametrization.{field.name} is {getattr(self, field.name)}; at least 1")
+        bases = [field.name for field in dataclasses.fields(self) if field.name.startswith("base_")]
+        check_least(self, "model.parametrization.", **dict.fromkeys(bases, 1))
 
     def at(self, width: int, layers: int, head_width: int) -> Scaling:
         """What it makes of a model of this shape."""
@@ -146,7 +146,7 @@ class CompleteP(MuP, kind="completep"):
     def validate(self) -> None:
         super().validate()
         if not 0.5 <= self.alpha <= 1:
-            raise UserError(f"parametrization.alpha is {self.alpha}; it lies between 0.5 and 1")
+            raise UserError(f"model.parametrization.alpha is {self.alpha}; it lies between 0.5 and 1")
 
     def at(self, width: int, layers: int, head_width: int) -> Scaling:
         wide, depth = super().at(width, layers, head_width), layers / self.base_layers

@@ -193,7 +193,10 @@ def test_an_optimizer_without_a_rule_is_refused_in_one_line(kind):
         (Transformer(parametrization=PerLayer()), "set model.tied=false"),
         (Transformer(parametrization=MuP(), positions=Sinusoidal()), "no rule for the sqrt"),
         (Transformer(parametrization=CompleteP(), norm_position="post"), "norm_position=pre only"),
-        (Transformer(parametrization=MuP(base_width=0)), "base_width is 0; at least 1"),
+        (
+            Transformer(parametrization=MuP(base_width=0)),
+            "model.parametrization.base_width is 0; it is at least 1",
+        ),
         (Transformer(parametrization=CompleteP(alpha=0.0)), "between 0.5 and 1"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
