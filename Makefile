@@ -29,9 +29,10 @@ test: $(STAMP)  ## the test suite
 smoke: $(STAMP)  ## every experiment at its smoke scale, anew
 	@rm -rf .cache/smoke
 	@for file in experiments/*.py; do \
-	  echo "== $$file:smoke"; \
+	  echo "== $$file:smoke"; start=$$(date +%s); \
 	  $(BIN)/python -m launch.local --config=$$file:smoke --folder=.cache/smoke/$$(basename $$file .py) || exit; \
-	done
+	  took="$$took$$file:smoke took $$(($$(date +%s) - start)) s\n"; \
+	done; printf "\n$$took"
 
 coverage: $(STAMP)  ## how often 90% intervals hold the truth, 200 sets of every kind (minutes)
 	PYTHONPATH=tests/scaling $(BIN)/python tests/scaling/interval_coverage.py 200

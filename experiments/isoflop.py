@@ -7,7 +7,7 @@ Models of several sizes are trained at each of a few compute budgets (Hoffmann e
     python -m launch.local --config=experiments/isoflop.py:cpu --workers=2
     python -m launch.local --config=experiments/isoflop.py:smoke --workers=2
 
-Cost: smoke half a minute, quickstart 7 minutes, cpu 2 hours (not run), each on 2 CPU cores; gpu 25 minutes
+Cost: smoke 20 seconds, quickstart 7 minutes, cpu 2 hours (not run), each on 2 CPU cores; gpu 25 minutes
 on one H100 (not run); full some days on a pod, on a corpus of yours (not run). What was not run is estimated.
 
 Result (quickstart, 2026-11-22): N_opt ~ C^0.53 (90% interval 0.38 to 0.65, Approach 2), C^0.43 (0.31 to 0.60,
@@ -79,12 +79,12 @@ class Isoflop(Sweep, kind="isoflop"):
 SCALES = {
     "quickstart": Isoflop(),
     "smoke": Isoflop(
-        budgets_flops=(5e8, 1e9, 2e9),
-        holdout_flops=8e9,
-        shapes=shapes((4, 6, 8, 12, 16), 1),
+        budgets_flops=(2e8, 4e8, 8e8),
+        holdout_flops=3.2e9,
+        shapes=shapes((2, 4, 6, 8, 10), 1),
         sizes=5,
-        minimum_steps=20,
-        bootstrap=200,
+        minimum_steps=16,
+        bootstrap=100,
     ),
     # The hold-out takes nearly all of the corpus, so it is larger than the optimum.
     "cpu": Isoflop(

@@ -1,5 +1,6 @@
-"""What a run runs on: versions, device, git revision; collected in milliseconds, without slow imports."""
+"""What a run runs on: versions, device, git revision; collected once a process, without slow imports."""
 
+import functools
 import importlib.metadata
 import platform
 import subprocess
@@ -9,6 +10,7 @@ from typing import Any
 PACKAGES = ("llm-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
+@functools.cache
 def environment() -> dict[str, Any]:
     """The facts of a start: `versions`, `device` (its kind), how many devices and processes, `platform`, and
 

@@ -1,10 +1,13 @@
 """One budget of an isoFLOP sweep: a curve of ln(loss) over ln(N), its minimum, or the reason it has none."""
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-from scipy.interpolate import Akima1DInterpolator
+
+if TYPE_CHECKING:
+    from scipy.interpolate import Akima1DInterpolator
 
 METHODS = {
     "local": "parabola through the sizes around the lowest, its vertex corrected for the law's skew",
@@ -166,8 +169,10 @@ def lowest_point(values: np.ndarray, grid: np.ndarray) -> tuple[float, float]:
     return float(grid[best] + step * (grid[1] - grid[0])), float(here - (left - right) * step / 4)
 
 
-def _akima(x: np.ndarray, y: np.ndarray) -> Akima1DInterpolator:
+def _akima(x: np.ndarray, y: np.ndarray) -> "Akima1DInterpolator":
     """Akima's spline through the means of each size; y [..., n] gives values [grid, ...]."""
+    from scipy.interpolate import Akima1DInterpolator  # half a second, and few ask for it
+
     knots, place = np.unique(x, return_inverse=True)
     means = np.stack([y[..., place == i].mean(-1) for i in range(len(knots))])
     return Akima1DInterpolator(knots, means, extrapolate=True)

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
-from scipy.optimize import linear_sum_assignment
 
 from llm_jax.config import UserError
 
@@ -209,5 +208,7 @@ def check_candidates(candidates: pd.DataFrame) -> None:
 
 def _nearest(sizes: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """Distinct indices into `sizes` [S], nearest in log to `wanted` [W] in total; min(S, W) of them."""
+    from scipy.optimize import linear_sum_assignment  # imported where used: a quarter of a second
+
     distance = np.abs(np.log(sizes[:, None] / wanted[None, :]))
     return linear_sum_assignment(distance)[0]
