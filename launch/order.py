@@ -11,6 +11,7 @@ An experiment file has `SCALES`, `get_config(scale) -> base`, and
     report(base, folder, runs, forecasts)   optional: writes and prints the result, and returns a dict for
                                             result.json; forecasts are found by their run's identity
     plan_notes(base) -> list[str]           optional: lines to print with the plan
+    hooks(run) -> list[Hook]                optional: what else every evaluation of `run` measures and logs
 
 or, where it measures instead of training a sweep, `measure(base, folder) -> dict`, which goes to result.json.
 """

@@ -25,6 +25,7 @@ import signal
 import sys
 import threading
 import traceback
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from llm_jax.config import UserError
 from llm_jax.progress import Progress
 from llm_jax.records import how_it_ended
 from llm_jax.run import Run
-from llm_jax.train import train
+from llm_jax.train import hooks_of, train
 
 Say = Callable[..., None]
 
@@ -55,7 +56,7 @@ class Reporter(Progress):
             self._say(kind="continues", step=step)
 
 
-def attempt(task: dict[str, Any], say: Say) -> bool:
+def attempt(task: dict[str, Any], say: Say, experiment: types.ModuleType) -> bool:
     """Trains one run and says how it ended; False if this process should take no other."""
     folder = Path(task["folder"])
     folder.mkdir(parents=True, exist_ok=True)
@@ -64,7 +65,7 @@ def attempt(task: dict[str, Any], say: Say) -> bool:
         os.dup2(log.fileno(), 2)
     try:
         run = config.from_json(Run, task["run"])
-        result = train(run, folder, progress=Reporter(run, task["label"], say))
+        result = train(run, folder, hooks_of(experiment, run), progress=Reporter(run, task["label"], say))
     except UserError as error:
         print(f"error: {error}", flush=True)
         say(kind="refused", message=str(error))
@@ -90,7 +91,8 @@ def listen(tasks: queue.SimpleQueue) -> None:
 def main() -> int:
     # Between runs the process just ends; during one, train() catches SIGTERM.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    config.load_experiment(flags.FLAGS.experiment)  # registers its kinds of models, data, sweeps ...
+    # Its kinds of models, data, sweeps ... are registered by this too.
+    experiment, _ = config.load_experiment(flags.FLAGS.experiment)
     tasks: queue.SimpleQueue = queue.SimpleQueue()
     threading.Thread(target=listen, args=(tasks,), daemon=True).start()
 
@@ -99,7 +101,7 @@ def main() -> int:
             os.write(flags.FLAGS.messages, json.dumps(message).encode() + b"\n")
 
     say(kind="ready")
-    while attempt(tasks.get(), say):
+    while attempt(tasks.get(), say, experiment):
         pass
     return 1
 

@@ -27,7 +27,8 @@ def score(
     """Scores every held-out document in full, `rows` windows at a time.
 
     The standard error is that of the ratio (sum of nats) / (sum of tokens), documents being independent
-    (linearisation; Cochran, Sampling Techniques, 3rd edition, equation 2.45); one document alone has none.
+    (linearisation; Cochran, Sampling Techniques, 3rd edition, equation 2.45); one document alone has none. Of
+    a mixture every source has a loss/NAME and held_out_tokens/NAME too.
     """
     nats = np.zeros(held_out.documents)
     tokens = np.zeros(held_out.documents)
@@ -40,11 +41,15 @@ def score(
         tokens += np.bincount(document.ravel(), mask.ravel(), minlength=len(tokens))
     loss = nats.sum() / tokens.sum()
     count = int((tokens > 0).sum())
-    spread = {}
+    spread, by_source, first = {}, {}, 0
     if count > 1:
         variance = np.square(nats - loss * tokens).sum() / (count - 1) * count / tokens.sum() ** 2
         spread["loss_standard_error"] = float(math.sqrt(variance))
-    return {
+    for name, documents in held_out.sources:
+        part = slice(first, first := first + documents)
+        by_source[f"loss/{name}"] = float(nats[part].sum() / tokens[part].sum())
+        by_source[f"held_out_tokens/{name}"] = int(tokens[part].sum())
+    return by_source | {
         "loss": float(loss),
         **spread,
         "bits_per_byte": float(nats.sum() / math.log(2) / held_out.bytes),

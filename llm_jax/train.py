@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -240,6 +241,12 @@ def catching_sigterm() -> Iterator[threading.Event]:
 
 # ---- the command ----
 
+
+def hooks_of(experiment: types.ModuleType, run: Run) -> Sequence[Hook]:
+    """What an experiment's file measures at every evaluation of `run`."""
+    return experiment.hooks(run) if hasattr(experiment, "hooks") else ()
+
+
 # What is printed of a result.
 SHOWN = "status", "loss", "loss_standard_error", "bits_per_byte", "train_loss", "tokens_per_second", "records"
 
@@ -268,7 +275,7 @@ def main() -> None:
         with contextlib.closing(
             Progress(run.steps, run.name or run.identity(), headline=headline)
         ) as progress:
-            result = train(run, folder, progress=progress)
+            result = train(run, folder, hooks_of(picked.module, run), progress)
     except SystemExit:
         saved = manifest.steps(folder / "checkpoints")
         what = f"saved in {folder}" if saved else "nothing was saved yet"

@@ -192,7 +192,9 @@ class TextSource(Source):
                 yield out | {"mask": inside.astype(np.float32)}
 
         size_bytes = sum(stream.bytes for stream in streams)
-        return HeldOut(batches, int(sizes.sum()), size_bytes, int(base[-1]))
+        documents = [stream.documents for stream in streams]
+        parts = tuple(zip(self._names, documents, strict=True)) if len(streams) > 1 else ()
+        return HeldOut(batches, int(sizes.sum()), size_bytes, int(base[-1]), parts)
 
     def epochs(self, rows: int) -> dict[str, float]:
         blocks, rest = divmod(rows, BLOCK)

@@ -78,10 +78,12 @@ class HeldOut:
     `batches(batch_size)` yields dicts like `Source.spec` of exactly `batch_size` rows, the last one filled
     up with rows of mask 0. Scoring reads `tokens` and `targets`, float32 `mask` [B, T], and int32 `document`
     [B, T], which stands beside the spec: which of range(documents) each target belongs to, so that losses
-    can be summed by document. Data of another form has no held-out documents (`Source.held_out`).
+    can be summed by document. sources: name and number of documents of each part of a mixture, in their
+    order; losses are given for each too. Data of another form has no held-out documents (`Source.held_out`).
     """
 
     batches: Callable[[int], Iterator[Batch]]
     tokens: int  # targets in all, each an end of a document too
     bytes: int  # of UTF-8 text behind them (0: none)
     documents: int
+    sources: tuple[tuple[str, int], ...] = ()

@@ -10,6 +10,7 @@ one in for a sweep in N and D; an experiment with another question does so itsel
 
 import base64
 import dataclasses
+import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -119,6 +120,16 @@ def show(folder: str | pathlib.Path, page: Page) -> None:
     """Writes the page to `folder`, prints it, and says where it is."""
     place = write(folder, page)
     print(f"{page}\n\nreport: {place}")
+
+
+def ranged(number: Any, form: str = "") -> str:
+    """An estimate with its interval, 1.23 (1.18 to 1.31), in `form` if one is given; "refused" for None."""
+    if number is None:
+        return "refused"
+    short = style.short if abs(number.value) >= 1000 else "{:.3g}".format
+    written = (lambda value: format(value, form)) if form else short
+    interval = f" ({written(number.low)} to {written(number.high)})" if math.isfinite(number.low) else ""
+    return f"{written(number.value)}{interval}"
 
 
 def _inline(figure: Any) -> str:

@@ -32,7 +32,7 @@ class Series:
     low: Any = None
     high: Any = None
     mark: str = "o"
-    group: int | None = None
+    group: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +50,8 @@ class Panel:
 def draw(title: str, panels: Sequence[Panel], note: str = "", *, look: Theme) -> "Figure":
     """The panels under each other, one legend for all."""
     figure, every = blank(title, 1.6 + 2.6 * len(panels), [1] * len(panels))
-    groups = {s.group if s.group is not None else ("own", i) for p in panels for i, s in enumerate(p.series)}
-    place = {group: index for index, group in enumerate(sorted(groups, key=str))}
+    groups = [s.group if s.group is not None else ("own", i) for p in panels for i, s in enumerate(p.series)]
+    place = {group: index for index, group in enumerate(dict.fromkeys(groups))}
     colours = look.colours(len(place))
     for axes, panel in zip(every, panels, strict=True):
         for index, series in enumerate(panel.series):

@@ -1,7 +1,8 @@
-"""Was the learning rate right? A sweep's rule for it is checked where it fails first: at its ends."""
+"""Was the learning rate right? A rule is checked at its ends; a grid of rates has a best one inside it."""
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -50,6 +51,68 @@ class RateCheck:
         diverged = "" if self.judged else " (runs at the rule's own rate diverged)"
         spread = f"spread between seeds {self.spread:.4f}"
         return f"{verdict} N={self.N:,.0f}{diverged}: loss at {means}; {spread}"
+
+
+class Tuned(NamedTuple):
+    """The best of several rates. value: of what was minimised there; edge: why it isn't known, or empty."""
+
+    rate: float
+    value: float
+    edge: str = ""
+
+
+def tuned(rates: Sequence[float], values: Sequence[float]) -> Tuned:
+    """The rate of lowest value (a loss, the logarithm of a cost), by the parabola in ln rate through the
+    lowest three.
+
+    values: inf or nan where a run diverged or didn't get there; beside such a rate the lowest one itself is
+    taken. `edge` says so if the lowest is the smallest or largest rate: the best may lie beyond it.
+    """
+    order = np.argsort(rates)
+    x = np.log(np.asarray(rates, float)[order])
+    y = np.asarray(values, float)[order]
+    y = np.where(np.isfinite(y), y, np.inf)
+    low = int(y.argmin())
+    if not np.isfinite(y[low]):
+        return Tuned(float("nan"), float("inf"), "at no rate did a run get there")
+    if low in (0, len(y) - 1):
+        return Tuned(
+            float(np.exp(x[low])), float(y[low]), f"the {'largest' if low else 'smallest'} rate is the best"
+        )
+    if not np.isfinite(y[low - 1 : low + 2]).all():
+        return Tuned(float(np.exp(x[low])), float(y[low]))
+    c2, c1, c0 = np.polyfit(x[low - 1 : low + 2] - x[low], y[low - 1 : low + 2], 2)
+    if c2 <= 0:  # three equal values
+        return Tuned(float(np.exp(x[low])), float(y[low]))
+    return Tuned(float(np.exp(x[low] - c1 / (2 * c2))), float(c0 - c1**2 / (4 * c2)))
+
+
+class Tuning(NamedTuple):
+    """Cells at their best rates: rows of the cell, seed, value, rate and tried; and why a cell has none."""
+
+    points: pd.DataFrame
+    refused: dict[Any, str]
+
+
+def tune(runs: pd.DataFrame, by: str) -> Tuning:
+    """Each seed's value at its cell's best rate.
+
+    runs: columns `by` (the cell), rate, seed, and value, which is to be low (inf or nan: the run failed). The
+    best rate is that of the lowest mean over seeds, none of which may fail; what the parabola's vertex gains
+    over the best rate `tried` is taken off each seed's value. A best rate at the edge is refused.
+    """
+    rows, refused = [], {}
+    for cell, group in runs.groupby(by, sort=False):
+        means = group.groupby("rate")["value"].agg(lambda values: values.mean(skipna=False))
+        best = tuned(means.index, means)
+        if best.edge:
+            refused[cell] = best.edge
+            continue
+        tried = means.idxmin()
+        for row in group[group["rate"] == tried].itertuples():
+            value = row.value - means[tried] + best.value
+            rows.append({by: cell, "seed": row.seed, "value": value, "rate": best.rate, "tried": tried})
+    return Tuning(pd.DataFrame(rows, columns=[by, "seed", "value", "rate", "tried"]), refused)
 
 
 def check_rates(

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from llm_jax.config import UserError
-from llm_jax.scaling.rates import check_rates
+from llm_jax.scaling.rates import check_rates, tune, tuned
 
 
 def table(losses, seeds=(0, 1), N=1000, status="done"):
@@ -66,3 +66,32 @@ def test_one_seed_or_a_missing_multiple_can_not_be_judged():
     for runs in (one_seed, one_sided):
         with pytest.raises(UserError, match="two seeds"):
             check_rates(runs, [0.01] * len(runs))
+
+
+def test_the_best_rate_is_the_vertex_of_a_parabola_in_its_logarithm():
+    rates = np.array([0.04, 0.01, 0.02, 0.08])
+    found = tuned(rates, 2 + 0.1 * np.log(rates / 0.03) ** 2)
+    assert (found.rate, found.value, found.edge) == (pytest.approx(0.03), pytest.approx(2), "")
+
+
+def test_a_best_rate_at_the_edge_is_called_so_and_a_cliff_beside_it_is_none():
+    assert tuned([1, 2, 4], [1.0, 2.0, 3.0]).edge == "the smallest rate is the best"
+    assert tuned([1, 2, 4], [3.0, 2.0, 1.0]).edge == "the largest rate is the best"
+    assert tuned([1, 2, 4], [3.0, 2.0, np.nan]) == (pytest.approx(2), 2.0, "")
+    assert "no rate" in tuned([1, 2, 4], [np.inf] * 3).edge
+
+
+def test_each_cell_counts_at_its_best_rate_and_one_at_the_edge_or_with_a_failed_seed_does_not():
+    rates = 0.01 * 2.0 ** np.arange(4)
+    bowl = lambda rate, best: 2 + 0.3 * np.log(rate / best) ** 2  # noqa: E731
+    rows = [("inside", rate, seed, bowl(rate, 0.025) + seed) for rate in rates for seed in (0, 1)]
+    rows += [("edge", rate, 0, bowl(rate, 0.5)) for rate in rates]
+    rows += [("failed", rate, seed, np.nan if seed else 2.0) for rate in rates for seed in (0, 1)]
+    found = tune(pd.DataFrame(rows, columns=["cell", "rate", "seed", "value"]), "cell")
+    assert found.points["cell"].tolist() == ["inside"] * 2
+    assert found.points["value"].tolist() == pytest.approx([2, 3])
+    assert found.points["rate"].tolist() == pytest.approx([0.025] * 2)
+    assert found.refused == {
+        "edge": "the largest rate is the best",
+        "failed": "at no rate did a run get there",
+    }
