@@ -100,3 +100,8 @@ def sweep(base):
     return [
         dataclasses.replace(base, seed=seed, name=f"seed-{seed}", cell=Cell("grid")) for seed in range(runs)
     ]
+
+
+def hooks(run):
+    """What workers are to measure with every evaluation, here the one at the end."""
+    return [lambda step, params: {"seed_and_step": run.seed + step}]

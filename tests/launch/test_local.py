@@ -301,6 +301,8 @@ def test_what_is_complete_is_skipped_and_what_is_interrupted_continues(tmp_path,
     assert first_start["resume_at"] == 0
     assert second_start["resume_at"] % 20 != 0  # saved when it was stopped, not by the clock
 
+    assert records.load_run(folder)["result"]["seed_and_step"] == 100, "workers call the experiment's hooks"
+
     code, out, err = ended(launched(*command))
     assert (code, err) == (0, "")
     assert re.search(r"grid +1 +1 ", out)
