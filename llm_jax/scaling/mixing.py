@@ -60,16 +60,11 @@ class MixtureFit:
 
     def predict(self, name: str, share: Any) -> Estimate:
         """A source's loss at its share or shares, with the law's interval."""
-        best, draws = self.logs(name, share)
-        return estimate(np.exp(best), np.exp(draws), self.fits[name].level)
+        return self.fits[name].predict(**{FORMS[self.form][1]: share})
 
     def one_run(self, name: str, share: float) -> Estimate:
         """What one more run is expected to measure: the law's interval and a run's noise around it."""
-        fit, (best, draws) = self.fits[name], self.logs(name, share)
-        scatter = np.random.default_rng(0).standard_t(fit.freedom, (len(draws) * 20, 1))
-        return estimate(
-            float(np.exp(best[0])), np.exp(np.repeat(draws, 20, 0) + fit.noise * scatter)[:, 0], fit.level
-        )
+        return self.fits[name].one_run(**{FORMS[self.form][1]: share})
 
     def whole(self, shares: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
         """The loss on all held-out tokens at mixtures [n], and its draws [S, n]."""
@@ -149,7 +144,7 @@ class Mixed:
 
     @property
     def points(self) -> Points:
-        return Points(self.fit.points)
+        return dataclasses.replace(next(iter(self.fit.fits.values())).points, frame=self.fit.points)
 
     @property
     def conventions(self) -> Mapping[str, Any]:
