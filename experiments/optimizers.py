@@ -13,7 +13,7 @@ FLOPs are 6 N D for all: what an optimizer's own arithmetic costs shows in the c
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,13 +133,13 @@ def sweep(base: Run) -> list[Run]:
 # ---- what the runs say ----
 
 
-def best_points(runs: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+def best_points(runs: pd.DataFrame, kinds: Sequence[str]) -> tuple[pd.DataFrame, list[str]]:
     """Every optimizer at its best rate on each rung: optimizer, C, seed, loss, rate; and what was refused."""
     points, refused = [], []
     columns = {"flops_6nd_matmul": "C", "optimizer.learning_rate": "rate", "loss": "value"}
     runs = runs.assign(loss=runs["loss"].where(runs["status"] == "done")).rename(columns=columns)
-    for kind, mine in runs.groupby("optimizer.kind", sort=False):
-        found = tune(mine, "C")
+    for kind in kinds:
+        found = tune(runs[runs["optimizer.kind"] == kind], "C")
         points.append(found.points.assign(optimizer=kind).rename(columns={"value": "loss"}))
         refused += [f"{kind} at {C:.2e} FLOPs left out: {why}" for C, why in found.refused.items()]
     return pd.concat(points, ignore_index=True), refused
@@ -156,8 +156,8 @@ def multiplier_of(points: pd.DataFrame, first: str, other: str, bootstrap: int) 
 
 def report(base: Run, folder: Path, runs: pd.DataFrame, forecasts: Mapping[str, Any]) -> dict[str, Any]:
     """Fits every optimizer beside the first, prints and writes the report; returns its numbers."""
-    points, warnings = best_points(runs)
     kinds = [recipe.optimizer.kind for recipe in base.sweep.recipes]
+    points, warnings = best_points(runs, kinds)
     speed = runs.groupby("optimizer.kind")["tokens_per_second"].median()
     fits: dict[str, Fit] = {}
     answers, rows = [], []
@@ -200,12 +200,11 @@ def report(base: Run, folder: Path, runs: pd.DataFrame, forecasts: Mapping[str, 
 
 def by_compute(points: pd.DataFrame, fits: Mapping[str, Fit], theme: str) -> Any:
     """Loss against compute: each optimizer's runs at the best rate, and the law shared with AdamW."""
-    series = []
+    series, C = [], np.geomspace(points["C"].min(), points["C"].max(), 60)
     for kind, mine in points.groupby("optimizer", sort=False):
         series.append(Series(kind, mine["C"], mine["loss"], group=kind))
-        if kind in fits:
-            C = np.geomspace(points["C"].min(), points["C"].max(), 60)
-            told = fits[kind].predict(C=C, recipe=np.full_like(C, np.e))
+        if fit := fits.get(kind, next(iter(fits.values()), None)):
+            told = fit.predict(C=C, recipe=np.full_like(C, np.e if kind in fits else 1.0))
             series.append(Series(None, C, told.value, told.low, told.high, "-", kind))
     panel = Panel("C, training compute [FLOPs]", "held-out loss [nats/token]", series)
     return plots.draw("Loss by compute", [panel], "Lines: E and exponent shared with the first.", theme=theme)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llm_jax.scaling.style import MARKERS, Theme, blank, finished, log_axis, short, themed
+from llm_jax.scaling.style import MARKERS, Theme, blank, finished, log_axis, loss_axis, power, short, themed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -60,8 +60,11 @@ def draw(title: str, panels: Sequence[Panel], note: str = "", *, look: Theme) ->
         if panel.level is not None:
             axes.axhline(panel.level, color=look.ink, linewidth=0.8)
         for name, axis in (("x", axes.xaxis), ("y", axes.yaxis)):
-            if name in panel.log:
-                log_axis(axis, short if axis.get_view_interval()[1] >= 1000 else "{:g}".format)
+            low, high = axis.get_view_interval()
+            if name == "y" and name in panel.log and high < 4 * low:
+                loss_axis(axes)
+            elif name in panel.log:
+                log_axis(axis, power if high > 1e9 else short if high >= 1000 else "{:g}".format)
         axes.set(xlabel=panel.x, ylabel=panel.y)
     return finished(figure, note)
 
