@@ -53,10 +53,10 @@ class Recipe:
 
 
 RECIPES = (
-    Recipe(AdamW(learning_rate=6e-3, schedule=DECAY)),
-    Recipe(Muon(learning_rate=0.02, adam_learning_rate=6e-3, schedule=DECAY)),
-    Recipe(Lion(learning_rate=1e-3, schedule=DECAY)),
-    Recipe(ScheduleFree(learning_rate=6e-3, schedule=Constant(warmup_fraction=0.05))),
+    Recipe(AdamW(learning_rate=9e-3, schedule=DECAY)),
+    Recipe(Muon(learning_rate=0.03, adam_learning_rate=9e-3, schedule=DECAY)),
+    Recipe(Lion(learning_rate=1.2e-3, schedule=DECAY)),
+    Recipe(ScheduleFree(learning_rate=9e-3, schedule=Constant(warmup_fraction=0.05))),
 )
 
 
@@ -85,7 +85,7 @@ class Optimizers(Sweep, kind="optimizers"):
 SCALES = {
     "cpu": Optimizers(),
     "smoke": Optimizers(
-        RECIPES[:2], tuple((8, 1, 8192 * n) for n in (1, 2, 4, 8)), (0.5, 2.0, 8.0), seeds=1, bootstrap=200
+        RECIPES[:2], tuple((8, 1, 8192 * n) for n in (1, 2, 4, 8)), (1.0, 4.0, 16.0), seeds=1, bootstrap=200
     ),
     # About 20 tokens for each parameter of the body and the head.
     "gpu": Optimizers(rungs=((128, 4, 16 * M), (192, 5, 45 * M), (256, 6, 96 * M), (384, 6, 214 * M))),
