@@ -6,7 +6,7 @@ whose shares add up to 1, that is c + k exp(t r) in the source's own share r.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -102,6 +102,7 @@ class Mixed:
 
     fit: MixtureFit
     shares: Mapping[str, float]
+    approach: ClassVar[int] = 3  # of the laws that it is made of
 
     def extrapolate(self, N: float, D: float, C: float) -> tuple[float, np.ndarray]:
         best, draws = self.fit.whole(self.shares)
