@@ -192,8 +192,7 @@ def report(base: Run, folder: Path, runs: pd.DataFrame, forecasts: Mapping[str, 
         ],
         notes=[f"batches of {short(min(sizes))} to {short(max(sizes))} tokens; power: S = S_min + E_min/B^a"],
     )
-    print(result)
-    print(f"\nreport: {page.write(folder, result)}")
+    page.show(folder, result)
     return {"losses": [each.to_json() for each in every], "warnings": list(result.warnings)}
 
 

@@ -197,8 +197,7 @@ def report(base: Run, folder: Path, runs: pd.DataFrame, forecasts: Mapping[str, 
             f"{len(runs)} runs; C = 6 N D, N without the input table; best rates by a parabola in ln rate"
         ],
     )
-    print(result)
-    print(f"\nreport: {page.write(folder, result)}")
+    page.show(folder, result)
     return {
         "multipliers": {kind: fit.to_json() for kind, fit in fits.items()},
         "points": points.to_dict("records"),
