@@ -66,7 +66,7 @@ class BatchSize(Sweep, kind="batch_size"):
 
 SCALES = {
     "cpu": BatchSize(),
-    "smoke": BatchSize((2, 8, 32, 128), (3.0,), (0.5, 2.0, 8.0), 1, 16.0, 20, 10, 100),
+    "smoke": BatchSize((2, 8, 32, 128), (3.0,), (0.5, 2.0, 8.0), 1, 16.0, 15, 6, 100),
     "gpu": BatchSize((4, 16, 64, 256, 1024), (1.5, 1.35, 1.25), seeds=3, expected=64.0, steps=2000),
     "full": BatchSize((16, 64, 256, 1024, 4096), (3.4, 3.2, 3.0), seeds=3, expected=512.0, steps=10_000),
 }

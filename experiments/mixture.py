@@ -54,12 +54,12 @@ class Mixtures(Sweep, kind="mixture"):
 
 SCALES = {
     "cpu": Mixtures(),
-    "smoke": Mixtures((0.05, 0.2, 0.5, 0.8, 0.95), (0.35,), seeds=1, bootstrap=200),
+    "smoke": Mixtures((0.05, 0.2, 0.5, 0.8, 0.95), (0.35,), seeds=1, bootstrap=100),
     "gpu": Mixtures(seeds=3),
     "full": Mixtures(seeds=3),
 }
 # layers, width, steps
-SIZES = {"smoke": (1, 16, 100), "gpu": (6, 256, 10_000), "full": (12, 768, 40_000)}
+SIZES = {"smoke": (1, 16, 60), "gpu": (6, 256, 10_000), "full": (12, 768, 40_000)}
 DATA = {
     "gpu": {"sequence_length": 256, "batch_size": 64},
     "full": {"sequence_length": 1024, "batch_size": 256},
