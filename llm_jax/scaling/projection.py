@@ -69,6 +69,10 @@ class Projected:
         gradient = (jacobian @ residual[..., None])[..., 0]
         return Local((residual**2).sum(-1) / 2, gradient, curvature, curvature)
 
+    def bend(self, free: np.ndarray, step: np.ndarray, data: Data, damping: np.ndarray) -> np.ndarray:
+        """None: what bends a valley most are trades with coefficients, which are solved for here."""
+        return np.zeros_like(free)
+
 
 def project(problem: Problem, names: list[str]) -> Projected:
     """The projected problem; UserError for laws, ties and bounds that it can't take."""

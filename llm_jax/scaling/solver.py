@@ -8,6 +8,7 @@ safe where it is large, Newton where it is 0.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -47,6 +48,10 @@ class Descent(Protocol):
 
     def evaluate(self, free: np.ndarray, data: Data) -> Local: ...
 
+    def bend(self, free: np.ndarray, step: np.ndarray, data: Data, damping: np.ndarray) -> np.ndarray:
+        """What a step [S, F] finds beyond the first order, as a gradient [S, F]."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
@@ -84,6 +89,16 @@ class Problem:
             parts = [self._evaluate(free[block], data.of(block)) for block in blocks]
         return Local(*map(np.concatenate, zip(*parts, strict=True)))
 
+    def bend(self, free: np.ndarray, step: np.ndarray, data: Data, damping: np.ndarray) -> np.ndarray:
+        """The residuals' second derivatives along `step`, weighed as curvatures are: J' W r_vv."""
+        share = 0.03  # of the step: enough for a finite difference
+        before, jacobian = self.residuals(free, data)
+        after, _ = self.residuals(free + share * step, data)
+        second = 2 / share * ((after - before) / share - (step[:, None] @ jacobian)[:, 0])
+        _, _, curvature, majorant = self.objective.parts(before)
+        mixed = np.maximum(curvature, np.minimum(damping, 1.0)[:, None] * majorant)
+        return (jacobian @ (data.weights * mixed * second)[..., None])[..., 0]
+
     def _evaluate(self, free: np.ndarray, data: Data) -> Local:
         residual, jacobian = self.residuals(free, data)
         rho, slope, curvature, majorant = self.objective.parts(residual)
@@ -104,17 +119,30 @@ class Solution(NamedTuple):
     converged: np.ndarray  # [S] bool: the next step would gain less than the tolerance times the objective
 
 
-def minimise(problem: Descent, starts: np.ndarray, data: Data, steps: int = 200) -> Solution:
-    """Descends from every row of `starts` [S, F]."""
+def minimise(
+    problem: Descent, starts: np.ndarray, data: Data, steps: int = 200, curved: bool = False
+) -> Solution:
+    """Descends from every row of `starts` [S, F].
+
+    curved: by steps that follow a bending valley, the geodesic acceleration of Transtrum and Sethna 2012:
+    twice the work, and a tenth of the steps where parameters trade places with each other.
+    """
     free = np.clip(starts, problem.lower, problem.upper)
     objective, converged = np.empty(len(free)), np.zeros(len(free), bool)
-    damping, active = np.ones(len(free)), np.arange(len(free))
+    damping, active, better = np.ones(len(free)), np.arange(len(free)), np.ones(len(free), bool)
     here = problem.evaluate(free, data)
     for _ in range(steps):
-        step = _step(problem, free[active], here, damping)
-        moved = np.clip(free[active] + step, problem.lower, problem.upper)
-        gain = -(here.gradient * (moved - free[active])).sum(-1)
-        there = problem.evaluate(moved, data.of(active))
+        at, these = free[active], data.of(active)
+        solve = _solver(problem, at, here, damping)
+        step = solve(here.gradient)
+        gain = -(here.gradient * (np.clip(at + step, problem.lower, problem.upper) - at)).sum(-1)
+        if curved:
+            bend = solve(problem.bend(at, step, these, damping)) / 2
+            scale = np.sqrt(np.diagonal(here.majorant, axis1=1, axis2=2))
+            mild = np.linalg.norm(scale * bend, axis=-1) <= 0.75 * np.linalg.norm(scale * step, axis=-1)
+            step = np.where(_like(mild & better, step), step + bend, step)
+        moved = np.clip(at + step, problem.lower, problem.upper)
+        there = problem.evaluate(moved, these)
         better = there.objective < here.objective
         free[active[better]] = moved[better]
         here = Local(*(np.where(_like(better, new), new, old) for new, old in zip(there, here, strict=True)))
@@ -124,19 +152,28 @@ def minimise(problem: Descent, starts: np.ndarray, data: Data, steps: int = 200)
         damping = np.where(better, damping / 4, np.maximum(damping, 1e-6) * 8)
         damping = np.where(damping < 1e-9, 0.0, damping)
         stay = ~converged[active] & (damping < 1e12)
-        active, damping, here = active[stay], damping[stay], Local(*(part[stay] for part in here))
+        active, damping, better = active[stay], damping[stay], better[stay]
+        here = Local(*(part[stay] for part in here))
         if not len(active):
             break
     return Solution(free, objective, converged)
 
 
 def resume(problem: Descent, ends: Solution, data: Data, which: np.ndarray) -> Solution:
-    """`ends` with the members `which` [S] carried on, 25 times as long: valleys nearly flat take that."""
+    """`ends` with the members `which` [S] carried on: valleys nearly flat take that.
+
+    A step may seem to gain nothing only because it was damped at a kink, so each descent is begun again until
+    it finds nothing lower.
+    """
     if not which.any():
         return ends
-    more = minimise(problem, ends.free[which], data.of(which), steps=5000)
     free, objective, converged = (part.copy() for part in ends)
-    free[which], objective[which], converged[which] = more
+    going = np.flatnonzero(which)
+    while len(going):
+        more = minimise(problem, free[going], data.of(going), steps=1000, curved=True)
+        before = objective[going]
+        free[going], objective[going], converged[going] = more
+        going = going[more.objective < (1 - 1e-9) * before]
     return Solution(free, objective, converged)
 
 
@@ -161,8 +198,10 @@ def narrowed(problem: Problem, free: np.ndarray, data: Data) -> Solution:
         free = end.free
 
 
-def _step(problem: Descent, free: np.ndarray, here: Local, damping: np.ndarray) -> np.ndarray:
-    """The damped step; a parameter at its bound that would leave it stays."""
+def _solver(
+    problem: Descent, free: np.ndarray, here: Local, damping: np.ndarray
+) -> Callable[[np.ndarray], np.ndarray]:
+    """gradient [S, F] -> damped step [S, F]; a parameter at its bound that would leave it stays."""
     blocked = ((free <= problem.lower) & (here.gradient > 0)) | (
         (free >= problem.upper) & (here.gradient < 0)
     )
@@ -174,7 +213,7 @@ def _step(problem: Descent, free: np.ndarray, here: Local, damping: np.ndarray) 
     matrix[:, index, index] += ridge
     keep = ~blocked
     matrix = np.where(keep[:, :, None] & keep[:, None, :], matrix, np.eye(matrix.shape[-1]))
-    return -np.linalg.solve(matrix, np.where(keep, here.gradient, 0.0)[..., None])[..., 0]
+    return lambda gradient: -np.linalg.solve(matrix, np.where(keep, gradient, 0.0)[..., None])[..., 0]
 
 
 def _like(mask: np.ndarray, array: np.ndarray) -> np.ndarray:

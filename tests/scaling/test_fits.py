@@ -229,14 +229,36 @@ def test_refits_that_do_not_converge_are_counted_and_left_out(monkeypatch):
     assert len(fit.draws) == 45 and "5 of 50 refits did not converge and are left out" in fit.warnings
 
 
-def test_a_slow_valley_is_followed_to_its_end():
+@pytest.fixture(scope="module")
+def slow_valley():
     """Losses that fall for ever: E sinks towards 0, and every step moves it by a little."""
     N = np.geomspace(1e3, 1e5, 4).repeat(4)
     D = np.tile(np.geomspace(1e5, 1e7, 4), 4)
     scatter = np.random.default_rng(1).normal(size=16)
-    points = pd.DataFrame(dict(N=N, D=D, loss=(4 / N**0.08 + 30 / D**0.4) * np.exp(0.01 * scatter)))
-    fit = fit_law(points, bootstrap=50)
+    return pd.DataFrame(dict(N=N, D=D, loss=(4 / N**0.08 + 30 / D**0.4) * np.exp(0.01 * scatter)))
+
+
+def test_a_slow_valley_is_followed_to_its_end(slow_valley):
+    fit = fit_law(slow_valley, bootstrap=50)
     assert not any("converge" in warning for warning in fit.warnings)
+
+
+def test_bent_steps_end_as_low_as_straight_ones_after_a_fraction_of_their_number(slow_valley, monkeypatch):
+    resumed, resume = [], solver.resume
+    monkeypatch.setattr(
+        fits.solver, "resume", lambda *arguments: resumed.append(arguments) or resume(*arguments)
+    )
+    fit_law(slow_valley, few_starts(), bootstrap=200)
+    problem, ends, data, slow = max(resumed, key=lambda arguments: arguments[3].sum())
+    calls, evaluate = [], type(problem).evaluate
+    monkeypatch.setattr(type(problem), "evaluate", lambda *arguments: calls.append(1) or evaluate(*arguments))
+    bent = resume(problem, ends, data, slow)
+    count = len(calls)
+    straight = solver.minimise(problem, ends.free[slow], data.of(slow), steps=20_000)
+    assert slow.sum() >= 10 and bent.converged[slow].all()
+    assert 3 * count < len(calls) - count
+    assert np.median(bent.objective[slow] / straight.objective) < 1 + 1e-6
+    assert bent.objective[slow].sum() < 1.001 * straight.objective.sum()
 
 
 def test_all_parameters_fixed_leaves_nothing_to_fit():
