@@ -19,6 +19,7 @@ from llm_jax.scaling.objectives import Objective
 _BLOCK = 2**13  # members times points whose Jacobians stay in the processor's cache
 _NARROWING = 8.0  # how much narrower each stage of `narrowed` is; kinks stop descents from far away
 _WIDE = 1e-3
+_DESCENTS = 3
 
 
 class Local(NamedTuple):
@@ -162,14 +163,14 @@ def minimise(
 def resume(problem: Descent, ends: Solution, data: Data, which: np.ndarray) -> Solution:
     """`ends` with the members `which` [S] carried on: valleys nearly flat take that.
 
-    A step may seem to gain nothing only because it was damped at a kink, so each descent is begun again until
-    it finds nothing lower.
+    A step may seem to gain nothing only because it was damped at a kink, so a descent that found something
+    lower is begun again, a few times at most.
     """
-    if not which.any():
-        return ends
     free, objective, converged = (part.copy() for part in ends)
     going = np.flatnonzero(which)
-    while len(going):
+    for _ in range(_DESCENTS):
+        if not len(going):
+            break
         more = minimise(problem, free[going], data.of(going), steps=1000, curved=True)
         before = objective[going]
         free[going], objective[going], converged[going] = more
