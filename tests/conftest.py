@@ -2,6 +2,10 @@
 
 import os
 import pathlib
+import runpy
+import signal
+import sys
+import warnings
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
@@ -24,6 +28,34 @@ def reference_data() -> pathlib.Path:
     if not folder.is_dir():
         pytest.skip(f"no reference data at {folder}; set LLM_JAX_REFERENCE_DATA")
     return folder
+
+
+@pytest.fixture
+def command(monkeypatch, capfd):
+    """Runs a command as `python -m` would, in this process: (exit code, stdout, stderr)."""
+    from absl import app, flags
+
+    from llm_jax import config
+
+    app.define_help_flags()  # absl does so once in a process
+
+    def run(module, *arguments):
+        monkeypatch.setattr(sys, "argv", [module, *arguments])
+        before = set(flags.FLAGS)
+        with pytest.raises(SystemExit) as end, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*found in sys.modules", RuntimeWarning)  # imported here too
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        for name in set(flags.FLAGS) - before:
+            delattr(flags.FLAGS, name)
+        flags.FLAGS.unparse_flags()
+        config._overrides.clear()
+        config._help.clear()
+        return end.value.code, *capfd.readouterr()
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

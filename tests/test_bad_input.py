@@ -4,14 +4,11 @@ import contextlib
 import os
 import pathlib
 import re
-import runpy
 import shutil
-import signal
 import subprocess
 import sys
 
 import pytest
-from absl import flags
 
 from llm_jax import config
 from llm_jax.config import UserError
@@ -21,30 +18,6 @@ ROOT = pathlib.Path(__file__).parent.parent
 ISOFLOP = f"--config={ROOT / 'experiments' / 'isoflop.py'}:smoke"
 
 ONE_DEVICE = "--config.execution.mesh.data=1"
-
-# The commands are imported here as modules first, which runpy finds odd.
-pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
-
-
-@pytest.fixture
-def command(monkeypatch, capfd):
-    """Runs a command as `python -m` would, in this process: (exit code, stdout, stderr)."""
-
-    def run(module, *arguments):
-        monkeypatch.setattr(sys, "argv", [module, *arguments])
-        before = set(flags.FLAGS)
-        with pytest.raises(SystemExit) as end:
-            runpy.run_module(module, run_name="__main__", alter_sys=True)
-        for name in set(flags.FLAGS) - before:
-            delattr(flags.FLAGS, name)
-        flags.FLAGS.unparse_flags()
-        config._overrides.clear()
-        return end.value.code, *capfd.readouterr()
-
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield run
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")

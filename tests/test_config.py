@@ -1,6 +1,7 @@
 """Configs: what overrides accept, what they refuse and in which words, and what makes an identity."""
 
 import dataclasses
+import pathlib
 import shlex
 import subprocess
 import sys
@@ -10,6 +11,9 @@ import pytest
 
 from llm_jax import config
 from llm_jax.config import Tagged, UserError
+from llm_jax.models.transformer import Transformer
+
+ISOFLOP = pathlib.Path(__file__).parent.parent / "experiments" / "isoflop.py"
 
 
 class Shape(Tagged):
@@ -212,6 +216,18 @@ def test_every_field_is_listed_as_it_is_typed():
         path, _, text = shlex.split(flag)[0].removeprefix("--config.").partition("=")
         typed = config.override(typed, path, text)
     assert typed == outer
+
+
+@pytest.mark.parametrize("module", ["llm_jax.train", "launch.local"])
+def test_help_exits_0_with_the_flags_and_where_all_fields_are_listed(command, module):
+    code, out, err = command(module, "--help")
+    assert (code, err) == (0, "")
+    assert "--config: " in out and "--folder: " in out
+    assert "--config.help lists all fields" in " ".join(out.split())
+    code, out, err = command(module, f"--config={ISOFLOP}", "--config.model.help")
+    assert (code, err) == (0, "")
+    listed = {row.split("=")[0] for row in out.splitlines()}
+    assert listed >= {f"--config.model.{field.name}" for field in dataclasses.fields(Transformer)}
 
 
 def test_help_lists_fields_and_kinds_after_the_overrides(tmp_path):

@@ -259,8 +259,13 @@ def test_faults_in_parquet_are_named(tmp_path):
     says(Files((str(path),)), "holds int64, not text")
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a", None, "b"]}), path)
     assert read(Files((str(path),))) == ["a", "", "b"]
-    path.write_bytes(b"PAR1 not really")
-    says(Files((str(path),)), str(path), "can't be read")
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1 not really", b"a text that is no table" * 9], ids=len)
+def test_a_file_that_is_no_parquet_is_named(tmp_path, content):
+    path = tmp_path / "a.parquet"
+    path.write_bytes(content)
+    says(Files((str(path),)), f"{path}: can't be read: ", "Parquet")
 
 
 @pytest.mark.parametrize("packed", [".gz", ".xz", ".zst"])

@@ -68,9 +68,20 @@ def test_approach_2_prints_every_budget(points):
         (["--points=POINTS", "--seed=-1"], "--seed=-1"),
         (["--points=POINTS", "--bootstrap=1"], "--bootstrap=1: intervals take 100 refits or more"),
         (["--points="], "--points is missing"),
+        (["--points=FOLDER/nan.csv"], "line 5: loss is missing"),
+        (["--points=FOLDER/negative.csv"], "line 5: loss is -3; it must be positive"),
+        (["--points=FOLDER/repeated.csv"], "lines 3 and 5 repeat the point"),
+        (["--points=FOLDER/three.csv"], "too few points: 3 for the 5"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(points, arguments, said):
-    done = run(*(argument.replace("POINTS", str(points)) for argument in arguments))
-    assert done.returncode == 2 and said in done.stderr
-    assert done.stderr.count("\n") == 1 and done.stdout == ""
+def test_a_mistake_is_one_line_and_exit_code_2(points, command, arguments, said):
+    (points.parent / "three.csv").write_text("N,D,loss\n1e6,1e7,4.1\n2e6,1e7,3.9\n1e6,2e7,3.8\n")
+    for name, cell in (("nan", ""), ("negative", "-3"), ("repeated", "3.9")):
+        rows = (points.parent / "three.csv").read_text() + f"2e6,1e7,{cell}\n"
+        (points.parent / f"{name}.csv").write_text(rows)
+    places = {"POINTS": str(points), "FOLDER": str(points.parent)}
+    for name, place in places.items():
+        arguments = [argument.replace(name, place) for argument in arguments]
+    code, out, err = command("llm_jax.scaling.fit", *arguments)
+    assert code == 2 and said in err
+    assert err.count("\n") == 1 and out == ""
