@@ -22,6 +22,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -32,6 +33,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from llm_jax import config, optimizers, program, sharding
 from llm_jax.config import UserError, outside_identity
@@ -178,43 +180,60 @@ def measure_shape(base: Throughput, shape: Shape, torch: "Torch | None") -> dict
 
 
 class Trainer:
-    """The program that training runs, on one device, with a state and a batch."""
+    """The program that training runs, on one device, with a state and a batch.
 
-    def __init__(self, shape: Shape, layout: Layout) -> None:
-        key = jax.random.PRNGKey(0)
-        rows = jax.random.randint(key, (shape.batch_size, shape.sequence_length + 1), 0, shape.vocabulary)
-        mask = jnp.ones((shape.batch_size, shape.sequence_length))
-        batch = {"tokens": rows[:, :-1], "targets": rows[:, 1:], "mask": mask}
+    members: a pack of so many, over as many devices as divide it; the first `diverged` of them have.
+    """
+
+    def __init__(
+        self, shape: Shape, layout: Layout, members: int | None = None, block: int = 1, diverged: int = 0
+    ) -> None:
+        self.shape, optimizer, objective = shape, AdamW(), NextToken()
+        tokens = np.random.default_rng(0).integers(
+            0, shape.vocabulary, (shape.batch_size, shape.sequence_length + 1), np.int32
+        )
+        mask = np.ones((shape.batch_size, shape.sequence_length), np.float32)
+        batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "mask": mask}
         spec = tuple((name, jax.ShapeDtypeStruct(x.shape, x.dtype)) for name, x in batch.items())
-        optimizer, objective, mesh = AdamW(), NextToken(), sharding.make_mesh(MeshConfig(data=1))
+        structure = optimizers.structure(optimizer)
+        compiled = program.Shape(shape.model, objective, structure, layout, 1, spec, block, members)
+        mesh = sharding.make_mesh(MeshConfig(data=1, member=math.gcd(members or 1, jax.device_count())))
         with jax.set_mesh(mesh):
-            structure = optimizers.structure(optimizer)
-            self.program = Program(program.Shape(shape.model, objective, structure, layout, 1, spec), mesh)
-            self.state = self.program.init(key)
-        self.batch = jax.device_put(batch, sharding.batch_sharding(mesh))
-        self.hyper = {name: column[0] for name, column in optimizers.tables(optimizer, objective, 1).items()}
+            self.program = Program(compiled, mesh)
+            self.state = self.program.start(range(members or 1), [None] * (members or 1))
+        row = {name: column[0] for name, column in optimizers.tables(optimizer, objective, 1).items()}
+        row["active"] = np.float32(1)
+        hyper = {n: np.full(compiled.hyper_axes, row[n], np.float32) for n in self.program.hyper}
+        if diverged:
+            gone = np.arange(members) < diverged
+            hyper["active"] = hyper["active"] * ~gone
+            spoil = lambda x: x.at[gone].set(jnp.nan)  # noqa: E731
+            self.state = self.state._replace(trained=jax.tree.map(spoil, self.state.trained))
+        self.hyper = jax.device_put(hyper, {n: x.sharding for n, x in self.program.hyper.items()})
+        wide = {name: np.broadcast_to(x, (*compiled.batch_axes, *x.shape)) for name, x in batch.items()}
+        self.batch = jax.device_put(wide, {n: x.sharding for n, x in self.program.batch.items()})
+        self.tokens_per_call = shape.tokens * block * (members or 1)
 
     def rate(self, seconds: float) -> float:
         """Tokens per second over about `seconds`, one step in flight, after two steps to warm up."""
-        start, steps, in_flight = None, -2, None
+        start, calls, in_flight = None, -2, None
         while start is None or time.perf_counter() - start < seconds:
             self.state, metrics = self.program.step(self.state, self.batch, self.hyper)
             if in_flight is not None:
-                float(in_flight["loss"])
-            in_flight, steps = metrics, steps + 1
-            if steps == 0:
-                float(in_flight["loss"])
+                np.asarray(in_flight["loss"])
+            in_flight, calls = metrics, calls + 1
+            if calls == 0:
+                np.asarray(in_flight["loss"])
                 start = time.perf_counter()
-        float(in_flight["loss"])
-        return steps * self.batch["tokens"].size / (time.perf_counter() - start)
+        np.asarray(in_flight["loss"])
+        return calls * self.tokens_per_call / (time.perf_counter() - start)
 
     @property
     def memory_bytes(self) -> int:
         """The most that the device has held; where it doesn't say (CPU), what the compiled step plans."""
         if stats := jax.devices()[0].memory_stats():
             return stats["peak_bytes_in_use"]
-        plan = self.program.step.memory_analysis()
-        return plan.argument_size_in_bytes + plan.temp_size_in_bytes
+        return self.program.memory_bytes
 
 
 class Torch:

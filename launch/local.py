@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import types
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,9 @@ import jax
 import numpy as np
 from absl import flags
 
-from launch import order, sweep
+from launch import order, packs, sweep
 from launch.pool import Pool, gpus, shares
-from launch.sweep import Plan
+from launch.sweep import Plan, Planned
 from llm_jax import config, records, sharding
 from llm_jax.config import Chosen, UserError
 from llm_jax.kernels import devices
@@ -74,14 +75,20 @@ def launch(experiment: Chosen, folder: Path) -> int:
     if not flags.FLAGS.dry_run:
         plan.write()
     print(f"{folder}: the plan of {experiment.module.__file__}:{experiment.scale}")
+    workers, width = flags.FLAGS.workers, packs.width_of(flags.FLAGS.pack)
+    ways = len(shares(workers, len(plan.sweep)))
+    missing = [run for run in plan.runs if not run.complete]
+    notes.append(packs.summary(packs.packed(missing, ways, width), ways, width))
     print(sweep.summary(plan), expected_time(plan), *notes, sep="\n", flush=True)
     if flags.FLAGS.dry_run:
         return 0
-    file = Path(experiment.module.__file__)
-    workers = flags.FLAGS.workers
-    return order.carry_out(
-        plan, lambda runs, planned: Pool(runs, file, shares(workers, planned), planned).run()
-    )
+
+    def engine(runs: Sequence[Planned], planned: int) -> Mapping[Planned, str]:
+        parts = shares(workers, planned)
+        packed = packs.packed(runs, len(parts), width)
+        return Pool(packed, Path(experiment.module.__file__), parts, planned).run()
+
+    return order.carry_out(plan, engine)
 
 
 def refuse_meshes(plan: Plan) -> None:
@@ -103,7 +110,8 @@ def expected_time(plan: Plan) -> str:
     workers = min(len(missing), len(shares(flags.FLAGS.workers, len(plan.sweep))))
     flops = sum(run.price for run in missing)
     if done := [run for run in plan.runs if run.status == "done" and run.price]:
-        seconds = sum(records.load_run(run.folder)["result"]["wall_seconds"] for run in done)
+        results = [records.load_run(run.folder)["result"] for run in done]
+        seconds = sum(result["wall_seconds"] / result.get("members", 1) for result in results)
         expected = flops * seconds / sum(run.price for run in done) / workers
         return f"about {sweep.minutes(expected)} at the speed of the {len(done)} done"
     speed, source = expected_speed()
@@ -142,6 +150,9 @@ if __name__ == "__main__":
     flags.adopt_module_key_flags(config)
     flags.DEFINE_integer("workers", None, "processes that train at once", lower_bound=1)
     flags.DEFINE_bool("dry_run", False, "print the plan and its price, and do nothing")
+    flags.DEFINE_string(
+        "pack", "auto", "runs trained as one program: auto, off, or how many at most, such as --pack=8"
+    )
     flags.DEFINE_string("folder", None, "where the runs go; runs/<experiment>-<scale> if not given")
     elsewhere = "python -m llm_jax.train; here it is --config.execution.deterministic=true"
     config.run_main(main, {"deterministic": elsewhere})

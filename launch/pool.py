@@ -1,11 +1,13 @@
 """A pool of worker processes on this machine: runs in, failures out, whatever happens to a worker.
 
-    failures = Pool(missing, experiment, shares(workers=2, planned=len(runs))).run()
+    failures = Pool(packs, experiment, shares(workers=2, planned=len(runs))).run()
 
-The biggest runs come first, so that the last ones to end are short, and a worker goes on with the shape that
-it has compiled. A branch waits until its trunk's checkpoint stands, or will not come any more. A worker that
-dies is replaced, and its run goes on from its checkpoint. Two pools may work on the same runs: each run
-belongs to the process that writes in its folder, and whoever comes second takes another and looks in again.
+A worker trains a pack at a time, of one run or of several (packs.py); where a pack of several fails, each of
+them is tried alone. The biggest come first, so that the last ones to end are short, and a worker goes on with
+the program that it has compiled. A branch waits until its trunk's checkpoint stands, or will not come any
+more. A worker that dies is replaced, and its runs go on from their checkpoints. Two pools may work on the
+same runs: each run belongs to the process that writes in its folder, and whoever comes second takes another
+and looks in again.
 """
 
 import collections
@@ -23,6 +25,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from launch.packs import Pack
 from launch.sweep import LOG, Planned
 from llm_jax.config import UserError
 from llm_jax.program import Shape
@@ -79,13 +82,14 @@ def gpus() -> list[str]:
 
 
 class Worker:
-    """A worker process, the pipe of its messages, and the run it has."""
+    """A worker process, the pipe of its messages, its pack, and those of the runs that haven't ended."""
 
     def __init__(self, experiment: Path, share: Share) -> None:
         self.share = share
-        self.run: Planned | None = None
-        self.compiled: set[int] = set()  # numbers of shapes
-        self.state: Literal["starting", "taking", "leaving"] = "starting"
+        self.pack: Pack | None = None
+        self.open: list[Planned] = []
+        self.compiled: set[tuple[int, int]] = set()  # programs
+        self.state: Literal["starting", "taking", "training", "leaving"] = "starting"
         self.silent = False  # it has closed its pipe
         self.pipe, write = os.pipe()
         self._unread = b""
@@ -103,10 +107,10 @@ class Worker:
             )
         os.close(write)
 
-    def give(self, run: Planned) -> None:
-        self.run = run
+    def give(self, pack: Pack) -> None:
+        self.pack, self.open = pack, list(pack.runs)
         with contextlib.suppress(BrokenPipeError):  # it has just died: the pool will see
-            self.process.stdin.write(json.dumps(run.task()).encode() + b"\n")
+            self.process.stdin.write(json.dumps(pack.task()).encode() + b"\n")
             self.process.stdin.flush()
 
     def messages(self) -> Iterator[dict[str, Any]]:
@@ -157,15 +161,16 @@ def origin(run: Planned, shared: int) -> str:
 
 
 class Pool:
-    """Runs `runs`, at most one worker process for each share.
+    """Trains the runs of `packs`, at most one worker process for each share.
 
     planned: how many runs the stage has, the complete ones included (0: these are all).
     """
 
     def __init__(
-        self, runs: Sequence[Planned], experiment: Path, shares: Sequence[Share], planned: int = 0
+        self, packs: Sequence[Pack], experiment: Path, shares: Sequence[Share], planned: int = 0
     ) -> None:
-        self._waiting = collections.deque(sorted(runs, key=lambda run: -run.flops))
+        self._waiting = collections.deque(sorted(packs, key=lambda pack: -pack.price))
+        self._runs = runs = [run for pack in packs for run in pack.runs]
         numbers: dict[Shape, int] = {}  # hashing a shape takes a while
         self._shape = {run: numbers.setdefault(run.shape, len(numbers)) for run in runs}
         self._elsewhere: list[Planned] = []  # other launchers have them
@@ -175,7 +180,6 @@ class Pool:
         self._stillborn = 0
         self._failures: dict[Planned, str] = {}
         self._refusals: list[str] = []  # those among the failures that are UserErrors
-        self._count = len(runs)
         self._looked = time.monotonic()
         self._selector = selectors.DefaultSelector()
         self._display = SweepProgress({run.label: run.price for run in runs}, planned=planned)
@@ -187,15 +191,15 @@ class Pool:
         end if all were refused for one and the same reason; damage in the folder of a run is a failure of
         that run. However it ends, no worker is left, and runs in flight have saved their state.
         """
-        for run in self._waiting:
+        for run in self._runs:
             run.forget_failure()  # all are tried again, and no branch should take its trunk for given up
         try:
-            while self._waiting or self._elsewhere or any(worker.run for worker in self._workers):
+            while self._waiting or self._elsewhere or any(worker.open for worker in self._workers):
                 self._look_elsewhere()
                 self._occupy()
                 for key, _ in self._selector.select(timeout=SECONDS_BETWEEN_LOOKS):
                     self._listen(key.data)
-            if len(self._refusals) == self._count and len(set(self._refusals)) == 1:
+            if len(self._refusals) == len(self._runs) and len(set(self._refusals)) == 1:
                 raise UserError(self._refusals[0])
             return self._failures
         except KeyboardInterrupt:
@@ -207,21 +211,29 @@ class Pool:
 
     # ---- runs ----
 
-    def _next(self, worker: Worker) -> Planned | None:
-        """The next run that is ready and that nobody else has.
+    def _next(self, worker: Worker) -> Pack | None:
+        """The next pack that is ready, without the runs that somebody else has.
 
-        Best it has a shape that this worker, or else no other, has compiled.
+        Best it has a program that this worker, or else no other, has compiled.
         """
         mine = worker.compiled
         others = set().union(*(other.compiled for other in self._workers)) - mine
-        while ready := [run for run in self._waiting if run.ready]:
-            run = min(ready, key=lambda run: (self._shape[run] not in mine, self._shape[run] in others))
-            self._waiting.remove(run)
-            if run.status != "running":
-                mine.add(self._shape[run])
-                return run
-            self._leave(run)
+        while ready := [pack for pack in self._waiting if pack.ready]:
+            pack = min(
+                ready, key=lambda pack: (self._program(pack) not in mine, self._program(pack) in others)
+            )
+            self._waiting.remove(pack)
+            taken = [run for run in pack.runs if run.status == "running"]
+            for run in taken:
+                self._leave(run)
+            if free := pack.of(set(pack.runs) - set(taken)).runs:
+                mine.add(self._program(pack))
+                return pack.of(free)
         return None
+
+    def _program(self, pack: Pack) -> tuple[int, int]:
+        """Equal for packs that one compiled program serves."""
+        return self._shape[pack.runs[0]], len(pack.runs)
 
     def _leave(self, run: Planned) -> None:
         self._display.say(f"{run.label}: another process is at it")
@@ -238,7 +250,7 @@ class Pool:
                 if run.complete:
                     self._end(run, f"{status}, by another launcher")
                 else:
-                    self._waiting.append(run)
+                    self._waiting.append(Pack((run,)))
 
     def _end(self, run: Planned, note: str) -> None:
         self._display.end(run.label, note, good=note.startswith("done"))
@@ -251,10 +263,11 @@ class Pool:
     # ---- workers ----
 
     def _occupy(self) -> None:
-        """Gives the runs that wait to idle workers, and starts workers for the rest."""
+        """Gives the packs that wait to idle workers, and starts workers for the rest."""
         for worker in self._workers:
-            if worker.state == "taking" and worker.run is None and (run := self._next(worker)):
-                worker.give(run)
+            if worker.state == "taking" and not worker.open and (pack := self._next(worker)):
+                worker.state = "training"
+                worker.give(pack)
         starting = sum(worker.state == "starting" for worker in self._workers)
         while self._free and len(self._waiting) > starting:
             worker = Worker(self._experiment, self._free.pop())
@@ -269,25 +282,42 @@ class Pool:
                     worker.state = "taking"
                 case {"kind": "progress", "status": status}:
                     self._display.show(Status(*status))
-                case {"kind": "continues", "step": step}:
-                    self._display.say(f"{worker.run.label}: continued from step {step:,}")
-                case {"kind": "finished", "status": status, "loss": loss, "steps_shared": shared}:
-                    note = status if loss is None else f"{status}, loss {loss:.4f}"
-                    self._end(worker.run, note + origin(worker.run, shared))
-                    worker.run = None
-                case {"kind": "failed", "message": reason}:
-                    self._fail(worker.run, reason)
-                    worker.run, worker.state = None, "leaving"
-                case {"kind": "refused", "message": reason}:
-                    self._refused(worker, reason)
-                    worker.run, worker.state = None, "leaving"
+                case {"kind": "continues", "run": number, "step": step}:
+                    self._display.say(f"{worker.pack.runs[number].label}: continued from step {step:,}")
+                case {"kind": "returned", "first": first, "message": why}:
+                    rest = worker.pack.runs[first:]
+                    self._display.say(why)
+                    self._waiting.appendleft(worker.pack.of(rest))
+                    worker.open = [run for run in worker.open if run not in rest]
+                case {
+                    "kind": "finished",
+                    "run": number,
+                    "status": status,
+                    "loss": loss,
+                    "steps_shared": shared,
+                }:
+                    run, note = (
+                        worker.pack.runs[number],
+                        status if loss is None else f"{status}, loss {loss:.4f}",
+                    )
+                    self._end(run, note + origin(run, shared))
+                    worker.open.remove(run)
+                case {"kind": "failed" | "refused" as kind, "message": reason}:
+                    worker.state, runs = "leaving", worker.open
+                    worker.open = []
+                    if len(runs) > 1:
+                        self._display.say(f"{worker.pack.label}: {reason}; each is tried alone")
+                        self._waiting.extendleft(Pack((run,)) for run in reversed(runs))
+                    elif kind == "failed":
+                        self._fail(runs[0], reason)
+                    else:
+                        self._refused(worker, runs[0], reason)
         if worker.silent:
             self._bury(worker)
 
-    def _refused(self, worker: Worker, reason: str) -> None:
+    def _refused(self, worker: Worker, run: Planned, reason: str) -> None:
         """A run's UserError: another launcher was faster, or its folder is damaged, or the sweep is wrong."""
         worker.process.wait()  # so that what the run's folder says isn't about this worker
-        run = worker.run
         if run.status == "running" or run.complete:
             self._leave(run)
         elif run.begun:
@@ -298,18 +328,19 @@ class Pool:
             raise UserError(reason)
 
     def _bury(self, worker: Worker) -> None:
-        """A worker has ended; if it still had a run, that waits again, or has failed."""
+        """A worker has ended; the runs that it still had wait again, or have failed."""
         self._selector.unregister(worker.pipe)
         self._workers.remove(worker)
         self._free.append(worker.share)
-        cause, run = worker.cause_of_death(), worker.run
-        if run is not None:
+        cause = worker.cause_of_death()
+        for run in worker.open:
             self._tries[run] += 1
-            if self._tries[run] < TRIES:
-                self._display.say(f"{run.label}: {cause}; try {self._tries[run] + 1} of {TRIES} continues it")
-                self._waiting.appendleft(run)
-            else:
+            if self._tries[run] == TRIES:
                 self._fail(run, f"{cause}, {TRIES} times")
+            else:
+                self._display.say(f"{run.label}: {cause}; try {self._tries[run] + 1} of {TRIES} continues it")
+        if again := [run for run in worker.open if self._tries[run] < TRIES]:
+            self._waiting.appendleft(worker.pack.of(again))
         elif worker.state == "starting":
             self._stillborn += 1
             if self._stillborn >= TRIES:

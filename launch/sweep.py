@@ -67,7 +67,8 @@ class Planned:
 
     @property
     def complete(self) -> bool:
-        return self.status in ("done", "diverged")
+        stops = bool(self.run.execution.stopping.margin)  # asked without the rule, a stopped run goes on
+        return self.status in ("done", "diverged", *(["stopped"] if stops else []))
 
     @property
     def ready(self) -> bool:

@@ -1,19 +1,20 @@
-"""A worker: one process that trains one run after another, so that imports are paid for once.
+"""A worker: one process that trains one pack of runs after another, so that imports are paid for once.
 
     python -m launch.worker --experiment=FILE.py --messages=FD
 
-A task is a JSON line on standard input: {"label", "folder", "run"}. When the input ends (the launcher is
-done, or dead) or SIGTERM comes, a run in flight saves its state and the process ends. Answers are JSON lines
-on the file descriptor FD:
+A task is a JSON line on standard input: {"runs": [{"label", "folder", "run"}, ...], "narrows"}. When the
+input ends (the launcher is done, or dead) or SIGTERM comes, runs in flight save their state and the process
+ends. Answers are JSON lines on the file descriptor FD; a run is told by its number in the task:
 
-    {"kind": "ready"}                       at the start
+    {"kind": "ready"}                       at the start, and when a task is done
     {"kind": "progress", "status": [...]}   progress.Status, a few times a second
-    {"kind": "continues", "step"}           from a checkpoint
-    {"kind": "finished", "status", "loss", "steps_shared"}  and the next task is taken
+    {"kind": "continues", "run", "step"}    from a checkpoint
+    {"kind": "returned", "first", "message"}  the runs from number `first` on don't fit beside those before
+    {"kind": "finished", "run", "status", "loss", "steps_shared"}
     {"kind": "refused", "message": ...}     a UserError; the process ends
     {"kind": "failed", "message": ...}      any other error; the process ends
 
-What a run prints, and the traceback of an error, goes to log.txt in its folder.
+What is printed, and the traceback of an error, goes to log.txt in the folder of the first run.
 """
 
 import contextlib
@@ -35,6 +36,7 @@ from absl import flags
 from launch.sweep import LOG
 from llm_jax import config
 from llm_jax.config import UserError
+from llm_jax.pack import fitting, train_packed
 from llm_jax.progress import Progress
 from llm_jax.records import how_it_ended
 from llm_jax.run import Run
@@ -46,26 +48,41 @@ Say = Callable[..., None]
 class Reporter(Progress):
     """A run's progress as messages."""
 
-    def __init__(self, run: Run, label: str, say: Say) -> None:
-        self._say = say
+    def __init__(self, run: Run, number: int, label: str, say: Say) -> None:
+        self._say, self._number = say, number
         super().__init__(run.steps, label, write=lambda status: say(kind="progress", status=status))
 
     def begin(self, step: int) -> None:
         super().begin(step)
         if step:
-            self._say(kind="continues", step=step)
+            self._say(kind="continues", run=self._number, step=step)
 
 
 def attempt(task: dict[str, Any], say: Say, experiment: types.ModuleType) -> bool:
-    """Trains one run and says how it ended; False if this process should take no other."""
-    folder = Path(task["folder"])
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOG).open("a") as log:
+    """Trains the runs of a task and says how they ended; False if this process should take no other."""
+    folders = [Path(item["folder"]) for item in task["runs"]]
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+    with (folders[0] / LOG).open("a") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
+    for folder in folders[1:]:
+        with (folder / LOG).open("a") as log:
+            log.write(f"packed with {folders[0]}, whose {LOG} goes on\n")
     try:
-        run = config.from_json(Run, task["run"])
-        result = train(run, folder, hooks_of(experiment, run), progress=Reporter(run, task["label"], say))
+        runs = [config.from_json(Run, item["run"]) for item in task["runs"]]
+        if task["narrows"] and (width := fitting(runs)) < len(runs):
+            why = f"{len(runs)} runs are too many for one pack in this memory: {width} fit"
+            say(kind="returned", first=max(1, width), message=f"{task['runs'][0]['label']}: {why}")
+            runs = runs[: max(1, width)]
+        reporters = [
+            Reporter(run, number, task["runs"][number]["label"], say) for number, run in enumerate(runs)
+        ]
+        hooks = [hooks_of(experiment, run) for run in runs]
+        if len(runs) == 1:
+            results = [train(runs[0], folders[0], hooks[0], reporters[0])]
+        else:
+            results = train_packed(runs, folders[: len(runs)], hooks, reporters)
     except UserError as error:
         print(f"error: {error}", flush=True)
         say(kind="refused", message=str(error))
@@ -74,8 +91,10 @@ def attempt(task: dict[str, Any], say: Say, experiment: types.ModuleType) -> boo
         traceback.print_exc()
         say(kind="failed", message=" ".join(f"{type(error).__name__}: {error}".split())[:300])
         return False
-    facts = {"loss": result.get("loss"), "steps_shared": result["steps_shared"]}
-    say(kind="finished", status=how_it_ended(result), **facts)
+    for number, result in enumerate(results):
+        facts = {"loss": result.get("loss"), "steps_shared": result["steps_shared"]}
+        say(kind="finished", run=number, status=how_it_ended(result), **facts)
+    say(kind="ready")
     return True
 
 

@@ -33,17 +33,18 @@ def movements(run: Run, steps: int) -> dict[str, float]:
     if model.activations is None:
         raise UserError(f"model={run.model.kind} doesn't show its activations, so nothing can be checked")
 
-    def rows(step: int) -> Batch:
-        start = step * run.data.batch_size
-        return sharding.load_rows(lambda chosen: source.rows(run.seed, start + chosen), source.spec, mesh)
-
     @jax.jit
     def moved(before: Params, after: Params, batch: Batch) -> dict[str, jax.Array]:
         change = jax.tree.map(jnp.subtract, model.activations(after, batch), model.activations(before, batch))
         return jax.tree.map(lambda x: jnp.sqrt(jnp.mean(jnp.square(x[-1].astype(jnp.float32)))), change)
 
     with jax.set_mesh(mesh):
-        parts = program(shape_of(run, source), mesh)
+        parts = program(dataclasses.replace(shape_of(run, source), block=1), mesh)
+
+        def rows(step: int) -> Batch:
+            start = step * run.data.batch_size
+            return sharding.load_rows(lambda chosen: source.rows(run.seed, start + chosen), parts.batch)
+
         state = parts.init(jax.random.PRNGKey(run.seed))
         before = jax.tree.map(jnp.copy, state.trained)  # the step takes its state's memory
         for step in range(steps):

@@ -53,12 +53,13 @@ def spent(steps: int, done: int, trunk: dict[str, Any] | None, numbers: dict[str
     }
 
 
-def execution_facts(run: Run, program: Program, mesh: jax.sharding.Mesh) -> dict[str, Any]:
-    """What this start's execution was: layout and mesh, devices, versions, git revision."""
+def execution_facts(run: Run, program: Program) -> dict[str, Any]:
+    """What this start's execution was: layout, pack and mesh, devices, versions, git revision."""
     axes = jax.tree.map(lambda role: role.axes, program.roles)
+    pack = {"members": program.shape.members or 1, "own_rows": program.shape.own_rows}
     return {
-        "layout": config.to_json(run.execution) | {"mesh": dict(mesh.shape)},
-        "kept_whole": sharding.describe(program.params, axes, mesh),
+        "layout": config.to_json(run.execution) | {"mesh": dict(program.mesh.shape)} | pack,
+        "kept_whole": sharding.describe(program.params, axes, program.mesh),
         "cores": cores(),
         "environment": environment(),
     }
@@ -84,13 +85,17 @@ def outcome(
 
 
 def speeds(facts: dict[str, Any], run: Run, mesh: jax.sharding.Mesh) -> dict[str, Any]:
-    """Achieved FLOP/s by the exact count, and the share of the devices' peak (None if that isn't known)."""
+    """FLOP/s of the run by the exact count, and what share of the devices' peak all that run with it reach.
+
+    None where that isn't known.
+    """
     if facts["flops_exact_per_token"] is None:
         return {"flops_per_second": None, "mfu": None}
     achieved = facts["tokens_per_second"] * facts["flops_exact_per_token"]
     dtype = getattr(run.model, "dtype", "float32")
     peak = devices.peak_flops(mesh.devices.flat[0], dtype)
-    return {"flops_per_second": achieved, "mfu": None if peak is None else achieved / (peak * mesh.size)}
+    mfu = None if peak is None else facts["members"] * achieved / (peak * mesh.size)
+    return {"flops_per_second": achieved, "mfu": mfu}
 
 
 def resumes(run: Run, mesh: jax.sharding.Mesh) -> str:
@@ -116,11 +121,11 @@ class Stopwatch:
         self.steps, self.seconds = 0, 0.0
         self.last: float | None = None
 
-    def lap(self) -> float:
-        """Called when a step's metrics have arrived; returns the rate so far (0 before the second step)."""
+    def lap(self, steps: int = 1) -> float:
+        """Called when the metrics of `steps` steps have arrived; returns the rate so far (0 at first)."""
         now = time.perf_counter()
         if self.last is not None:
-            self.steps, self.seconds = self.steps + 1, self.seconds + now - self.last
+            self.steps, self.seconds = self.steps + steps, self.seconds + now - self.last
         self.last = now
         return self.tokens_per_second
 

@@ -1,5 +1,6 @@
 """Scoring the held-out documents: nats per token and bits per byte, with a standard error over documents."""
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -12,9 +13,13 @@ from llm_jax.losses import token_losses
 from llm_jax.models import Batch, Model, Params
 
 
-def make_scorer(model: Model) -> Callable[[Params, Batch], jax.Array]:
-    """The compiled function from parameters and a batch to each target's nats [B, T]."""
-    return jax.jit(lambda params, batch: token_losses(model, params, batch))
+def make_scorer(model: Model, packed: bool = False) -> Callable[[Params, Batch], jax.Array]:
+    """The compiled function from parameters and a batch to each target's nats [B, T].
+
+    packed: the parameters have a leading member axis, and the result is [M, B, T].
+    """
+    scorer = functools.partial(token_losses, model)
+    return jax.jit(jax.vmap(scorer, (0, None), spmd_axis_name="member") if packed else scorer)
 
 
 def score(
@@ -23,22 +28,27 @@ def score(
     held_out: HeldOut,
     rows: int,
     mesh: jax.sharding.Mesh,
-) -> dict[str, float]:
-    """Scores every held-out document in full, `rows` windows at a time.
+) -> list[dict[str, float]]:
+    """Scores every held-out document in full, `rows` windows at a time; one row for each member, or the run.
 
     The standard error is that of the ratio (sum of nats) / (sum of tokens), documents being independent
     (linearisation; Cochran, Sampling Techniques, 3rd edition, equation 2.45); one document alone has none. Of
     a mixture every source has a loss/NAME and held_out_tokens/NAME too.
     """
-    nats = np.zeros(held_out.documents)
-    tokens = np.zeros(held_out.documents)
+    nats, tokens = 0.0, np.zeros(held_out.documents)
+    place = sharding.batch_sharding(mesh)
     for batch in held_out.batches(rows):
-        document, mask = batch.pop("document"), batch["mask"]
-        spec = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch.items()}
-        on_mesh = sharding.load_rows(lambda chosen, b=batch: {k: v[chosen] for k, v in b.items()}, spec, mesh)
-        losses = np.asarray(scorer(params, on_mesh), np.float64) * mask
-        nats += np.bincount(document.ravel(), losses.ravel(), minlength=len(nats))
-        tokens += np.bincount(document.ravel(), mask.ravel(), minlength=len(tokens))
+        document, mask = batch.pop("document").ravel(), batch["mask"].ravel()
+        spec = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for name, x in batch.items()}
+        on_mesh = sharding.load_rows(lambda chosen, b=batch: {k: v[chosen] for k, v in b.items()}, spec)
+        losses = np.asarray(scorer(params, on_mesh), np.float64).reshape(-1, mask.size) * mask
+        nats = nats + np.stack([np.bincount(document, row, minlength=len(tokens)) for row in losses])
+        tokens += np.bincount(document, mask, minlength=len(tokens))
+    return [_statistics(of_member, tokens, held_out) for of_member in nats]
+
+
+def _statistics(nats: np.ndarray, tokens: np.ndarray, held_out: HeldOut) -> dict[str, float]:
+    """What is said of the nats and the tokens of each document."""
     loss = nats.sum() / tokens.sum()
     count = int((tokens > 0).sum())
     spread, by_source, first = {}, {}, 0

@@ -193,7 +193,8 @@ def _slice_length(unembed: Callable, head: Params, hidden: jax.Array) -> int:
     """Time steps whose logits fit SLICE_BYTES on each device; at most half, so that no [B, T, V] exists."""
     batch, time, _ = hidden.shape
     vocabulary = jax.eval_shape(unembed, head, hidden[:, :1]).shape[-1]
-    devices = max(1, jax.sharding.get_abstract_mesh().size)
+    mesh = jax.sharding.get_abstract_mesh()
+    devices = max(1, mesh.size // mesh.shape.get("member", 1))
     backend = jax.default_backend()
     room = SLICE_BYTES.get(backend, SLICE_BYTES["other"]) * devices // (4 * batch * vocabulary)
     slices = -(-time // min(max(1, room), max(1, time // 2)))

@@ -7,6 +7,7 @@ sweep, a trunk and its branches, and every budget of one model.
 import dataclasses
 import functools
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_jax import optimizers, sharding
+from llm_jax.config import UserError
 from llm_jax.data import Source
 from llm_jax.held_out import make_scorer
 from llm_jax.kernels import memory
@@ -21,7 +23,7 @@ from llm_jax.losses import Objective
 from llm_jax.models import Layout, ModelConfig
 from llm_jax.optimizers import Optimizer
 from llm_jax.run import Run
-from llm_jax.step import State, make_init, make_step, state_shardings
+from llm_jax.step import State, make_init, make_step, over_block, over_members, state_shardings
 
 KEY = jax.ShapeDtypeStruct((2,), np.uint32)
 
@@ -30,7 +32,8 @@ KEY = jax.ShapeDtypeStruct((2,), np.uint32)
 class Shape:
     """All that a program depends on: hashable, so that equal shapes find the same program.
 
-    objective, optimizer: their structure alone. spec: of the global batch.
+    objective, optimizer: their structure alone. spec: of the global batch. block: steps that are compiled as
+    one. members: how many runs are packed (None: a run alone). own_rows: each of them has its own batch.
     """
 
     model: ModelConfig
@@ -39,6 +42,26 @@ class Shape:
     layout: Layout
     micro_batches: int
     spec: tuple[tuple[str, jax.ShapeDtypeStruct], ...]
+    block: int = 1
+    members: int | None = None
+    own_rows: bool = False
+
+    @property
+    def batch_axes(self) -> tuple[int, ...]:
+        """What stands in front of a batch: the steps of a block, and the members if rows are their own."""
+        return self._steps + ((self.members,) if self.own_rows else ())
+
+    @property
+    def hyper_axes(self) -> tuple[int, ...]:
+        """What stands in front of a hyperparameter or a metric: the steps of a block, and the members.
+
+        Where anything does, hyper has the column `active`.
+        """
+        return self._steps + (() if self.members is None else (self.members,))
+
+    @property
+    def _steps(self) -> tuple[int, ...]:
+        return (self.block,) if self.block > 1 else ()
 
 
 def shape_of(run: Run, source: Source) -> Shape:
@@ -50,6 +73,7 @@ def shape_of(run: Run, source: Source) -> Shape:
         run.execution.layout,
         run.execution.micro_batches,
         tuple(source.spec.items()),
+        run.execution.block_steps,
     )
 
 
@@ -57,36 +81,136 @@ class Program:
     """The compiled functions of a shape on a mesh.
 
     init(key) -> State. step(state, batch, hyper) -> (state, metrics); the state is donated. scorer: of
-    held_out.py. state: the State as ShapeDtypeStructs that say where it lies. Raises UserError, before
-    anything is compiled, where a device can't hold that and the gradient.
+    held_out.py. In a pack, init takes a key for each member and a State has a leading member axis.
+    state, batch, hyper: ShapeDtypeStructs that say where things lie. one: the State of one run.
+    pick(tree, numbers) -> the same of one member, or of some. Raises UserError, before anything is compiled,
+    where a device can't hold the state of one run and its gradient.
     """
 
     def __init__(self, shape: Shape, mesh: jax.sharding.Mesh) -> None:
-        model = shape.model.build(shape.layout)
-        self.params = jax.eval_shape(model.init, KEY)
-        self.roles = model.roles(self.params)
-        init = make_init(model, shape.optimizer, self.roles)
-        state = jax.eval_shape(init, KEY)
-        placed = state_shardings(state, self.roles, mesh)
-        self.state: State = _at(state, placed)
-        memory.check(self.state.trained, self.state, mesh)
-        self.init = jax.jit(init, out_shardings=placed)
-        self.scorer, self.predicts_tokens = make_scorer(model), model.unembed is not None
+        self.shape, self.mesh = shape, mesh
+        self.model = shape.model.build(shape.layout)
+        self.params = jax.eval_shape(self.model.init, KEY)
+        self.roles = self.model.roles(self.params)
+        self.compile_seconds = 0.0
 
-        batch = {name: _at(x, sharding.batch_sharding(mesh)) for name, x in shape.spec}
+        # ---- the state ----
+        init, packed = make_init(self.model, shape.optimizer, self.roles), shape.members is not None
+        one = jax.eval_shape(init, KEY)
+        place_of_one = place = state_shardings(one, self.roles, mesh)
+        self.one = self.state = _at(one, place)
+        memory.check(self.one.trained, self.one, mesh)
+        if packed:
+            init = jax.vmap(init, spmd_axis_name="member")
+            place = jax.tree.map(lambda p: sharding.behind(p, "member"), place)
+            keys = jax.ShapeDtypeStruct((shape.members, *KEY.shape), KEY.dtype)
+            self.state = _at(jax.eval_shape(init, keys), place)
+        self.init = jax.jit(init, out_shardings=place)
+        self.scorer = make_scorer(self.model, packed)
+        self.pick = jax.jit(_take)
+        self._take = jax.jit(_take, out_shardings=place_of_one)
+        self._put = jax.jit(_put, donate_argnums=0, out_shardings=place)
+
+        # ---- what a step takes ----
+        steps, member = (None,) * (shape.block > 1), ("member",) * packed
+        in_batch = sharding.behind(sharding.batch_sharding(mesh), *steps, *member * shape.own_rows)
+        self.batch = {
+            name: jax.ShapeDtypeStruct((*shape.batch_axes, *x.shape), x.dtype, sharding=in_batch)
+            for name, x in shape.spec
+        }
         columns = optimizers.tables(shape.optimizer, shape.objective, steps=1)
-        hyper = {name: jax.ShapeDtypeStruct((), jnp.float32) for name in columns}
-        step = make_step(model, shape.objective, shape.optimizer, self.roles, shape.micro_batches)
-        started = time.perf_counter()
-        jitted = jax.jit(step, donate_argnums=0, out_shardings=(placed, None))
-        self.step = jitted.lower(self.state, batch, hyper).compile()
+        columns |= {"active": None} if shape.hyper_axes else {}
+        whole = jax.sharding.NamedSharding(mesh, jax.P())
+        row = jax.ShapeDtypeStruct(
+            shape.hyper_axes, jnp.float32, sharding=sharding.behind(whole, *steps, *member)
+        )
+        self.hyper = dict.fromkeys(columns, row)
+
+    @functools.cached_property
+    def compiled(self) -> jax.stages.Compiled:
+        """The step, whether or not it fits."""
+        shape, started = self.shape, time.perf_counter()
+        step = make_step(self.model, shape.objective, shape.optimizer, self.roles, shape.micro_batches)
+        if shape.members is not None:
+            step = over_members(step, shape.own_rows)
+        if shape.block > 1:
+            step = over_block(step)
+        place = jax.tree.map(lambda x: x.sharding, self.state)
+        with jax.set_mesh(self.mesh):
+            jitted = jax.jit(step, donate_argnums=0, out_shardings=(place, None))
+            compiled = jitted.lower(self.state, self.batch, self.hyper).compile()
         self.compile_seconds = time.perf_counter() - started
+        return compiled
+
+    @property
+    def step(self) -> jax.stages.Compiled:
+        """Compiled when it is first asked for; raises UserError if it needs more memory than there is."""
+        room = memory.room(self.mesh)
+        if room is None or self.memory_bytes <= room:
+            return self.compiled
+        needs = f"needs {self.memory_bytes / 1e9:,.2f} GB of each device, which has {room / 1e9:,.2f} GB"
+        if self.shape.members is None:
+            raise UserError(
+                f"a step {needs}; a smaller data.batch_size or execution.layout.remat=full takes less"
+            )
+        most = widest(self.shape, self.mesh, room)
+        raise UserError(f"a pack of {self.shape.members} {needs}; the largest that fits is one of {most}")
+
+    @property
+    def memory_bytes(self) -> int:
+        """What the compiled step needs of each device: arguments, results, and what lies between."""
+        plan = self.compiled.memory_analysis()
+        results = plan.output_size_in_bytes - plan.alias_size_in_bytes
+        return plan.argument_size_in_bytes + results + plan.temp_size_in_bytes
+
+    def take(self, state: State, member: int) -> State:
+        """The state of one member, as that of a run alone."""
+        return state if self.shape.members is None else self._take(state, member)
+
+    def start(self, seeds: Sequence[int], restored: Sequence[State | None]) -> State:
+        """The state to start from: of each member the one that was restored, or else that of its seed."""
+        if self.shape.members is None and restored[0] is not None:
+            return restored[0]
+        keys = np.stack([jax.random.PRNGKey(seed) for seed in seeds])
+        state = self.init(keys if self.shape.members else keys[0])
+        for member, one in enumerate(restored):
+            state = state if one is None else self._put(state, member, one)
+        return state
+
+
+def _take(tree: Any, member: jax.Array) -> Any:
+    return jax.tree.map(lambda x: x[member], tree)
+
+
+def _put(state: State, member: jax.Array, one: State) -> State:
+    return jax.tree.map(lambda x, new: x.at[member].set(new), state, one)
 
 
 @functools.lru_cache(maxsize=16)
 def program(shape: Shape, mesh: jax.sharding.Mesh) -> Program:
     """The program of `shape`, compiled once in a process; call it under `jax.set_mesh(mesh)`."""
     return Program(shape, mesh)
+
+
+def widest(shape: Shape, mesh: jax.sharding.Mesh, room: float) -> int:
+    """The most members, up to those of `shape`, whose compiled step fits in `room` bytes of each device."""
+    ways = mesh.shape["member"]
+
+    def needs(members: int) -> int:
+        return program(dataclasses.replace(shape, members=members), mesh).memory_bytes
+
+    fits, too_wide = 0, shape.members + ways
+    members = shape.members
+    while too_wide - fits > ways:
+        if (bytes_ := needs(members)) <= room:
+            fits = members
+        else:
+            too_wide = members
+        # Memory goes nearly as a line: the next width to try is where that reaches the room.
+        each = (bytes_ - needs(ways)) / max(1, members - ways)
+        members = ways * int(members / ways + (room - bytes_) // max(1, each * ways))
+        members = min(max(members, fits + ways), too_wide - ways)
+    return fits
 
 
 def _at(shapes: Any, places: Any) -> Any:

@@ -91,6 +91,7 @@ class Record:
             place = os.path.relpath(Path(trunk["folder"]).absolute(), self.folder)
             self._head["trunk"] = {**trunk, "folder": place}
         if self._writes:
+            (self.folder / "result.json").unlink(missing_ok=True)  # of a run that was stopped early
             self._open_part()
 
     def log(self, step: int, row: Mapping[str, float]) -> None:
@@ -146,8 +147,9 @@ class Record:
 def load_run(folder: str | Path) -> dict[str, Any]:
     """All about one run but its metrics: the content of config.json, and beside it
 
-    `folder`; `result`: what result.json holds, or None; `status`: the result's ("done", "diverged"), or
-    "running" while a process has the folder, or "missing" (never finished: run it again and it continues).
+    `folder`; `result`: what result.json holds, or None; `status`: the result's ("done", "diverged" or
+    "stopped"), or "running" while a process has the folder, or "missing" (never finished: run it again and it
+    continues).
     """
     folder = Path(folder)
     if not (folder / "config.json").exists():
@@ -179,10 +181,10 @@ def trunk(folder: str | Path) -> dict[str, Any] | None:
 
 
 def how_it_ended(result: Mapping[str, Any]) -> str:
-    """How a run ended, by its result: done, or diverged and at which step."""
-    if result["status"] != "diverged":
-        return result["status"]
-    return f"diverged at step {result['steps_done']:,} of {result['steps']:,}"
+    """How a run ended, by its result: done, or diverged or stopped early and at which step."""
+    if result["status"] == "done":
+        return "done"
+    return f"{result['status']} at step {result['steps_done']:,} of {result['steps']:,}"
 
 
 def load_sweep(folder: str | Path) -> "pandas.DataFrame":

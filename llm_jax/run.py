@@ -53,23 +53,46 @@ class Checkpointing:
 
 
 @dataclasses.dataclass(frozen=True)
+class EarlyStopping:
+    """A member ends when its training loss lies more than `margin` nats above the best one's (0: never).
+
+    Losses are means over a twentieth of the run; none ends before `after_fraction` of its steps.
+    """
+
+    margin: float = 0.0
+    after_fraction: float = 0.25
+
+    def validate(self) -> None:
+        if not self.margin >= 0 or not 0 <= self.after_fraction <= 1:
+            raise UserError(
+                "execution.stopping.margin is at least 0 (0: off), execution.stopping.after_fraction lies "
+                "between 0 and 1"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class Execution:
     """How a run is executed: nothing here changes what it computes beyond rounding.
 
     trunk: the folder of a run whose first steps are this one's too; they are taken from there (trunks.py).
+    block_steps: steps that are dispatched as one; more than one pays where a step takes about a millisecond.
     """
 
     mesh: MeshConfig = MeshConfig()
     layout: Layout = Layout()
     micro_batches: int = 1
+    block_steps: int = 1
     checkpoint: Checkpointing = Checkpointing()
+    stopping: EarlyStopping = EarlyStopping()
     trunk: str = ""
     evaluate_every_steps: int = 0
     log_every_steps: int = 1
     deterministic: bool = False
 
     def validate(self) -> None:
-        check_least(self, "execution.", micro_batches=1, log_every_steps=1, evaluate_every_steps=0)
+        check_least(
+            self, "execution.", micro_batches=1, block_steps=1, log_every_steps=1, evaluate_every_steps=0
+        )
 
 
 @dataclasses.dataclass(frozen=True)

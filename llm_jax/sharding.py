@@ -7,7 +7,7 @@ is spread over. The same program then runs on one device and on many.
 import dataclasses
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from llm_jax.config import UserError
 # A dimension takes the mesh axes of its row that earlier dimensions left over: activations, which spread
 # their batch over `data` and `fsdp`, keep their width whole, while parameters spread it over `fsdp`.
 TABLE: dict[str, tuple[str, ...]] = {
+    "member": ("member",),
     "batch": ("data", "fsdp"),
     "time": (),
     "embed": ("fsdp",),
@@ -33,15 +34,19 @@ TABLE: dict[str, tuple[str, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """How many devices each kind of parallelism gets; -1 takes all that the others leave."""
+    """How many devices each kind of parallelism gets; -1 takes all that the others leave.
 
+    member: the runs of a pack (pack.py) are spread over these.
+    """
+
+    member: int = 1
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """The mesh over `data`, `fsdp` and `tensor`; raises UserError if the devices don't make it up."""
+    """The mesh over the kinds of parallelism; raises UserError if the devices don't make it up."""
     try:
         devices = jax.devices() if devices is None else devices
     except (RuntimeError, AssertionError):
@@ -102,6 +107,12 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(names or None))
 
 
+def behind(place: NamedSharding, *axes: str | None) -> NamedSharding:
+    """The place of an array that has the logical `axes` in front of those that lie at `place`."""
+    over = [next((n for n in TABLE.get(axis, ()) if place.mesh.shape[n] > 1), None) for axis in axes]
+    return NamedSharding(place.mesh, PartitionSpec(*over, *place.spec))
+
+
 def check_batch(rows: int, micro_batches: int, mesh: Mesh) -> None:
     """Raises UserError unless `rows` divide into equal micro-batches and those over the mesh."""
     ways = math.prod(mesh.shape[n] for n in TABLE["batch"])
@@ -114,27 +125,26 @@ def check_batch(rows: int, micro_batches: int, mesh: Mesh) -> None:
 
 
 def load_rows(
-    rows: Mapping[str, np.ndarray] | Any, spec_: Mapping[str, Any], mesh: Mesh
+    rows: Callable[..., Mapping[str, np.ndarray]], spec_: Mapping[str, jax.ShapeDtypeStruct], axes: int = 1
 ) -> dict[str, jax.Array]:
-    """A global batch of which this process loads only the rows that its devices hold.
+    """Global arrays of which this process loads only what its devices hold.
 
-    rows: a function from row numbers [n] within the batch to arrays with leading axis n.
-    spec_: name -> ShapeDtypeStruct of the global batch.
+    rows: from the numbers along each of the leading `axes` to arrays with these leading axes.
+    spec_: name -> shape, type and sharding.
     """
-    sharding = batch_sharding(mesh)
-    if mesh.size == 1:
-        count = next(iter(spec_.values())).shape[0]
-        return jax.device_put(dict(rows(np.arange(count))), sharding)
-    loaded: dict[tuple[int, int], Mapping[str, np.ndarray]] = {}
+    place = next(iter(spec_.values()))
+    if place.sharding.mesh.size == 1:
+        return jax.device_put(dict(rows(*map(np.arange, place.shape[:axes]))), place.sharding)
+    loaded: dict[tuple[tuple[int, int], ...], Mapping[str, np.ndarray]] = {}
 
     def shard(name: str, index: tuple[slice, ...]) -> np.ndarray:
-        start, stop, _ = index[0].indices(spec_[name].shape[0])
-        if (start, stop) not in loaded:
-            loaded[start, stop] = rows(np.arange(start, stop))
-        return loaded[start, stop][name]
+        ends = tuple(i.indices(n)[:2] for i, n in zip(index[:axes], spec_[name].shape, strict=False))
+        if ends not in loaded:
+            loaded[ends] = rows(*(np.arange(start, stop) for start, stop in ends))
+        return loaded[ends][name]
 
     return {
-        name: jax.make_array_from_callback(s.shape, sharding, lambda index, n=name: shard(n, index))
+        name: jax.make_array_from_callback(s.shape, s.sharding, lambda index, n=name: shard(n, index))
         for name, s in spec_.items()
     }
 

@@ -16,6 +16,7 @@ from llm_jax.losses import Objective, total
 from llm_jax.models import Batch, Model, Params, Term
 
 Hyper = dict[str, jax.Array]
+Step = Callable[["State", Batch, Hyper], tuple["State", dict[str, jax.Array]]]
 
 
 class State(NamedTuple):
@@ -30,7 +31,7 @@ class State(NamedTuple):
 
 def make_step(
     model: Model, objective: Objective, optimizer: optimizers.Optimizer, roles: Any, micro_batches: int = 1
-) -> Callable[[State, Batch, Hyper], tuple[State, dict[str, jax.Array]]]:
+) -> Step:
     """One update of the parameters on one global batch.
 
     hyper: one row of `optimizers.tables`, scalars. metrics: scalars; `loss` and every term's mean, norms of
@@ -105,6 +106,53 @@ def norms(label: str, roles: Any, tree: Params) -> dict[str, jax.Array]:
     by_role = optimizers.norms_by_role(roles, tree)
     whole = jnp.sqrt(sum(jnp.square(norm) for norm in by_role.values()))
     return {label: whole} | {f"{label}/{name}": norm for name, norm in by_role.items()}
+
+
+# ---- many at once ----
+
+
+def over_members(step: Step, own_rows: bool) -> Step:
+    """The step of a pack: state, hyper and metrics have a leading member axis, with own rows the batch too.
+
+    hyper["active"] is 0 for members that are done: their state stays what it is, bit for bit.
+    """
+    packed = jax.vmap(step, in_axes=(0, 0 if own_rows else None, 0), spmd_axis_name="member")
+
+    def masked(state: State, batch: Batch, hyper: Hyper) -> tuple[State, dict[str, jax.Array]]:
+        new, metrics = packed(state, batch, hyper)
+
+        def keep(new: jax.Array, old: jax.Array) -> jax.Array:
+            active = hyper["active"].reshape(-1, *[1] * (new.ndim - 1))
+            return jnp.where(active > 0, new, old)
+
+        return jax.tree.map(keep, new, state), metrics
+
+    return masked
+
+
+def over_block(step: Step) -> Step:
+    """Several steps as one: batch, hyper and metrics have a leading axis of steps.
+
+    The block ends before the first step in which nothing is active. So one program takes any number of steps
+    up to its size, and they compute the same however they are cut into blocks.
+    """
+
+    def block(state: State, batch: Batch, hyper: Hyper) -> tuple[State, dict[str, jax.Array]]:
+        def at(k: int | jax.Array) -> tuple[Batch, Hyper]:
+            return jax.tree.map(lambda x: x[k], (batch, hyper))
+
+        def one(k: jax.Array, carry: Any) -> Any:
+            state, rows = carry
+            state, row = step(state, *at(k))
+            return state, jax.tree.map(lambda all_, x: all_.at[k].set(x), rows, row)
+
+        active = hyper["active"].reshape(len(hyper["active"]), -1).max(axis=1)
+        empty = jax.tree.map(
+            lambda x: jnp.zeros((len(active), *x.shape), x.dtype), jax.eval_shape(step, state, *at(0))[1]
+        )
+        return jax.lax.fori_loop(0, (active > 0).sum(), one, (state, empty))
+
+    return block
 
 
 # ---- where the state lies ----

@@ -64,7 +64,7 @@ def test_the_standard_error_is_that_of_several_documents(documents):
     batch = {"document": document, "mask": np.ones((2, 2), np.float32), "nats": nats}
     held_out = HeldOut(lambda rows: iter([batch.copy()]), tokens=4, bytes=8, documents=documents)
     mesh = sharding.make_mesh(sharding.MeshConfig(data=1))
-    scores = score(lambda params, batch: batch["nats"], {}, held_out, 2, mesh)
+    [scores] = score(lambda params, batch: batch["nats"], {}, held_out, 2, mesh)
     assert scores["loss"] == 3.0
     # The documents' sums lie 3 below and above what the mean says: sqrt(2 (9 + 9) / 4^2).
     assert scores.get("loss_standard_error") == (None if documents == 1 else pytest.approx(1.5))

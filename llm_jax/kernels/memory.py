@@ -63,6 +63,15 @@ def bytes_of_a_device(tree: Any) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
+def room(mesh: jax.sharding.Mesh) -> float | None:
+    """Bytes that a program may take of each device of the mesh; None if unknown."""
+    device = mesh.devices.flat[0]
+    if device.platform != "cpu":
+        return of_device(device)
+    there = of_host()
+    return there and there / len(mesh.local_devices)
+
+
 def of_device(device: jax.Device) -> float | None:
     """Bytes that JAX may take of an accelerator's memory, or by its data sheet; None if neither is known."""
     row = devices.find(device)

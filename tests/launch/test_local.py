@@ -15,6 +15,7 @@ import types
 import pytest
 
 from launch import order, sweep
+from launch.packs import packed
 from launch.pool import Pool, Share, shares
 from llm_jax import config, records
 from llm_jax.config import Chosen, UserError
@@ -55,8 +56,8 @@ def plan_of(folder, *runs, **functions):
     return sweep.make_plan(Chosen(module, "small", runs[0], ()), folder)
 
 
-def trained(plan, workers=1):
-    return Pool(plan.runs, BITS, [Share()] * workers).run()
+def trained(plan, workers=1, width=1, experiment=BITS):
+    return Pool(packed(plan.runs, workers, width), experiment, [Share()] * workers).run()
 
 
 def changed(run, **data):
@@ -73,7 +74,7 @@ def ended(process):
     return process.returncode, out, err
 
 
-def trained_though_killed(plan, when):
+def trained_though_killed(plan, when, **how):
     """As `trained`, but the worker is killed, once, as soon as `when()` is true."""
 
     def kill():
@@ -86,7 +87,7 @@ def trained_though_killed(plan, when):
 
     killer = threading.Thread(target=kill)
     killer.start()
-    failures = trained(plan)
+    failures = trained(plan, **how)
     killer.join()
     return failures
 

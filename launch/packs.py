@@ -1,0 +1,90 @@
+"""Packs of a plan: runs with one program, which one worker trains at once (llm_jax/pack.py).
+
+A pack takes as long as its longest member, so runs are packed with those that have about as many steps to
+make; and every worker gets its part of them. Whether a pack fits into memory is known when its program has
+been compiled: the worker that gets it then trains as many as fit, says so, and hands the others back.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from launch.sweep import Planned
+from llm_jax.config import UserError
+from llm_jax.pack import alike
+
+# The least part of a pack's longest member that any other has to make: the rest of its place would be idle.
+LEAST_PART = 0.75
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pack:
+    """Runs that are trained at once; `narrows`: it may be made narrower so that it fits."""
+
+    runs: tuple[Planned, ...]
+    narrows: bool = False
+
+    @property
+    def price(self) -> float:
+        return sum(run.price for run in self.runs)
+
+    @property
+    def ready(self) -> bool:
+        return all(run.ready for run in self.runs)
+
+    @property
+    def label(self) -> str:
+        first, *others = self.runs
+        return f"{first.label} and {len(others)} packed with it" if others else first.label
+
+    def task(self) -> dict[str, Any]:
+        """All that a worker needs to know, as JSON values."""
+        return {"runs": [run.task() for run in self.runs], "narrows": self.narrows}
+
+    def of(self, runs: Iterable[Planned]) -> "Pack":
+        """Those of its runs."""
+        chosen = set(runs)
+        return dataclasses.replace(self, runs=tuple(run for run in self.runs if run in chosen))
+
+
+def width_of(text: str) -> int | None:
+    """What --pack says: the most members of a pack, None for as many as suit."""
+    if text in ("auto", "off"):
+        return None if text == "auto" else 1
+    if text.isdigit() and int(text) > 0:
+        return int(text)
+    raise UserError(f"--pack={text}: it is auto, off, or the most members of a pack, such as 8")
+
+
+def packed(runs: Sequence[Planned], workers: int, width: int | None) -> list[Pack]:
+    """`runs` as packs of at most `width`; None: as wide as leaves each of `workers` a part."""
+    groups: dict[Any, list[Planned]] = {}
+    for run in runs if width != 1 else ():
+        groups.setdefault((alike(run.run), run.trunk, run.from_step), []).append(run)
+    packs = [Pack((run,)) for run in runs] if width == 1 else []
+    for group in groups.values():
+        most = -(-len(group) // workers) if width is None else width
+        waiting = sorted(group, key=lambda run: -run.price)
+        while waiting:
+            least = LEAST_PART * waiting[0].price
+            chosen = [run for run in waiting if run.price >= least][:most]
+            packs.append(Pack(tuple(chosen), narrows=width is None))
+            waiting = [run for run in waiting if run not in chosen]
+    return packs
+
+
+def summary(packs: Sequence[Pack], workers: int, width: int | None) -> str:
+    """A line on how the plan's runs are packed, and why so."""
+    widths = sorted((len(pack.runs) for pack in packs if len(pack.runs) > 1), reverse=True)
+    if not widths:
+        why = "--pack=off" if width == 1 else "no runs with one program and about as many steps for a worker"
+        return f"packs: none ({why})"
+    shown = ", ".join(map(str, widths[:8])) + (" ..." if len(widths) > 8 else "")
+    alone = sum(len(pack.runs) == 1 for pack in packs)
+    why = (
+        f"runs with one program and about as many steps, over {workers} worker{'s' * (workers != 1)}; "
+        "narrower if the compiled program needs more memory than there is"
+        if width is None
+        else f"--pack={width}"
+    )
+    return f"packs of {shown} runs, {alone} runs alone ({why})"

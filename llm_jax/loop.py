@@ -1,0 +1,149 @@
+"""The loop around the step: the same for a run alone and for a pack of them (pack.py).
+
+A step is dispatched before the metrics of the one before it are fetched; evaluating, saving and ending wait
+for the one in flight. With `execution.block_steps` above 1 all this holds for blocks of steps.
+"""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from llm_jax import facts, optimizers, sharding
+from llm_jax.config import UserError
+from llm_jax.held_out import score
+from llm_jax.member import Member, stop_hopeless
+from llm_jax.models import Batch
+from llm_jax.process import catching_sigterm
+from llm_jax.program import Shape, program
+
+
+def train_together(members: Sequence[Member], shape: Shape, mesh: jax.sharding.Mesh) -> None:
+    """Trains all members from where they are; then each has its `result`.
+
+    shape: of their pack, or of a run alone. Raises UserError before anything is written if it can't be done.
+    On SIGTERM all states are saved and SystemExit(143) raised.
+    """
+    one, alone = members[0], shape.members is None
+    with jax.set_mesh(mesh), catching_sigterm() as terminated, contextlib.ExitStack() as folders:
+        for member in members:
+            folders.callback(member.close)
+
+        # ---- the state, new or restored; if all have a checkpoint of one step, from the last such ----
+        parts, held_out = program(shape, mesh), one.source.held_out()
+        if held_out is not None and parts.model.unembed is None:
+            raise UserError(
+                "held-out documents are scored by their tokens, and this model predicts none (it has no "
+                "unembed): set --config.data.held_out_fraction=0"
+            )
+        common = set.intersection(*(set(member.checkpoints.steps()) for member in members))
+        restored = [member.restore(parts.one, max(common, default=None)) for member in members]
+        own_rows = len({(member.run.seed, member.first) for member in members}) > 1
+        parts = program(dataclasses.replace(shape, own_rows=own_rows), mesh)
+        before = parts.compile_seconds
+        step, compile_seconds = parts.step, parts.compile_seconds - before
+        for member in members:
+            member.begin(parts)
+        state = parts.start([member.run.seed for member in members], restored)
+        del restored
+
+        # ---- what a block of steps takes, `ahead` of where this start began, and an evaluation ----
+        longest = max(members, key=lambda member: member.steps)
+
+        def load(ahead: np.ndarray) -> Batch:
+            def rows(*numbers: np.ndarray) -> dict[str, np.ndarray]:
+                readers = [members[number] for number in numbers[-2]] if own_rows else [longest]
+                steps = ahead[numbers[0]] if shape.block > 1 else ahead
+                found = [reader.rows(steps, numbers[-1]) for reader in readers]
+                stacked = {name: np.stack([rows[name] for rows in found], axis=1) for name in found[0]}
+                lead = tuple(map(len, numbers))
+                return {name: x.reshape(*lead, *x.shape[3:]) for name, x in stacked.items()}
+
+            return sharding.load_rows(rows, parts.batch, len(parts.shape.batch_axes) + 1)
+
+        def hyper(ahead: np.ndarray, count: int) -> dict[str, np.ndarray]:
+            rows = [member.hyper(ahead, count) for member in members]
+            stacked = {name: np.stack([row[name] for row in rows], axis=1) for name in parts.hyper}
+            return {name: x.reshape(shape.hyper_axes) for name, x in stacked.items()}
+
+        def evaluate(chosen: Sequence[Member]) -> list[dict[str, float]]:
+            params = optimizers.evaluation_params(one.run.optimizer, state.optimizer, state.trained)
+            params, numbers = state.frozen | params, [members.index(member) for member in chosen]
+            rows: list[dict[str, float]] = [{} for _ in chosen]
+            if held_out is not None:
+                # A part of a pack is cheaper, but doesn't divide over a mesh.
+                some = len(chosen) < len(members) and mesh.shape["member"] == 1
+                scored = parts.pick(params, np.array(numbers)) if some else params
+                rows = score(parts.scorer, scored, held_out, one.run.data.batch_size, mesh)
+                rows = rows if some else [rows[number] for number in numbers]
+            for member, number, row in zip(chosen, numbers, rows, strict=True):
+                own = parts.pick(params, number) if member.hooks and not alone else params
+                for hook in member.hooks:
+                    row |= hook(member.first + clock, own)
+            return rows
+
+        # ---- steps, a block in flight ----
+        stopwatch = facts.Stopwatch(one.run.data.tokens_per_step)
+        saved_at, clock = time.perf_counter(), 0
+        in_flight: tuple[int, int, dict[str, jax.Array]] | None = None
+
+        def settle() -> None:
+            nonlocal in_flight
+            if in_flight is None:
+                return
+            (start, count, metrics), in_flight = in_flight, None
+            metrics = jax.device_get(metrics)
+            rate, axes = stopwatch.lap(count), (shape.block, len(members))
+            metrics = {name: np.reshape(x, axes).tolist() for name, x in metrics.items()}
+            for ahead in range(count):
+                for number, member in enumerate(members):
+                    if member.status == "running":
+                        row = {name: x[ahead][number] for name, x in metrics.items()}
+                        member.settle(member.first + start + ahead + 1, row, rate)
+                if one.run.execution.stopping.margin:
+                    stop_hopeless(member for member in members if member.status == "running")
+
+        def end(member: Member, scores: dict[str, float]) -> None:
+            rate = stopwatch.tokens_per_second
+            measured = {"members": len(members), "compile_seconds": compile_seconds}
+            member.finish(scores, mesh, **measured, tokens_per_second=rate)
+
+        while True:
+            running = [member for member in members if member.status == "running"]
+            ended = [member for member in running if member.first + clock == member.steps]
+            evaluating = [member for member in running if member.evaluates(member.first + clock)]
+            late = 0 < one.run.execution.checkpoint.every_seconds < time.perf_counter() - saved_at
+            stopping = clock > 0 and terminated.is_set()
+            saving = [m for m in running if late or stopping or m.saves(m.first + clock)]
+            if ended or evaluating or saving:
+                settle()
+                stopwatch.restart()
+            for member in members:
+                if member.status in ("diverged", "stopped") and member.result is None:
+                    end(member, {})
+            ended, evaluating, saving = (
+                [member for member in due if member.result is None] for due in (ended, evaluating, saving)
+            )
+            if evaluating:
+                for member, scores in zip(evaluating, evaluate(evaluating), strict=True):
+                    member.log_scores(member.first + clock, scores)
+            for member in saving:
+                member.checkpoints.save(member.first + clock, parts.take(state, members.index(member)))
+                saved_at = time.perf_counter()
+            if stopping:
+                raise SystemExit(143)
+            if ended:
+                for member, scores in zip(ended, evaluate(ended), strict=True):
+                    end(member, scores)
+            training = [member for member in members if member.status == "running"]
+            if not training:
+                break
+            count = min(shape.block, *(member.until_due(member.first + clock) for member in training))
+            ahead = clock + np.arange(shape.block)
+            state, metrics = step(state, load(ahead), hyper(ahead, count))
+            settle()
+            in_flight = clock, count, metrics
+            clock += count

@@ -1,0 +1,226 @@
+"""A run while it trains, as the host sees it: its folder, how far it is, what is due, how it ended."""
+
+import collections
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from llm_jax import facts, optimizers, records, trunks
+from llm_jax.checkpoints import Checkpoints
+from llm_jax.config import UserError
+from llm_jax.data import Source
+from llm_jax.models import Params
+from llm_jax.program import Program
+from llm_jax.records import Record, load_run, metrics
+from llm_jax.run import Run, refuse_repeats
+from llm_jax.step import State
+
+# What counts as divergence: a training loss of so many times the first one, and a held-out loss of so many
+# times that of guessing evenly.
+DIVERGED, WORSE_THAN_GUESSING = 3.0, 1.5
+
+# Called with (steps done, parameters to evaluate) at every evaluation; what it returns is logged.
+Hook = Callable[[int, Params], dict[str, float]]
+
+
+class Member:
+    """One run of those that train together, or the only one.
+
+    Raises UserError if it can't be done, before anything is written. Steps are counted from the run's first;
+    `first` is where this start goes on. status: "running", and then what its result says. result: what
+    result.json holds, if it stands. recent_loss: the mean of a twentieth of its steps, the last that it made.
+    """
+
+    def __init__(
+        self, run: Run, source: Source, folder: str | Path, hooks: Sequence[Hook] = (), progress: Any = None
+    ) -> None:
+        self._started = time.perf_counter()
+        refuse_repeats(run, source)
+        self.run, self.source, self.folder = run, source, Path(folder)
+        self.hooks, self._progress = hooks, progress
+        self.steps, self.first, self.done, self.status = run.steps, 0, 0, "running"
+        self.result: dict[str, Any] | None = None
+        self._why: dict[str, Any] = {}
+        self.tables = optimizers.tables(run.optimizer, run.objective, self.steps)
+        self._counts = facts.counts(run, source)
+        self._trunk = trunks.find(run, self.folder)
+        self._record = Record(self.folder, writes=jax.process_index() == 0)
+        keeps = run.execution.checkpoint
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", keeps.keep_last, keeps.keep_steps)
+        if (self.folder / "result.json").exists():
+            with self._record:
+                self._record.start(facts.described(run, source), {})  # refuses the result of another run
+            self.result = self._ended()
+
+    def _ended(self) -> dict[str, Any] | None:
+        """What result.json says; a run that was stopped early goes on where that is no longer asked for."""
+        if not (self.folder / "result.json").exists():
+            return None
+        result = load_run(self.folder)["result"]
+        return None if result["status"] == "stopped" and not self.run.execution.stopping.margin else result
+
+    # ---- the start ----
+
+    def restore(self, abstract_state: State, at_most: int | None = None) -> State | None:
+        """The state of its last checkpoint (up to step `at_most`) or its trunk's; None: it begins anew."""
+        restored = self.checkpoints.restore(abstract_state, at_most=at_most)
+        restored = restored or (self._trunk and self._trunk.restore(abstract_state, self.run))
+        self.first, state, *self._origin = restored or (0, None)
+        return state
+
+    def begin(self, parts: Program) -> None:
+        """Takes the folder; raises UserError if that can't be."""
+        try:
+            self._record.start(facts.described(self.run, self.source), facts.execution_facts(self.run, parts))
+        except OSError as error:
+            raise UserError(
+                f"{self.folder} can't be a run's folder: {error.strerror}; name another by --folder"
+            ) from None
+        self.result = self._ended()
+        if self.result is not None:  # by another process, in the meantime
+            self.status = self.result["status"]
+            return
+        self._record.resume_at(self.first, *self._origin)
+        if self._progress is not None:
+            self._progress.begin(self.first)
+        self._branched = records.trunk(self.folder)
+        shared = self._branched["from_step"] if self._branched else 0
+        earlier = metrics(self.folder)
+        losses = earlier["loss"].dropna().tolist() if len(earlier) else []
+        self._first_loss = losses[0] if losses else None
+        self._recent = collections.deque(losses, maxlen=max(1, self.steps // 20))
+        self._seconds_shared, self._seconds_before = (
+            float(rows["seconds"].max()) if len(rows) else 0.0
+            for rows in (earlier[earlier["step"] <= shared], earlier)
+        )
+
+    def seconds(self) -> float:
+        """Wall-clock time of this start and those before it, the trunk's too, as far as steps count."""
+        return self._seconds_before + time.perf_counter() - self._started
+
+    # ---- its part of a step; `clock` counts the steps since this start began ----
+
+    def rows(self, clock: np.ndarray, numbers: np.ndarray) -> dict[str, np.ndarray]:
+        """Rows `numbers` of the batches of some steps, [steps, rows, ...]; past the end the last one's."""
+        steps = np.minimum(self.first + clock, self.steps - 1)
+        indices = steps[:, None] * self.run.data.batch_size + numbers
+        found = self.source.rows(self.run.seed, indices.ravel())
+        return {name: x.reshape(*indices.shape, *x.shape[1:]) for name, x in found.items()}
+
+    def hyper(self, clock: np.ndarray, count: int) -> dict[str, np.ndarray]:
+        """Rows of the tables; in the first `count` it is active, unless it has ended."""
+        steps = np.minimum(self.first + clock, self.steps - 1)
+        active = (np.arange(len(clock)) < count) & (self.status == "running")
+        return {name: table[steps] for name, table in self.tables.items()} | {"active": np.float32(active)}
+
+    # ---- what is due ----
+
+    def until_due(self, step: int) -> int:
+        """How many steps after `step` something is due, the end at last."""
+        keeps, execution = self.run.execution.checkpoint, self.run.execution
+        intervals = (execution.evaluate_every_steps, keeps.every_steps)
+        stops = [kept for kept in keeps.keep_steps if kept > step]
+        return min([(step // n + 1) * n for n in intervals if n] + stops + [self.steps]) - step
+
+    def evaluates(self, step: int) -> bool:
+        return self.first < step < self.steps and _every(self.run.execution.evaluate_every_steps, step)
+
+    def saves(self, step: int) -> bool:
+        keeps = self.run.execution.checkpoint
+        if step == self.steps and keeps.at_end:
+            return True
+        return self.first < step and (step in keeps.keep_steps or _every(keeps.every_steps, step))
+
+    # ---- what is known ----
+
+    def settle(self, step: int, row: Mapping[str, float], tokens_per_second: float) -> None:
+        """Takes the metrics of its step number `step`, which may say that it has diverged."""
+        loss, self.done = row["loss"], step
+        self._recent.append(loss)
+        self._first_loss = loss if self._first_loss is None else self._first_loss
+        if not math.isfinite(loss) or loss > DIVERGED * self._first_loss > 0:
+            self.status = "diverged"
+        last = step == self.steps or self.status == "diverged"
+        if step == 1 or last or _every(self.run.execution.log_every_steps, step):
+            row = {**row, "tokens_per_second": tokens_per_second, "seconds": self.seconds()}
+            self._record.log(step, row)
+        if self._progress is not None:
+            self._progress.update(step, loss, tokens_per_second)
+
+    @property
+    def recent_loss(self) -> float:
+        return float(np.mean(self._recent))
+
+    def stop(self, best: "Member") -> None:
+        """Ends it early, as it is worse than `best` by more than the rule allows."""
+        self.status = "stopped"
+        better = {"identity": best.run.identity(), "recent_loss": best.recent_loss}
+        rule = dataclasses.asdict(self.run.execution.stopping)
+        self._why = {"stopped": {"recent_loss": self.recent_loss, "better": better, "rule": rule}}
+
+    def log_scores(self, step: int, scores: Mapping[str, float]) -> None:
+        self._record.log(step, {f"held_out/{name}": value for name, value in scores.items()})
+
+    def finish(self, scores: Mapping[str, float], mesh: jax.sharding.Mesh, **measured: Any) -> None:
+        """Writes the result: that of the last evaluation, unless the run has diverged."""
+        guessing = math.log(max(self.run.data.vocabulary, 2))
+        broken = scores.get("loss", 0.0) > WORSE_THAN_GUESSING * guessing
+        if self.status == "running":
+            finite = math.isfinite(scores.get("loss", 0.0))
+            self.status = "diverged" if broken or not finite else "done"
+        self.checkpoints.close()
+        logged = metrics(self.folder).set_index("step")
+        last_steps = logged.index > self.steps - max(1, self.steps // 20)
+        measured["tokens_per_second"] = measured["tokens_per_second"] or float(
+            logged["tokens_per_second"].iloc[-1]
+        )
+        self.result = facts.outcome(
+            self.run,
+            self.source,
+            mesh,
+            self.status,
+            **(scores if self.status == "done" else {}),
+            **self._counts,
+            **facts.spent(self.steps, int(logged.index[-1]), self._branched, self._counts),
+            train_loss=float(logged["loss"][last_steps].mean()),
+            **self._why,
+            wall_seconds=self.seconds() - self._seconds_shared,
+            **measured,
+        )
+        self._record.finish(self.result)
+
+    def close(self) -> None:
+        """Gives the folder free, when what is being saved has been."""
+        try:
+            self.checkpoints.close()
+        finally:
+            self._record.close()
+
+
+def stop_hopeless(members: Iterable[Member]) -> None:
+    """Applies the rule of early stopping to members that have just made a step.
+
+    Compared are those of one seed and one length that began together: they had equal rows, and their
+    schedules are equally far. The rule of Golovin et al. 2017 (Google Vizier, section 3.2.2) with the best
+    instead of the median: most rates of a sweep are known to lose long before the end.
+    """
+    groups: dict[tuple[int, int, int], list[Member]] = {}
+    for member in members:
+        groups.setdefault((member.run.seed, member.steps, member.first), []).append(member)
+    for group in groups.values():
+        best = min(group, key=lambda member: member.recent_loss)
+        for member in group:
+            rule = member.run.execution.stopping
+            late = member.done >= rule.after_fraction * member.steps
+            if rule.margin and late and member.recent_loss > best.recent_loss + rule.margin:
+                member.stop(best)
+
+
+def _every(interval: int, step: int) -> bool:
+    return interval > 0 and step % interval == 0

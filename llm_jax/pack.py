@@ -1,0 +1,118 @@
+"""Packed sweeps: runs that differ in numbers only, trained as one program.
+
+Small models leave an accelerator idle, and sweeps are made of small models. The members of a pack are the
+same step under `jax.vmap`, over a leading member axis of state and hyperparameters, which may be spread over
+a mesh axis of its own. They share their batches if their seeds are equal, else each has its own. In its
+records each is a run like any other: it can be continued alone, as a run begun alone can be in a pack.
+"""
+
+import dataclasses
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from llm_jax import config, facts, optimizers, sharding
+from llm_jax.config import UserError
+from llm_jax.kernels import memory
+from llm_jax.loop import train_together
+from llm_jax.member import Hook, Member
+from llm_jax.process import prepare_xla
+from llm_jax.program import Shape, shape_of, widest
+from llm_jax.run import Cell, NoSweep, Run
+from llm_jax.sharding import MeshConfig
+
+
+def train_packed(
+    runs: Sequence[Run],
+    folders: Sequence[str | Path],
+    hooks: Sequence[Sequence[Hook]] = (),
+    progress: Sequence[Any] = (),
+) -> list[dict[str, Any]]:
+    """`train` for many runs at once, each in its folder; returns what their result.json hold.
+
+    Members may differ in seed, tokens, labels, schedule, numbers of optimizer and objective; those that are
+    complete stay as they are. hooks, progress: of each run, where given. Raises UserError, before
+    anything is written, for other differences, and for a pack that the devices can't hold or divide.
+    """
+    for run in runs:
+        config.check(run)
+    refuse_differences(runs)
+    places = [Path(folder) for folder in folders]
+    if len({place.absolute() for place in places}) < len(runs):
+        raise UserError(f"{len(runs)} members need as many folders, each its own")
+    prepare_xla(runs[0].execution.deterministic)
+    source = runs[0].data.open()
+    members = [
+        Member(run, source, place, *rest)
+        for run, place, *rest in zip(
+            runs, places, hooks or [()] * len(runs), progress or [None] * len(runs), strict=True
+        )
+    ]
+    waiting = [member for member in members if member.result is None]
+    if waiting:
+        shape, mesh = pack(runs[0], len(waiting), len({member.run.seed for member in waiting}) > 1)
+        train_together(waiting, shape, mesh)
+    return [member.result for member in members]
+
+
+def pack(run: Run, width: int, own_rows: bool = False) -> tuple[Shape, jax.sharding.Mesh]:
+    """The shape of a pack of `width` runs like this one, and the mesh that it goes on.
+
+    Where no mesh was asked for, members are spread before rows are, as they need nothing of each other.
+    """
+    asked = run.execution.mesh
+    mesh = sharding.make_mesh(
+        MeshConfig(member=math.gcd(width, jax.device_count())) if asked == MeshConfig() else asked
+    )
+    ways = mesh.shape["member"]
+    if width % ways:
+        raise UserError(
+            f"{width} members don't divide over execution.mesh.member={ways} devices; "
+            f"a multiple of {ways} does"
+        )
+    sharding.check_batch(run.data.batch_size, run.execution.micro_batches, mesh)
+    shape = shape_of(run, run.data.open())
+    return dataclasses.replace(shape, members=width, own_rows=own_rows), mesh
+
+
+def fitting(runs: Sequence[Run]) -> int:
+    """How many of `runs`, from the first on, fit into memory together: what their compiled programs need.
+
+    Of a host's memory this process takes no more than the part that it has of the cores.
+    """
+    prepare_xla(runs[0].execution.deterministic)
+    shape, mesh = pack(runs[0], len(runs), len({run.seed for run in runs}) > 1)
+    room = memory.room(mesh)
+    if room is not None and mesh.devices.flat[0].platform == "cpu":
+        room *= facts.cores() / os.cpu_count()
+    return len(runs) if room is None else widest(shape, mesh, room)
+
+
+def alike(run: Run) -> Run:
+    """What runs have in common that can be packed together."""
+    checkpoint = dataclasses.replace(run.execution.checkpoint, keep_steps=())
+    return dataclasses.replace(
+        run,
+        optimizer=optimizers.structure(run.optimizer),
+        objective=run.objective.structure(),
+        execution=dataclasses.replace(run.execution, trunk="", checkpoint=checkpoint),
+        **{"tokens": 1, "seed": 0, "name": "", "cell": Cell(), "sweep": NoSweep()},
+    )
+
+
+def refuse_differences(runs: Sequence[Run]) -> None:
+    """Raises UserError, naming the first field, if the runs can't be packed together."""
+    if not runs:
+        raise UserError("a pack needs at least one run")
+    fields = [[flag for flag, _ in config.listing(alike(run))] for run in runs]
+    for number, flags in enumerate(fields[1:], 1):
+        for one, other in zip(fields[0], flags, strict=False):
+            if one != other:
+                raise UserError(
+                    f"member {number} of the pack has {other} where member 0 has {one}: members differ in "
+                    "seed, tokens, schedule and the numbers of optimizer and objective only"
+                )
