@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,10 +83,10 @@ def launch(experiment: Chosen, folder: Path) -> int:
     if flags.FLAGS.dry_run:
         return 0
 
-    def engine(runs: Sequence[Planned], planned: int) -> Mapping[Planned, str]:
+    def engine(runs: Sequence[Planned], planned: int, before: Callable[[], None]) -> Mapping[Planned, str]:
         parts = shares(workers, planned)
         packed = packs.packed(runs, len(parts), width)
-        return Pool(packed, Path(experiment.module.__file__), parts, planned).run()
+        return Pool(packed, Path(experiment.module.__file__), parts, planned).run(before)
 
     return order.carry_out(plan, engine)
 

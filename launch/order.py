@@ -27,9 +27,13 @@ from llm_jax.config import Chosen, UserError
 from llm_jax.scaling import forecast
 from llm_jax.scaling.trunks import savings
 
-# engine(missing, planned): trains the missing of the `planned` runs of a stage until each is complete or has
-# failed, and returns the reasons of those that failed.
-Engine = Callable[[Sequence[Planned], int], Mapping[Planned, str]]
+# engine(missing, planned, before): trains the missing of the `planned` runs of a stage until each is complete
+# or has failed, and returns the reasons of those that failed. First, as workers start, it calls `before`.
+Engine = Callable[[Sequence[Planned], int, Callable[[], None]], Mapping[Planned, str]]
+
+
+class ForecastError(UserError):
+    """A hold-out for which no forecast can be made."""
 
 
 def check(experiment: Chosen) -> None:
@@ -55,11 +59,9 @@ def carry_out(plan: Plan, engine: Engine) -> int:
         print("the hold-out waits: a forecast is made once, from a whole sweep")
     elif plan.holdout:
         try:
-            forecasts = write_forecasts(plan)
-        except UserError as error:
+            failures |= train_missing(plan.holdout, engine, lambda: forecasts.update(write_forecasts(plan)))
+        except ForecastError as error:
             unable = [f"forecast: {error}; the hold-out waits"]
-        else:
-            failures |= train_missing(plan.holdout, engine)
     for line in [*troubles(plan, failures), *unable]:
         print(line, flush=True)
     saved = savings(plan.table(plan.runs)) if any(item.begun for item in plan.runs) else None
@@ -79,9 +81,12 @@ def carry_out(plan: Plan, engine: Engine) -> int:
 def write_forecasts(plan: Plan) -> dict[str, forecast.Forecast]:
     """Makes the forecast of every hold-out run, or finds it on disk; by the runs' identities."""
     table, forecasts = plan.table(plan.sweep), {}
-    for item in plan.holdout:
-        made = plan.experiment.module.forecast(plan.experiment.config, table, item.run)
-        forecasts[item.identity] = forecast.write(made, item.folder / "forecast.json", item.folder)
+    try:
+        for item in plan.holdout:
+            made = plan.experiment.module.forecast(plan.experiment.config, table, item.run)
+            forecasts[item.identity] = forecast.write(made, item.folder / "forecast.json", item.folder)
+    except UserError as error:
+        raise ForecastError(str(error)) from None
     return forecasts
 
 
@@ -92,9 +97,13 @@ def troubles(plan: Plan, failures: Mapping[Planned, str]) -> list[str]:
     return lines + [f"diverged: {label}: its forecast can't be checked" for label in diverged]
 
 
-def train_missing(runs: Sequence[Planned], engine: Engine) -> dict[Planned, str]:
-    missing = [run for run in runs if not run.complete]
-    return dict(engine(missing, len(runs))) if missing else {}
+def train_missing(
+    runs: Sequence[Planned], engine: Engine, before: Callable[[], None] = lambda: None
+) -> dict[Planned, str]:
+    if missing := [run for run in runs if not run.complete]:
+        return dict(engine(missing, len(runs), before))
+    before()
+    return {}
 
 
 def measure(experiment: Chosen, folder: Path) -> int:

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -184,9 +184,10 @@ class Pool:
         self._selector = selectors.DefaultSelector()
         self._display = SweepProgress({run.label: run.price for run in runs}, planned=planned)
 
-    def run(self) -> dict[Planned, str]:
+    def run(self, before: Callable[[], None] = lambda: None) -> dict[Planned, str]:
         """Blocks until every run is complete or has failed; returns the reasons of those that failed.
 
+        before: what must be done before a run begins, while workers start, which takes them seconds.
         Raises UserError as soon as a run is refused that never began (its configuration is wrong), or at the
         end if all were refused for one and the same reason; damage in the folder of a run is a failure of
         that run. However it ends, no worker is left, and runs in flight have saved their state.
@@ -194,6 +195,8 @@ class Pool:
         for run in self._runs:
             run.forget_failure()  # all are tried again, and no branch should take its trunk for given up
         try:
+            self._occupy()
+            before()
             while self._waiting or self._elsewhere or any(worker.open for worker in self._workers):
                 self._look_elsewhere()
                 self._occupy()

@@ -142,7 +142,8 @@ def test_a_forecast_is_on_disk_before_its_hold_out_begins(bits, tmp_path):
             1, run.tokens, 1, 0.1, {0.9: (0.0, 1.0)}, 0.1, "a guess", {"formula": "L"}, 1, "", 1, ""
         )
 
-    def engine(runs, planned):
+    def engine(runs, planned, before):
+        before()
         for item in runs:
             trained_runs.append((item.run.tokens, (item.folder / "forecast.json").exists()))
             train(item.run, item.folder)
@@ -166,7 +167,7 @@ def test_a_hold_out_waits_for_the_whole_sweep(bits, tmp_path):
     larger = dataclasses.replace(run, tokens=2 * run.tokens)
     asked = []
 
-    def engine(runs, planned):
+    def engine(runs, planned, before):
         asked.extend(runs)
         return {item: "it broke" for item in runs}
 
@@ -213,7 +214,8 @@ def test_failures_are_said_before_a_report_that_fails_too(bits, tmp_path, capsys
     def unable(*_):
         raise UserError("too few runs for a law")
 
-    def engine(runs, planned):
+    def engine(runs, planned, before):
+        before()
         return {} if holdout else {item: "it broke" for item in runs}
 
     parts = {"report": unable}
@@ -248,7 +250,7 @@ def test_cores_do_not_depend_on_how_many_runs_are_missing(bits, tmp_path, monkey
     run, got = bits.get_config("small"), []
     plan = plan_of(tmp_path, *(dataclasses.replace(run, seed=seed) for seed in range(5)))
 
-    def engine(runs, planned):
+    def engine(runs, planned, before):
         got.append((len(runs), shares(None, planned)))
         return {}
 
