@@ -80,8 +80,9 @@ def carry_out(plan: Plan, engine: Engine) -> int:
 
 def write_forecasts(plan: Plan) -> dict[str, forecast.Forecast]:
     """Makes the forecast of every hold-out run, or finds it on disk; by the runs' identities."""
-    table, forecasts = plan.table(plan.sweep), {}
+    forecasts: dict[str, forecast.Forecast] = {}
     try:
+        table = plan.table(plan.sweep)
         for item in plan.holdout:
             made = plan.experiment.module.forecast(plan.experiment.config, table, item.run)
             forecasts[item.identity] = forecast.write(made, item.folder / "forecast.json", item.folder)
