@@ -15,6 +15,9 @@ from llm_jax.pack import alike
 
 # The least part of a pack's longest member that any other has to make: the rest of its place would be idle.
 LEAST_PART = 0.75
+# The least steps that all members of a pack make together. A pack has a program of its own, and what it saves
+# of a small step is a few milliseconds: fewer don't earn back the half minute that compiling may take.
+LEAST_STEPS = 10_000
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -57,7 +60,7 @@ def width_of(text: str) -> int | None:
 
 
 def packed(runs: Sequence[Planned], workers: int, width: int | None) -> list[Pack]:
-    """`runs` as packs of at most `width`; None: as wide as leaves each of `workers` a part."""
+    """`runs` as packs of at most `width`; None: as wide as leaves each of `workers` a part, where it pays."""
     groups: dict[Any, list[Planned]] = {}
     for run in runs if width != 1 else ():
         groups.setdefault((alike(run.run), run.trunk, run.from_step), []).append(run)
@@ -68,7 +71,10 @@ def packed(runs: Sequence[Planned], workers: int, width: int | None) -> list[Pac
         while waiting:
             least = LEAST_PART * waiting[0].price
             chosen = [run for run in waiting if run.price >= least][:most]
-            packs.append(Pack(tuple(chosen), narrows=width is None))
+            if width is None and sum(one.run.steps - one.from_step for one in chosen) < LEAST_STEPS:
+                packs += [Pack((one,)) for one in chosen]
+            else:
+                packs.append(Pack(tuple(chosen), narrows=width is None))
             waiting = [run for run in waiting if run not in chosen]
     return packs
 
@@ -77,7 +83,8 @@ def summary(packs: Sequence[Pack], workers: int, width: int | None) -> str:
     """A line on how the plan's runs are packed, and why so."""
     widths = sorted((len(pack.runs) for pack in packs if len(pack.runs) > 1), reverse=True)
     if not widths:
-        why = "--pack=off" if width == 1 else "no runs with one program and about as many steps for a worker"
+        least = f" and {LEAST_STEPS:,} in all" if width is None else ""
+        why = "--pack=off" if width == 1 else f"no runs with one program and about as many steps{least}"
         return f"packs: none ({why})"
     shown = ", ".join(map(str, widths[:8])) + (" ..." if len(widths) > 8 else "")
     alone = sum(len(pack.runs) == 1 for pack in packs)

@@ -24,6 +24,7 @@ def where_workers_find_things(monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "xla"))
     monkeypatch.setenv("XLA_FLAGS", "")
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(packs, "LEAST_STEPS", 0)  # these runs are short
 
 
 def seeds(run, count):
@@ -52,6 +53,16 @@ def test_a_pack_is_of_runs_that_end_at_about_the_same_time(run, tmp_path):
     plan = plan_of(tmp_path, *lengths)
     together = [[one.run.steps for one in pack.runs] for pack in packs.packed(plan.runs, 1, None)]
     assert together == [[100, 95, 80], [74, 60], [30]]
+
+
+def test_a_pack_that_would_not_earn_back_its_compilation_is_none_unless_asked_for(run, tmp_path, monkeypatch):
+    plan = plan_of(tmp_path, *seeds(run, 4))
+    monkeypatch.setattr(packs, "LEAST_STEPS", 4 * run.steps)
+    assert len(packs.packed(plan.runs, 1, None)) == 1
+    monkeypatch.setattr(packs, "LEAST_STEPS", 4 * run.steps + 1)
+    alone = packs.packed(plan.runs, 1, None)
+    assert len(alone) == 4 and "in all" in packs.summary(alone, 1, None)
+    assert len(packs.packed(plan.runs, 1, 4)) == 1
 
 
 def test_the_plan_says_how_it_is_packed_and_why(run, tmp_path):
