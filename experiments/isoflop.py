@@ -188,7 +188,7 @@ def backtests(base: Run, grid: pd.DataFrame) -> dict[str, float]:
 
 
 def back_tested(base: Run, grid: pd.DataFrame) -> list[str]:
-    """Lines: each law at the largest budget, and the preferred one at every budget but the first."""
+    """Lines: each law at the largest budget, and the preferred one at every budget from the third on."""
     errors = backtests(base, grid)
     best = min(errors, key=errors.get)
     rolled = forecasting.rollout(laws(base.sweep.bootstrap)[best], grid[grid["status"] == "done"])

@@ -217,11 +217,12 @@ class Rolled(NamedTuple):
 
 
 def rollout(make_fit: MakeFit, points: pd.DataFrame) -> list[Rolled]:
-    """Every budget but the smallest, its best run forecast by a fit to all smaller budgets alone.
+    """Every budget from the third on, its best run forecast by a fit to all smaller budgets alone.
 
-    points: columns budget_flops, N, D, C, loss. Budgets whose smaller ones allow no fit are passed over.
+    points: columns budget_flops, N, D, C, loss. One budget alone can't tell what N does from what D does.
+    Budgets whose smaller ones allow no fit are passed over.
     """
-    budgets = np.unique(points["budget_flops"])[1:]
+    budgets = np.unique(points["budget_flops"])[2:]
     rolled = (_rolled(make_fit, points, budget) for budget in budgets)
     return [one for one in rolled if one is not None]
 
