@@ -27,6 +27,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "kv_heads": ("tensor",),
     "head_dim": (),
     "mlp": ("tensor",),
+    "experts": (),
     "vocabulary": ("tensor",),
     "layers": (),
 }

@@ -11,7 +11,7 @@ from flax import linen as nn
 
 from llm_jax.kernels.attention import attend
 from llm_jax.models import cache
-from llm_jax.models.positions import rotate
+from llm_jax.models.positions import Rotary, rotate
 from llm_jax.models.roles import parameter
 from llm_jax.sharding import constrain
 
@@ -28,11 +28,11 @@ GATED = ("swiglu", "geglu")  # GLU variants (arXiv:2002.05202): activation(x gat
 class Context:
     """What all blocks see of a batch.
 
-    turn: cosines and sines of rotary positions. segments: [B, T], tokens see their own. start: [B], while
-    decoding, how many tokens of each row the state already holds.
+    turns: cosines and sines of each kind of rotary positions. segments: [B, T], tokens see their own.
+    start: [B], while decoding, how many tokens of each row the state already holds.
     """
 
-    turn: tuple[jax.Array, jax.Array] | None
+    turns: dict[Rotary, tuple[jax.Array, jax.Array]]
     segments: jax.Array | None = None
     start: jax.Array | None = None
     attention: str = "auto"
@@ -61,6 +61,11 @@ def normalise(
     return (wide if shift is None else wide + shift).astype(x.dtype)
 
 
+def gained(gain: jax.Array) -> jax.Array:
+    """The scale of a norm that stores how far from 1 it is (Gemma)."""
+    return 1.0 + gain.astype(jnp.float32)
+
+
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     """Entries zeroed with probability `rate` and the rest scaled up; without a key, nothing."""
     if key is None or rate == 0:
@@ -70,26 +75,30 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
 
 
 class Norm(nn.Module):
-    """LayerNorm or RMSNorm with its scale and, with `bias`, its shift."""
+    """LayerNorm or RMSNorm with its scale and, with `bias`, its shift. gain: the scale is 1 + a parameter."""
 
     width: int
     epsilon: float
     centre: bool
-    bias: bool
+    bias: bool = False
+    gain: bool = False
 
     def setup(self) -> None:
-        self.scale = parameter(self, "scale", (self.width,))
+        self.scale = parameter(self, "gain" if self.gain else "scale", (self.width,))
         self.shift = parameter(self, "shift", (self.width,)) if self.bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return normalise(x, self.scale, self.shift, self.epsilon, self.centre)
+        scale = gained(self.scale) if self.gain else self.scale
+        return normalise(x, scale, self.shift, self.epsilon, self.centre)
 
 
 class Attention(nn.Module):
     """Causal attention of `heads` queries that share `kv_heads` keys and values (MHA, GQA, MQA).
 
-    A score is scale * q.k. window: a token sees itself and the window-1 tokens before it. qk_norm: an RMSNorm
-    over each head's query and key, before they are turned.
+    A score is scale * q.k, capped to softcap * tanh(score / softcap). window: a token sees itself and the
+    window-1 tokens before it. rotary: how queries and keys are turned, if they are. qk_norm: an RMSNorm over
+    each head's query and key, or over those of all heads at once, before they are turned. bias: on queries,
+    keys and values, bias_out: on the result.
     """
 
     width: int
@@ -97,9 +106,13 @@ class Attention(nn.Module):
     kv_heads: int
     head_width: int
     scale: float
+    softcap: float | None = None
     window: int | None = None
-    qk_norm: bool = False
+    rotary: Rotary | None = None
+    qk_norm: Literal["none", "head", "heads"] = "none"
+    gain: bool = False
     bias: bool = False
+    bias_out: bool = False
     epsilon: float = 1e-5
 
     def setup(self) -> None:
@@ -108,29 +121,36 @@ class Attention(nn.Module):
         self.key = parameter(self, "key", (D, G, K))
         self.value = parameter(self, "value", (D, G, K))
         self.out = parameter(self, "out", (H, K, D))
-        if self.bias:
-            self.query_bias = parameter(self, "query_bias", (H, K))
-            self.key_bias = parameter(self, "key_bias", (G, K))
-            self.value_bias = parameter(self, "value_bias", (G, K))
-            self.out_bias = parameter(self, "out_bias", (D,))
-        if self.qk_norm:
-            self.query_scale = parameter(self, "query_scale", (K,))
-            self.key_scale = parameter(self, "key_scale", (K,))
+        self.query_bias = parameter(self, "query_bias", (H, K)) if self.bias else None
+        self.key_bias = parameter(self, "key_bias", (G, K)) if self.bias else None
+        self.value_bias = parameter(self, "value_bias", (G, K)) if self.bias else None
+        self.out_bias = parameter(self, "out_bias", (D,)) if self.bias_out else None
+        kind = "gain" if self.gain else "scale"
+        if self.qk_norm == "head":
+            self.norms = parameter(self, f"query_{kind}", (K,)), parameter(self, f"key_{kind}", (K,))
+        elif self.qk_norm == "heads":
+            self.norms = parameter(self, f"queries_{kind}", (H, K)), parameter(self, f"keys_{kind}", (G, K))
 
     def project(self, x_BTD: jax.Array, context: Context) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries [B, T, H, K], keys and values [B, T, G, K], normed and turned."""
-        q_BTHK = linear(x_BTD, self.query, self.query_bias if self.bias else None)
-        k_BTGK = linear(x_BTD, self.key, self.key_bias if self.bias else None)
-        v_BTGK = linear(x_BTD, self.value, self.value_bias if self.bias else None)
-        if self.qk_norm:
-            q_BTHK = normalise(q_BTHK, self.query_scale, None, self.epsilon, centre=False)
-            k_BTGK = normalise(k_BTGK, self.key_scale, None, self.epsilon, centre=False)
-        if context.turn is not None:
-            q_BTHK, k_BTGK = rotate(q_BTHK, context.turn), rotate(k_BTGK, context.turn)
+        q_BTHK = linear(x_BTD, self.query, self.query_bias)
+        k_BTGK = linear(x_BTD, self.key, self.key_bias)
+        v_BTGK = linear(x_BTD, self.value, self.value_bias)
+        if self.qk_norm != "none":
+            q_BTHK, k_BTGK = self.normed(q_BTHK, self.norms[0]), self.normed(k_BTGK, self.norms[1])
+        if self.rotary is not None:
+            turn = context.turns[self.rotary]
+            q_BTHK, k_BTGK = rotate(q_BTHK, turn), rotate(k_BTGK, turn)
         q_BTHK = constrain(q_BTHK, "batch", "time", "heads", "head_dim")
         k_BTGK = constrain(k_BTGK, "batch", "time", "kv_heads", "head_dim")
         v_BTGK = constrain(v_BTGK, "batch", "time", "kv_heads", "head_dim")
         return q_BTHK, k_BTGK, v_BTGK
+
+    def normed(self, x_BTHK: jax.Array, scale: jax.Array) -> jax.Array:
+        """The RMSNorm of queries or keys over the dimensions that `scale` has."""
+        wide = x_BTHK.reshape(*x_BTHK.shape[:2], -1, scale.size)
+        scale = (gained(scale) if self.gain else scale).reshape(-1)
+        return normalise(wide, scale, None, self.epsilon, centre=False).reshape(x_BTHK.shape)
 
     def __call__(self, x_BTD: jax.Array, context: Context, state: Any) -> tuple[jax.Array, Any]:
         q_BTHK, k_BTGK, v_BTGK = self.project(x_BTD, context)
@@ -142,13 +162,15 @@ class Attention(nn.Module):
                 v_BTGK,
                 segments=context.segments,
                 window=self.window,
+                softcap=self.softcap,
                 scale=self.scale,
                 kind=context.attention,
             )
         else:
             new = {"key": k_BTGK, "value": v_BTGK}
-            o_BTHK = cache.attend(q_BTHK, new, state, context.start, self.window, self.scale)
-        return linear(o_BTHK, self.out, self.out_bias if self.bias else None, inputs=2), new
+            rule = self.window, self.scale, self.softcap
+            o_BTHK = cache.attend(q_BTHK, new, state, context.start, *rule)
+        return linear(o_BTHK, self.out, self.out_bias, inputs=2), new
 
     def init_state(self, batch: int, length: int, dtype: jnp.dtype) -> dict[str, jax.Array]:
         """Room for `length` tokens, or for as many as the window sees."""
@@ -185,13 +207,19 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x + r f(norm(x)) (pre) or norm(x + r f(x)) (post, as at first) for mixer and MLP; r is `residual`."""
+    """A mixer and an MLP f, each with norms n and m around it; r is `residual`.
+
+    pre: x + r f(n(x)). post: n(x + r f(x)), as at first. output: x + r n(f(x)) (OLMo 2). sandwich:
+    x + r m(f(n(x))) (Gemma 2), where m are mixer_out_norm and mlp_out_norm.
+    """
 
     mixer: nn.Module
     mlp: nn.Module
     mixer_norm: nn.Module
     mlp_norm: nn.Module
-    norm_position: Literal["pre", "post"] = "pre"
+    mixer_out_norm: nn.Module | None = None
+    mlp_out_norm: nn.Module | None = None
+    norm_position: Literal["pre", "post", "output", "sandwich"] = "pre"
     residual: float = 1.0
     dropout: float = 0.0
 
@@ -199,15 +227,26 @@ class Block(nn.Module):
         self, x_BTD: jax.Array, context: Context, state: Any = None, key: jax.Array | None = None
     ) -> tuple[jax.Array, Any]:
         """Hidden in, hidden and what the state learns out; key drives dropout."""
-        pre = self.norm_position == "pre"
         keys = (None, None) if key is None else jax.random.split(key)
-        y_BTD, new = self.mixer(self.mixer_norm(x_BTD) if pre else x_BTD, context, state)
-        x_BTD = self.add(x_BTD, y_BTD, keys[0])
-        x_BTD = x_BTD if pre else self.mixer_norm(x_BTD)
-        y_BTD = self.mlp(self.mlp_norm(x_BTD) if pre else x_BTD)
-        x_BTD = self.add(x_BTD, y_BTD, keys[1])
-        return x_BTD if pre else self.mlp_norm(x_BTD), new
+        y_BTD, new = self.mixer(self.enter(self.mixer_norm, x_BTD), context, state)
+        x_BTD = self.leave(self.mixer_norm, self.mixer_out_norm, x_BTD, y_BTD, keys[0])
+        y_BTD = self.mlp(self.enter(self.mlp_norm, x_BTD))
+        return self.leave(self.mlp_norm, self.mlp_out_norm, x_BTD, y_BTD, keys[1]), new
 
-    def add(self, x_BTD: jax.Array, y_BTD: jax.Array, key: jax.Array | None) -> jax.Array:
-        """The stream after a branch."""
-        return constrain(x_BTD + self.residual * dropout(y_BTD, self.dropout, key), "batch", "time", "embed")
+    def enter(self, norm: nn.Module, x_BTD: jax.Array) -> jax.Array:
+        """What a branch is given of the stream."""
+        return norm(x_BTD) if self.norm_position in ("pre", "sandwich") else x_BTD
+
+    def leave(
+        self,
+        norm: nn.Module,
+        out_norm: nn.Module | None,
+        x_BTD: jax.Array,
+        y_BTD: jax.Array,
+        key: jax.Array | None,
+    ) -> jax.Array:
+        """The stream after a branch that gave y."""
+        if self.norm_position in ("output", "sandwich"):
+            y_BTD = (norm if self.norm_position == "output" else out_norm)(y_BTD)
+        x_BTD = constrain(x_BTD + self.residual * dropout(y_BTD, self.dropout, key), "batch", "time", "embed")
+        return norm(x_BTD) if self.norm_position == "post" else x_BTD

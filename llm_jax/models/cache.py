@@ -20,11 +20,18 @@ def init(batch: int, slots: int, kv_heads: int, head_width: int, dtype: jnp.dtyp
 
 
 def attend(
-    q_BTHK: jax.Array, new: Cache, old: Cache, start_B: jax.Array, window: int | None, scale: float
+    q_BTHK: jax.Array,
+    new: Cache,
+    old: Cache,
+    start_B: jax.Array,
+    window: int | None,
+    scale: float,
+    softcap: float | None = None,
 ) -> jax.Array:
     """Attention [B, T, H, K] of T new tokens to themselves (causally) and to the start_B tokens in the cache.
 
-    new: keys and values [B, T, G, K]; old: [B, S, G, K]. Scores, scale * q.k, and softmax are float32.
+    new: keys and values [B, T, G, K]; old: [B, S, G, K]. Scores (scale * q.k, capped to
+    softcap * tanh(score / softcap)) and softmax are float32.
     """
     B, T, H, K = q_BTHK.shape
     S, G = old["key"].shape[1:3]
@@ -39,6 +46,8 @@ def attend(
         if window is not None:
             seen_BTS &= age_BTS < window
         s_BGRTS = jnp.einsum("BTGRK,BSGK->BGRTS", q_BTGRK, k_BSGK, preferred_element_type=jnp.float32)
+        if softcap is not None:
+            s_BGRTS = softcap * jnp.tanh(s_BGRTS / softcap)
         return jnp.where(seen_BTS[:, None, None], s_BGRTS, -jnp.inf)
 
     both = jnp.concatenate([scores(old["key"], slots_BS), scores(new["key"], queries_BT)], axis=-1)

@@ -5,8 +5,9 @@ walking the trace of its forward and backward pass, so that a foreign model has 
 `closed_form` computes the same numbers for a `Transformer` from its config in microseconds; `count` is the
 cheaper of the two that a model has.
 
-All FLOPs are per token of training, forward and backward, two for each multiply-add. Conventions disagree
-about embeddings, the head and masked attention; T is the sequence length, HK heads x head width, L layers:
+All FLOPs are per token of training, forward and backward, two for each multiply-add, and N is what a token
+meets: of experts, the chosen ones (N_active). Conventions disagree about embeddings, the head and masked
+attention; T is the sequence length, HK heads x head width, L layers:
 
     6n                 6 N_total
     6n_non_embedding   6 N_non_embedding
@@ -60,9 +61,10 @@ def measure(config: ModelConfig, spec: Spec, tokens: int | None = None) -> dict[
     """
     model = config.build(DEFINITION)
     parameters = count_parameters(model)
-    flops = flops_by_size(parameters)
     if isinstance(config, Transformer):
-        flops |= flops_by_formula(config, parameters, spec["tokens"].shape[-1])
+        parameters, flops = flops_by_formula(config, parameters, spec["tokens"].shape[-1])
+    else:
+        parameters, flops = parameters | {"N_active": parameters["N_total"]}, flops_by_size(parameters)
     if tokens is None:
         tokens = math.prod(spec["tokens"].shape if "tokens" in spec else next(iter(spec.values())).shape[:1])
     try:
@@ -77,19 +79,28 @@ def closed_form(config: Transformer, sequence_length: int) -> dict[str, int | fl
     D, H, G, K = config.width, config.heads, config.key_value_heads, config.size_of_head
     F, V, L = config.size_of_mlp, config.vocabulary, config.layers
     ups = 2 if config.activation in GATED else 1
-    matrices = D * H * K + 2 * D * G * K + H * K * D + (ups + 1) * D * F
-    biases = (H * K + 2 * G * K + D + ups * F + D) * config.bias
+    sparse = sum(config.has_experts(layer) for layer in range(L))
+    dense = L - sparse
+    mlps = dense * (ups + 1) * D * F
+    if sparse:
+        experts = config.experts
+        mlps += sparse * (D * experts.count + experts.count * (ups + 1) * D * config.size_of_expert)
+    matrices = L * (D * H * K + 2 * D * G * K + H * K * D) + mlps
+    attention_biases = {"none": 0, "qkv": H * K + 2 * G * K, "all": H * K + 2 * G * K + D}
+    biases = L * attention_biases[config.attention_bias] + dense * (ups * F + D) * config.bias
     norm = D * (2 if config.norm.kind == "layer" and config.bias else 1)
-    last_norm = norm if config.norm_position == "pre" else 0
+    norms = L * norm * (4 if config.norm_position == "sandwich" else 2)
+    norms += norm * (config.norm_position != "post")
+    norms += L * config.qk_norm * (2 * K if config.attention.norm_over == "head" else (H + G) * K)
     parameters = _named(
         embedding=V * D,
         positions=config.positions.length * D if isinstance(config.positions, Learned) else 0,
         head=0 if config.tied else V * D,
-        body=L * (matrices + biases + 2 * norm + 2 * K * config.qk_norm) + last_norm,
-        body_matmul=L * matrices,
+        body=matrices + biases + norms,
+        body_matmul=matrices,
     )
-    flops = flops_by_size(parameters) | flops_by_formula(config, parameters, sequence_length)
-    flops["exact"] = 6 * parameters["N_matmul"] + 12 * L * H * K * sequence_length
+    parameters, flops = flops_by_formula(config, parameters, sequence_length)
+    flops["exact"] = flops["6n_matmul"] + 12 * L * H * K * sequence_length
     return parameters | {f"flops_{name}_per_token": value for name, value in flops.items()}
 
 
@@ -141,21 +152,38 @@ def flops_by_size(N: dict[str, int]) -> dict[str, int]:
     }
 
 
-def flops_by_formula(config: Transformer, N: dict[str, int], sequence_length: int) -> dict[str, int]:
-    """The conventions for attention over `sequence_length` tokens, per token (see the module's table)."""
+def flops_by_formula(
+    config: Transformer, N: dict[str, int], sequence_length: int
+) -> tuple[dict[str, int], dict[str, int]]:
+    """N with N_active, and all conventions for attention over `sequence_length` tokens, per token.
+
+    They multiply what a token meets: experts that it isn't sent to count in N, but not in N_active or FLOPs.
+    """
     T, L, H = sequence_length, config.layers, config.heads
     HK, logits = H * config.size_of_head, config.vocabulary * config.width
-    windows = [config.windows[layer % len(config.windows)] for layer in range(L)]
-    seen = sum(T if window is None else min(window, T) for window in windows)
-    chinchilla_a4 = 3 * (2 * N["N_body_matmul"] + L * (4 * HK * T + 3 * H * T))
-    return {
-        "kaplan": 6 * N["N_body_matmul"] + 6 * L * HK * T,
+    idle = idle_parameters(config)
+    used = {
+        name: size - idle * (name not in ("N_head", "N_embedding", "N_positions")) for name, size in N.items()
+    }
+    seen = sum(T if (window := config.window(layer)) is None else min(window, T) for layer in range(L))
+    chinchilla_a4 = 3 * (2 * used["N_body_matmul"] + L * (4 * HK * T + 3 * H * T))
+    flops = flops_by_size(used) | {
+        "kaplan": 6 * used["N_body_matmul"] + 6 * L * HK * T,
         "chinchilla": chinchilla_a4 + 3 * (2 * logits + 2 * logits),
         "chinchilla_a4": chinchilla_a4,
-        "palm": 6 * N["N_without_positions"] + 12 * L * HK * T,
-        "nanochat": 6 * N["N_matmul"] + 12 * HK * seen,
-        "maxtext": 6 * N["N_matmul"] + 6 * L * HK * T,
+        "palm": 6 * used["N_without_positions"] + 12 * L * HK * T,
+        "nanochat": 6 * used["N_matmul"] + 12 * HK * seen,
+        "maxtext": 6 * used["N_matmul"] + 6 * L * HK * T,
     }
+    return N | {"N_active": used["N_total"]}, flops
+
+
+def idle_parameters(config: Transformer) -> int:
+    """Parameters of the experts that a token is not sent to."""
+    if config.experts is None:
+        return 0
+    blocks = sum(config.has_experts(layer) for layer in range(config.layers))
+    return blocks * (config.experts.count - config.experts.active) * 3 * config.width * config.size_of_expert
 
 
 # ---- exact FLOPs: the products in a trace ----
@@ -191,11 +219,17 @@ def matmul_flops(jaxpr: core.Jaxpr) -> int:
             (contracted, _), _ = params["dimension_numbers"]
             summed = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
             flops += 2 * equation.outvars[0].aval.size * summed
+        elif name == "ragged_dot_general":  # every row of the left side meets one group of the right
+            left, right = (variable.aval for variable in equation.invars[:2])
+            rule = params["ragged_dot_dimension_numbers"]
+            (_, contracted), (_, batch) = rule.dot_dimension_numbers
+            bound = {*contracted, *batch, *rule.rhs_group_dimensions}
+            flops += 2 * left.size * math.prod(n for axis, n in enumerate(right.shape) if axis not in bound)
         elif name == "conv_general_dilated":
             kernel = equation.invars[1].aval
             outputs = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
             flops += 2 * equation.outvars[0].aval.size * kernel.size // outputs
-        elif name in ("while", "pallas_call", "shard_map", "ragged_dot_general"):
+        elif name in ("while", "pallas_call", "shard_map"):
             raise ValueError(f"the FLOPs of {name!r} can't be read from a trace")
         else:
             inside = [matmul_flops(inner) for inner in _inner(params)]

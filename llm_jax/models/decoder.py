@@ -16,18 +16,19 @@ from flax import linen as nn
 from llm_jax.models import Batch, Layout, Model, Output, Params, cache
 from llm_jax.models.blocks import Block, Context, Norm, dropout
 from llm_jax.models.parametrization import Scaling
-from llm_jax.models.positions import Learned, Positions, Rotary, Sinusoidal, rotation, sinusoids
+from llm_jax.models.positions import Learned, Positions, Sinusoidal, rotation, sinusoids
 from llm_jax.models.roles import draw, parameter, roles
 from llm_jax.sharding import constrain
 
 
 class Embed(nn.Module):
-    """Token embeddings and learned positions."""
+    """Token embeddings and learned positions, times `multiplier`."""
 
     vocabulary: int
     width: int
     positions: Positions
     dtype: jnp.dtype
+    multiplier: float = 1.0
 
     def setup(self) -> None:
         self.embedding = parameter(self, "embedding", (self.vocabulary, self.width))
@@ -41,7 +42,10 @@ class Embed(nn.Module):
             x_BTD += constrain(self.position, None, None)[positions_BT]
         elif isinstance(self.positions, Sinusoidal):
             x_BTD = x_BTD * self.width**0.5 + sinusoids(positions_BT, self.width, self.positions.theta)
-        return constrain(x_BTD.astype(self.dtype), "batch", "time", "embed")
+        x_BTD = x_BTD.astype(self.dtype)
+        if self.multiplier != 1.0:
+            x_BTD *= jnp.asarray(self.multiplier, self.dtype)
+        return constrain(x_BTD, "batch", "time", "embed")
 
 
 class Head(nn.Module):
@@ -86,7 +90,6 @@ class Decoder:
     head: Head | None
     softcap: float | None
     dropout: float
-    head_width: int
     scaling: Scaling
     layout: Layout
 
@@ -134,9 +137,9 @@ class Decoder:
 
     def context(self, positions_BT: jax.Array, **kwargs: Any) -> Context:
         """What the blocks need to know of the positions, computed once."""
-        rotary = self.embed.positions
-        turn = rotation(positions_BT, self.head_width, rotary.theta) if isinstance(rotary, Rotary) else None
-        return Context(turn, **kwargs)
+        kinds = {block.mixer.rotary: block.mixer.head_width for block in self.pattern if block.mixer.rotary}
+        turns = {rotary: rotation(positions_BT, width, rotary) for rotary, width in kinds.items()}
+        return Context(turns, **kwargs)
 
     def apply(self, params: Params, batch: Batch, key: jax.Array | None = None) -> Output:
         """Hidden states [B, T, D] of `batch["tokens"]` [B, T]; "segments" and "positions" are optional."""

@@ -76,6 +76,13 @@ class Parametrization(Tagged):
                 f"model.parametrization={self.kind} has no rule for the sqrt(width) of sinusoidal positions; "
                 "rotary, learned and none go with it"
             )
+        for name, here in (
+            ("experts", model.experts is not None),
+            ("multiplier", model.multiplier != 1),
+            ("attention.scale", model.attention.scale is not None),
+        ):
+            if here:
+                raise UserError(f"model.parametrization={self.kind} has no rule for model.{name}")
 
     def check_optimizer(self, optimizer: Any) -> None:
         """Raises UserError for an optimizer that it has no rule for."""

@@ -25,6 +25,7 @@ from llm_jax.sharding import constrain
 class Rule:
     """One row: logical axes, initialisation, how many leading dimensions a matrix sums over, its part.
 
+    stack: how many dimensions before those only count matrices.
     init: a constant; "fan_in", normal with variance 1 / summed dimensions, so that outputs have the scale of
     the inputs at every width; "unit_rows", normal with rows of length about 1, so that the logits of a tied
     embedding have deviation 1; "small", normal with deviation 0.02.
@@ -40,10 +41,13 @@ class Rule:
     decay: bool = False
     muon: bool = False
     part: Part = "vector"
+    stack: int = 0
 
 
-def _matrix(*axes: str | None, inputs: int = 1, init: Literal["fan_in", "zeros"] = "fan_in") -> Rule:
-    return Rule(axes, init, inputs, decay=True, muon=True, part="hidden")
+def _matrix(
+    *axes: str | None, inputs: int = 1, init: Literal["fan_in", "zeros"] = "fan_in", stack: int = 0
+) -> Rule:
+    return Rule(axes, init, inputs, decay=True, muon=True, part="hidden", stack=stack)
 
 
 TABLE: dict[str, Rule] = {
@@ -57,6 +61,10 @@ TABLE: dict[str, Rule] = {
     "gate": _matrix("embed", "mlp"),
     "up": _matrix("embed", "mlp"),
     "down": _matrix("mlp", "embed", init="zeros"),
+    "router": _matrix("embed", "experts"),
+    "expert_gate": _matrix("experts", "embed", "mlp", stack=1),
+    "expert_up": _matrix("experts", "embed", "mlp", stack=1),
+    "expert_down": _matrix("experts", "mlp", "embed", init="zeros", stack=1),
     "query_bias": Rule(("heads", "head_dim"), "zeros"),
     "key_bias": Rule(("kv_heads", "head_dim"), "zeros"),
     "value_bias": Rule(("kv_heads", "head_dim"), "zeros"),
@@ -66,8 +74,15 @@ TABLE: dict[str, Rule] = {
     "down_bias": Rule(("embed",), "zeros"),
     "scale": Rule(("embed",), "ones"),
     "shift": Rule(("embed",), "zeros"),
+    "gain": Rule(("embed",), "zeros"),
     "query_scale": Rule(("head_dim",), "ones"),
     "key_scale": Rule(("head_dim",), "ones"),
+    "query_gain": Rule(("head_dim",), "zeros"),
+    "key_gain": Rule(("head_dim",), "zeros"),
+    "queries_scale": Rule(("heads", "head_dim"), "ones"),
+    "keys_scale": Rule(("kv_heads", "head_dim"), "ones"),
+    "queries_gain": Rule(("heads", "head_dim"), "zeros"),
+    "keys_gain": Rule(("kv_heads", "head_dim"), "zeros"),
 }
 
 
@@ -111,7 +126,9 @@ def _deviation(row: Rule, shape: tuple[int, ...]) -> float:
     """The standard deviation of a leaf at the start, by its rule."""
     if row.init == "small":
         return 0.02
-    return (shape[-1] if row.init == "unit_rows" else math.prod(shape[: row.inputs])) ** -0.5
+    return (
+        shape[-1] if row.init == "unit_rows" else math.prod(shape[row.stack : row.stack + row.inputs])
+    ) ** -0.5
 
 
 def roles(params: Params, scaling: Scaling | None = None) -> Any:
@@ -126,7 +143,7 @@ def roles(params: Params, scaling: Scaling | None = None) -> Any:
         stack = leaf.ndim - len(row.axes)
         if stack not in (0, 1):
             raise ValueError(f"parameter {name!r} of shape {leaf.shape}: its role has the axes {row.axes}")
-        dims = tuple(range(stack, leaf.ndim))
+        dims = tuple(range(stack + row.stack, leaf.ndim))
         matrix = (dims[: row.inputs], dims[row.inputs :]) if row.muon else None
         # What is stacked stands in a block.
         by_part = {} if scaling is None else scaling.blocks if stack else scaling.outer

@@ -1,6 +1,7 @@
 """The decoder-only transformer's config: what a user chooses, what follows from it, and the rules between."""
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -9,8 +10,10 @@ from llm_jax.config import Tagged, UserError
 from llm_jax.models import DEFAULT_LAYOUT, Layout, Model, ModelConfig
 from llm_jax.models.blocks import GATED, MLP, Attention, Block, Norm
 from llm_jax.models.decoder import Decoder, Embed, Head
-from llm_jax.models.parametrization import Parametrization, Standard
+from llm_jax.models.experts import ExpertMLP, Experts
+from llm_jax.models.parametrization import Parametrization, Scaling, Standard
 from llm_jax.models.positions import Learned, Positions, Rotary, Sinusoidal
+from llm_jax.values import check_least
 
 
 class Normalisation(Tagged):
@@ -19,9 +22,10 @@ class Normalisation(Tagged):
 
 @dataclasses.dataclass(frozen=True)
 class RMSNorm(Normalisation, kind="rms"):
-    """x / rms(x), times a scale (arXiv:1910.07467)."""
+    """x / rms(x), times a scale (arXiv:1910.07467). gain: the scale is stored less 1, as Gemma's."""
 
     epsilon: float = 1e-5
+    gain: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,11 +36,31 @@ class LayerNorm(Normalisation, kind="layer"):
 
 
 @dataclasses.dataclass(frozen=True)
+class Attending:
+    """What attention rarely differs in.
+
+    scale, softcap: a score is scale * q.k (None: as the parametrisation says), capped to softcap *
+    tanh(score / softcap). bias: on which projections, if not as the model's `bias`. norm_over: what a norm of
+    queries and keys spans, each head or all heads at once (OLMo 2).
+    """
+
+    scale: float | None = None
+    softcap: float | None = None
+    bias: Literal["as_model", "none", "qkv", "all"] = "as_model"
+    norm_over: Literal["head", "heads"] = "head"
+
+    def validate(self) -> None:
+        check_least(self, "model.attention.", positive=("scale", "softcap"))
+
+
+@dataclasses.dataclass(frozen=True)
 class Transformer(ModelConfig, kind="transformer"):
     """A stack of `layers` blocks of attention and MLP.
 
     windows: the attention window of each block of the repeating pattern; (None,) sees everything everywhere,
-    (128, None) alternates. softcap: logits are softcap * tanh(logits / softcap).
+    (128, None) alternates. rotations: the rotary positions of each block of the pattern where blocks differ,
+    none for a block without. softcap: logits are softcap * tanh(logits / softcap). multiplier: what
+    embeddings are multiplied by.
     """
 
     layers: int = 4
@@ -48,7 +72,7 @@ class Transformer(ModelConfig, kind="transformer"):
     vocabulary: int | None = None
     positions: Positions = dataclasses.field(default_factory=Rotary)
     norm: Normalisation = dataclasses.field(default_factory=RMSNorm)
-    norm_position: Literal["pre", "post"] = "pre"
+    norm_position: Literal["pre", "post", "output", "sandwich"] = "pre"
     activation: Literal["gelu", "relu2", "swiglu", "geglu"] = "swiglu"
     qk_norm: bool = False
     bias: bool = False
@@ -58,6 +82,10 @@ class Transformer(ModelConfig, kind="transformer"):
     dropout: float = 0.0
     dtype: Literal["float32", "bfloat16"] = "float32"
     parametrization: Parametrization = Standard()
+    attention: Attending = Attending()
+    rotations: tuple[Rotary | None, ...] = ()
+    multiplier: float = 1.0
+    experts: Experts | None = None
 
     @property
     def key_value_heads(self) -> int:
@@ -73,6 +101,33 @@ class Transformer(ModelConfig, kind="transformer"):
         if self.mlp_width is not None:
             return self.mlp_width
         return -(-8 * self.width // 96) * 32 if self.activation in GATED else 4 * self.width
+
+    @property
+    def period(self) -> int:
+        """The length of the repeating pattern of blocks."""
+        patterns = self.windows, self.rotations, self.experts.pattern if self.experts else ()
+        return math.lcm(*(len(pattern) or 1 for pattern in patterns))
+
+    def window(self, layer: int) -> int | None:
+        return self.windows[layer % len(self.windows)]
+
+    def rotary(self, layer: int) -> Rotary | None:
+        if self.rotations:
+            return self.rotations[layer % len(self.rotations)]
+        return self.positions if isinstance(self.positions, Rotary) else None
+
+    def has_experts(self, layer: int) -> bool:
+        return self.experts is not None and self.experts.pattern[layer % len(self.experts.pattern)]
+
+    @property
+    def size_of_expert(self) -> int:
+        return self.experts.width or self.size_of_mlp
+
+    @property
+    def attention_bias(self) -> str:
+        """Which projections of attention have a bias: none, qkv or all."""
+        bias = self.attention.bias
+        return bias if bias != "as_model" else "all" if self.bias else "none"
 
     def validate(self) -> None:
         for name in ("layers", "width", "heads", "kv_heads", "head_width", "mlp_width", "vocabulary"):
@@ -103,6 +158,11 @@ class Transformer(ModelConfig, kind="transformer"):
             raise UserError(f"model.dropout={self.dropout} must be at least 0 and below 1")
         if self.softcap is not None and self.softcap <= 0:
             raise UserError(f"model.softcap={self.softcap} must be positive, or none")
+        check_least(self, "model.", positive=("multiplier",))
+        if self.rotations and not isinstance(self.positions, Rotary):
+            raise UserError(f"model.rotations go with model.positions=rotary, not {self.positions.kind}")
+        if self.experts and self.activation not in GATED:
+            raise UserError(f"model.activation={self.activation}: experts are {' or '.join(GATED)}")
         self.parametrization.check_model(self)
 
     def _nearest_heads(self) -> int:
@@ -127,44 +187,56 @@ class Transformer(ModelConfig, kind="transformer"):
         """The functions of this model; `vocabulary` must be known (`resolve`)."""
         if self.vocabulary is None:
             raise UserError("model.vocabulary is not set, and there is no data to take it from")
-        centre = self.norm.kind == "layer"
         scaling = self.parametrization.at(self.width, self.layers, self.size_of_head)
-
-        def norm() -> Norm:
-            return Norm(self.width, self.norm.epsilon, centre, bias=centre and self.bias)
-
-        def block(window: int | None) -> Block:
-            return Block(
-                mixer=Attention(
-                    width=self.width,
-                    heads=self.heads,
-                    kv_heads=self.key_value_heads,
-                    head_width=self.size_of_head,
-                    scale=scaling.attention,
-                    window=window,
-                    qk_norm=self.qk_norm,
-                    bias=self.bias,
-                    epsilon=self.norm.epsilon,
-                ),
-                mlp=MLP(self.width, self.size_of_mlp, self.activation, self.bias),
-                mixer_norm=norm(),
-                mlp_norm=norm(),
-                norm_position=self.norm_position,
-                residual=scaling.residual,
-                dropout=self.dropout,
-            )
-
-        repeats, tail = divmod(self.layers, len(self.windows))
+        dtype = jnp.dtype(self.dtype)
         return Decoder(
-            embed=Embed(self.vocabulary, self.width, self.positions, jnp.dtype(self.dtype)),
-            pattern=tuple(block(window) for window in self.windows),
-            repeats=repeats,
-            tail=tail,
-            norm=norm() if self.norm_position == "pre" else None,
+            embed=Embed(self.vocabulary, self.width, self.positions, dtype, self.multiplier),
+            pattern=tuple(self._block(layer, scaling) for layer in range(self.period)),
+            repeats=self.layers // self.period,
+            tail=self.layers % self.period,
+            norm=None if self.norm_position == "post" else self._norm(),
             head=None if self.tied else Head(self.vocabulary, self.width),
             softcap=self.softcap,
             dropout=self.dropout,
-            head_width=self.size_of_head,
             scaling=scaling,
             layout=layout,
         ).model()
+
+    def _norm(self) -> Norm:
+        centre = self.norm.kind == "layer"
+        gain = not centre and self.norm.gain
+        return Norm(self.width, self.norm.epsilon, centre, bias=centre and self.bias, gain=gain)
+
+    def _block(self, layer: int, scaling: Scaling) -> Block:
+        """The block at a place of the pattern."""
+        rare, experts, sandwich = self.attention, self.experts, self.norm_position == "sandwich"
+        if self.has_experts(layer):
+            routing = experts.count, experts.active, experts.renormalise
+            mlp = ExpertMLP(self.width, self.size_of_expert, *routing, self.activation)
+        else:
+            mlp = MLP(self.width, self.size_of_mlp, self.activation, self.bias)
+        return Block(
+            mixer=Attention(
+                width=self.width,
+                heads=self.heads,
+                kv_heads=self.key_value_heads,
+                head_width=self.size_of_head,
+                scale=scaling.attention if rare.scale is None else rare.scale,
+                softcap=rare.softcap,
+                window=self.window(layer),
+                rotary=self.rotary(layer),
+                qk_norm=rare.norm_over if self.qk_norm else "none",
+                gain=self.norm.kind == "rms" and self.norm.gain,
+                bias=self.attention_bias != "none",
+                bias_out=self.attention_bias == "all",
+                epsilon=self.norm.epsilon,
+            ),
+            mlp=mlp,
+            mixer_norm=self._norm(),
+            mlp_norm=self._norm(),
+            mixer_out_norm=self._norm() if sandwich else None,
+            mlp_out_norm=self._norm() if sandwich else None,
+            norm_position=self.norm_position,
+            residual=scaling.residual,
+            dropout=self.dropout,
+        )

@@ -16,8 +16,9 @@ from llm_jax.models.counting import (
     matmul_flops,
     measure,
 )
-from llm_jax.models.positions import Learned, NoPositions
-from llm_jax.models.transformer import LayerNorm, Transformer
+from llm_jax.models.experts import Experts
+from llm_jax.models.positions import Learned, NoPositions, Rotary
+from llm_jax.models.transformer import Attending, LayerNorm, RMSNorm, Transformer
 
 
 def spec(length, rows=2):
@@ -158,6 +159,9 @@ def test_known_models_have_their_known_sizes():
         {"norm": LayerNorm(), "bias": True, "tied": False, "activation": "geglu", "norm_position": "post"},
         {"windows": (8, None, 4), "layers": 5, "qk_norm": True, "norm": LayerNorm(), "softcap": 5.0},
         {"bias": True, "activation": "relu2", "qk_norm": True, "mlp_width": 40},
+        {"experts": Experts(5, 2, 24, pattern=(False, True)), "windows": (8, None, None)},
+        {"qk_norm": True, "attention": Attending(norm_over="heads", bias="qkv"), "norm_position": "output"},
+        {"norm": RMSNorm(gain=True), "norm_position": "sandwich", "rotations": (Rotary(50.0), None)},
     ],
 )
 def test_the_closed_form_equals_what_is_counted_in_the_built_model(changes):

@@ -11,8 +11,8 @@ from tiny import parameters
 
 from llm_jax.models import Layout
 from llm_jax.models.parametrization import CompleteP
-from llm_jax.models.positions import Learned, NoPositions, Sinusoidal
-from llm_jax.models.transformer import LayerNorm, Transformer
+from llm_jax.models.positions import Learned, NoPositions, Rotary, Sinusoidal
+from llm_jax.models.transformer import Attending, LayerNorm, Transformer
 
 TINY = Transformer(layers=1, width=16, heads=4, kv_heads=2, vocabulary=31)
 T = 14
@@ -28,6 +28,13 @@ VARIANTS = {
         "parametrization": CompleteP(4, 2, 3),
     },
     "post": {"positions": Sinusoidal(), "norm_position": "post"},
+    "gemma": {
+        "rotations": (Rotary(100.0), Rotary()),
+        "windows": (4, None),
+        "layers": 2,
+        "attention": Attending(softcap=2.0),
+        "norm_position": "sandwich",
+    },
     "none": {"positions": NoPositions(), "qk_norm": True, "kv_heads": 1, "windows": (5,)},
 }
 each_variant = pytest.mark.parametrize("name", VARIANTS)

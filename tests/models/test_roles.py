@@ -7,9 +7,10 @@ import pytest
 
 from llm_jax.models import plain_roles
 from llm_jax.models.blocks import normalise
+from llm_jax.models.experts import Experts
 from llm_jax.models.positions import Learned
 from llm_jax.models.roles import TABLE, roles
-from llm_jax.models.transformer import LayerNorm, Transformer
+from llm_jax.models.transformer import Attending, LayerNorm, RMSNorm, Transformer
 
 CONFIGS = [
     Transformer(
@@ -17,6 +18,11 @@ CONFIGS = [
     ),
     Transformer(
         layers=5, width=16, vocabulary=31, windows=(3, None), positions=Learned(8), activation="gelu"
+    ),
+    Transformer(layers=2, width=16, vocabulary=31, qk_norm=True, norm=RMSNorm(gain=True), experts=Experts(3)),
+    Transformer(width=16, vocabulary=31, qk_norm=True, attention=Attending(norm_over="heads")),
+    Transformer(
+        width=16, vocabulary=31, qk_norm=True, attention=Attending(norm_over="heads"), norm=RMSNorm(gain=True)
     ),
 ]
 
@@ -36,20 +42,22 @@ def test_axes_decay_and_matrices_fit_the_shapes(config):
     for leaf, role in leaves_with_roles(config):
         assert len(role.axes) == leaf.ndim
         matrix_dimensions = leaf.ndim - ("layers" in role.axes)
-        assert role.decay == (matrix_dimensions >= 2 and not role.name.endswith("bias")), role
+        vector = role.name.endswith(("bias", "scale", "gain"))
+        assert role.decay == (matrix_dimensions >= 2 and not vector), role
         if role.matrix is None:
             assert not role.decay or role.name in ("embedding", "position", "head")
         else:
             inputs, outputs = role.matrix
             stack = [i for i, axis in enumerate(role.axes) if axis == "layers"]
+            stack += [i for i, axis in enumerate(role.axes) if axis == "experts" and role.name != "router"]
             assert sorted([*stack, *inputs, *outputs]) == list(range(leaf.ndim))
-            sides = [16, Transformer.size_of_mlp.fget(config)]
+            sides = [16, config.size_of_mlp, config.experts.count if config.experts else 16]
             assert all(np.prod([leaf.shape[i] for i in side]) in sides for side in role.matrix)
 
 
 def test_a_parameter_without_a_row_is_an_error():
-    with pytest.raises(KeyError, match="'gain' has no row"):
-        roles({"block": {"gain": jnp.zeros(3)}})
+    with pytest.raises(KeyError, match="'loudness' has no row"):
+        roles({"block": {"loudness": jnp.zeros(3)}})
     with pytest.raises(ValueError, match="its role has the axes"):
         roles({"block": {"query": jnp.zeros(3)}})
 

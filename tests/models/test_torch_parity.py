@@ -7,7 +7,7 @@ import pytest
 from tiny import parameters
 
 from llm_jax.models.blocks import ACTIVATIONS, normalise
-from llm_jax.models.positions import Learned, rotate, rotation
+from llm_jax.models.positions import Learned, Rotary, rotate, rotation
 from llm_jax.models.transformer import LayerNorm, Transformer
 
 torch = pytest.importorskip("torch")
@@ -49,7 +49,7 @@ def turned(x_BTHK, theta=10_000.0):
 
 def test_rotary_positions():
     x_BTHK = normal(0, 2, 50, 3, 8)
-    ours = rotate(x_BTHK, rotation(jnp.arange(50)[None], 8, 10_000.0))
+    ours = rotate(x_BTHK, rotation(jnp.arange(50)[None], 8, Rotary(10_000.0)))
     np.testing.assert_allclose(ours, turned(tensor(x_BTHK)), atol=2e-5)
 
 

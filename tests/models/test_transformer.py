@@ -11,8 +11,9 @@ from tiny import parameters
 
 from llm_jax.config import UserError, check, override
 from llm_jax.models import Layout
-from llm_jax.models.positions import Learned, NoPositions, Rotary, Sinusoidal
-from llm_jax.models.transformer import LayerNorm, Transformer
+from llm_jax.models.experts import Experts
+from llm_jax.models.positions import Learned, Linear, NoPositions, Rotary, Sinusoidal
+from llm_jax.models.transformer import Attending, LayerNorm, RMSNorm, Transformer
 from llm_jax.sharding import MeshConfig, batch_sharding, make_mesh
 
 TINY = Transformer(layers=1, width=16, heads=4, vocabulary=31)
@@ -35,6 +36,16 @@ OPTIONS = {
     "soft-cap": {"softcap": 0.1},
     "window": {"windows": (3,)},
     "bfloat16": {"dtype": "bfloat16"},
+    "norms behind": {"norm_position": "output"},
+    "norms around": {"norm_position": "sandwich"},
+    "norms over all heads": {"qk_norm": True, "attention": Attending(norm_over="heads")},
+    "a scale of scores": {"attention": Attending(scale=0.1)},
+    "capped scores": {"attention": Attending(softcap=0.01)},
+    "biases on q, k, v": {"attention": Attending(bias="qkv")},
+    "a block without positions": {"rotations": (None,)},
+    "stretched positions": {"positions": Rotary(stretch=Linear(3.0))},
+    "multiplied embeddings": {"multiplier": 4.0},
+    "experts": {"experts": Experts(3)},
 }
 # Every option at least once.
 MODELS = {
@@ -42,6 +53,23 @@ MODELS = {
     "gpt2": {"positions": Learned(12), "norm": LayerNorm(), "activation": "gelu", "bias": True},
     "post": {"positions": Sinusoidal(), "norm_position": "post", "activation": "geglu", "kv_heads": 1},
     "local": {"positions": NoPositions(), "windows": (3, None), "layers": 3, "qk_norm": True, "tied": False},
+    "gemma": {
+        "norm": RMSNorm(gain=True),
+        "norm_position": "sandwich",
+        "qk_norm": True,
+        "windows": (3, None),
+        "rotations": (Rotary(100.0), Rotary()),
+        "layers": 3,
+        "multiplier": 4.0,
+        "attention": Attending(scale=0.3, softcap=2.0),
+    },
+    "olmoe": {
+        "qk_norm": True,
+        "norm_position": "output",
+        "attention": Attending(norm_over="heads", bias="qkv"),
+        "experts": Experts(5, 2, 12, renormalise=False, pattern=(True, False)),
+        "layers": 2,
+    },
     "low": {"activation": "relu2", "kv_heads": 2, "head_width": 6, "softcap": 0.3, "dtype": "bfloat16"},
 }
 each_model = pytest.mark.parametrize("name", MODELS)

@@ -1,0 +1,1 @@
+"""Models of other tools, read and written: Hugging Face directories and GGUF files."""

@@ -1,0 +1,376 @@
+"""The families of models that other tools know: one table of tensors and one list of features each.
+
+A family is a `Transformer` with some fields fixed. To save a model, the first family is taken whose config
+says all of it; so what was trained here is a Llama, a GPT-2 or whatever else its options make it.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+from llm_jax import config as configs
+from llm_jax.config import UserError
+from llm_jax.interop import features
+from llm_jax.interop.features import Feature, Json
+from llm_jax.interop.layouts import Entry, Table
+from llm_jax.models.experts import Experts
+from llm_jax.models.parametrization import Standard
+from llm_jax.models.transformer import LayerNorm, RMSNorm, Transformer
+
+# ---- tensors: parameter -> name on disk, layout there -> layout here ----
+
+
+def _block(names: Mapping[str, tuple[str, str]], prefix: str = "model.layers.{layer}.") -> Table:
+    return {ours: Entry(prefix + name, pattern) for ours, (name, pattern) in names.items()}
+
+
+LLAMA = {
+    "embed/embedding": Entry("model.embed_tokens.weight", "V D"),
+    "norm/scale": Entry("model.norm.weight", "D"),
+    "head/head": Entry("lm_head.weight", "V D -> D V"),
+} | _block(
+    {
+        "mixer_norm/scale": ("input_layernorm.weight", "D"),
+        "mixer/query": ("self_attn.q_proj.weight", "(H K) D -> D H K"),
+        "mixer/key": ("self_attn.k_proj.weight", "(G K) D -> D G K"),
+        "mixer/value": ("self_attn.v_proj.weight", "(G K) D -> D G K"),
+        "mixer/out": ("self_attn.o_proj.weight", "D (H K) -> H K D"),
+        "mixer/query_bias": ("self_attn.q_proj.bias", "(H K) -> H K"),
+        "mixer/key_bias": ("self_attn.k_proj.bias", "(G K) -> G K"),
+        "mixer/value_bias": ("self_attn.v_proj.bias", "(G K) -> G K"),
+        "mixer/out_bias": ("self_attn.o_proj.bias", "D"),
+        "mixer/query_scale": ("self_attn.q_norm.weight", "K"),
+        "mixer/key_scale": ("self_attn.k_norm.weight", "K"),
+        "mixer/queries_scale": ("self_attn.q_norm.weight", "(H K) -> H K"),
+        "mixer/keys_scale": ("self_attn.k_norm.weight", "(G K) -> G K"),
+        "mlp_norm/scale": ("post_attention_layernorm.weight", "D"),
+        "mlp/gate": ("mlp.gate_proj.weight", "F D -> D F"),
+        "mlp/up": ("mlp.up_proj.weight", "F D -> D F"),
+        "mlp/down": ("mlp.down_proj.weight", "D F -> F D"),
+        "mlp/gate_bias": ("mlp.gate_proj.bias", "F"),
+        "mlp/up_bias": ("mlp.up_proj.bias", "F"),
+        "mlp/down_bias": ("mlp.down_proj.bias", "D"),
+    }
+)
+
+GEMMA = {ours.replace("scale", "gain"): entry for ours, entry in LLAMA.items()}
+GEMMA2 = GEMMA | _block(
+    {
+        "mixer_out_norm/gain": ("post_attention_layernorm.weight", "D"),
+        "mlp_norm/gain": ("pre_feedforward_layernorm.weight", "D"),
+        "mlp_out_norm/gain": ("post_feedforward_layernorm.weight", "D"),
+    }
+)
+OLMO2 = LLAMA | _block(
+    {
+        "mixer_norm/scale": ("post_attention_layernorm.weight", "D"),
+        "mlp_norm/scale": ("post_feedforward_layernorm.weight", "D"),
+    }
+)
+OLMOE = LLAMA | _block(
+    {
+        "mlp/router": ("mlp.gate.weight", "E D -> D E"),
+        "mlp/expert_gate": ("mlp.experts.{expert}.gate_proj.weight", "X D -> D X"),
+        "mlp/expert_up": ("mlp.experts.{expert}.up_proj.weight", "X D -> D X"),
+        "mlp/expert_down": ("mlp.experts.{expert}.down_proj.weight", "D X -> X D"),
+    }
+)
+MIXTRAL = LLAMA | _block(
+    {
+        "mlp/router": ("block_sparse_moe.gate.weight", "E D -> D E"),
+        "mlp/expert_gate": ("block_sparse_moe.experts.{expert}.w1.weight", "X D -> D X"),
+        "mlp/expert_up": ("block_sparse_moe.experts.{expert}.w3.weight", "X D -> D X"),
+        "mlp/expert_down": ("block_sparse_moe.experts.{expert}.w2.weight", "D X -> X D"),
+    }
+)
+_ATTENTION = "transformer.h.{layer}.attn.c_attn."  # queries, keys and values side by side
+GPT2 = {
+    "embed/embedding": Entry("transformer.wte.weight", "V D"),
+    "embed/position": Entry("transformer.wpe.weight", "T D"),
+    "norm/scale": Entry("transformer.ln_f.weight", "D"),
+    "norm/shift": Entry("transformer.ln_f.bias", "D"),
+    "head/head": Entry("lm_head.weight", "V D -> D V"),
+    **{
+        f"mixer/{name}": Entry(f"{_ATTENTION}weight", "D (H K) -> D H K", (part, 3))
+        for part, name in enumerate(("query", "key", "value"))
+    },
+    **{
+        f"mixer/{name}_bias": Entry(f"{_ATTENTION}bias", "(H K) -> H K", (part, 3))
+        for part, name in enumerate(("query", "key", "value"))
+    },
+} | _block(
+    {
+        "mixer_norm/scale": ("ln_1.weight", "D"),
+        "mixer_norm/shift": ("ln_1.bias", "D"),
+        "mixer/out": ("attn.c_proj.weight", "(H K) D -> H K D"),
+        "mixer/out_bias": ("attn.c_proj.bias", "D"),
+        "mlp_norm/scale": ("ln_2.weight", "D"),
+        "mlp_norm/shift": ("ln_2.bias", "D"),
+        "mlp/up": ("mlp.c_fc.weight", "D F"),
+        "mlp/up_bias": ("mlp.c_fc.bias", "F"),
+        "mlp/down": ("mlp.c_proj.weight", "F D"),
+        "mlp/down_bias": ("mlp.c_proj.bias", "D"),
+    },
+    prefix="transformer.h.{layer}.",
+)
+
+# ---- families ----
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A family: what it is called, its tensors, what is fixed in it, and what its config says.
+
+    defaults: keys that a config.json may leave out. ignored: tensors that hold no parameter (a regular
+    expression). prefix: what the names of a file without a head lack.
+    """
+
+    name: str
+    architecture: str
+    tensors: Table
+    features: tuple[Feature, ...]
+    fixed: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    defaults: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    ignored: str = r".*\.rotary_emb\.inv_freq"
+    prefix: str = "model."
+
+    def read(self, json: Json) -> Transformer:
+        """The model that a config.json describes; raises UserError for what isn't known here."""
+        json = {**self.defaults, **json}
+        _refuse(json)
+        fields = dict(self.fixed)
+        try:
+            for feature in self.features:
+                fields |= feature.read(json)
+        except KeyError as error:
+            raise UserError(f"config.json of a {self.name} has no {error}") from None
+        config = Transformer()
+        for path, value in fields.items():
+            config = configs.replace(config, path, value)
+        configs.check(config, "config.json: model")
+        return canonical(config)
+
+    def write(self, config: Transformer) -> Json:
+        """The keys of config.json for a model, if the family can be it."""
+        said = {"architectures": [self.architecture], "model_type": self.name}
+        for feature in self.features:
+            said |= feature.write(config)
+        return said
+
+
+_LLAMA = (features.SIZES, features.ROPE, features.activation("hidden_act"))
+_QWEN = (*_LLAMA, features.WINDOWS)
+_GEMMA = (
+    features.SIZES,
+    features.activation("hidden_activation", {"gelu": "geglu"}),
+    features.ROOT_OF_WIDTH,
+)
+_GEMMA2 = (*_GEMMA, features.WINDOWS, features.CAPS, features.QUERY_SCALE)
+_GAINS = {"norm": RMSNorm(gain=True)}
+_HEADS_NORMED = {"qk_norm": True, "attention.norm_over": "heads"}
+_QWEN_MOE = features.experts("num_experts", "moe_intermediate_size")
+_QWEN_DEFAULTS = {"use_sliding_window": False, "max_window_layers": 28, "rms_norm_eps": 1e-6}
+
+FAMILIES = {
+    family.name: family
+    for family in (
+        Family(
+            "llama",
+            "LlamaForCausalLM",
+            LLAMA,
+            (*_LLAMA, features.biases(mlp=True)),
+            defaults={"rms_norm_eps": 1e-6, "tie_word_embeddings": False},
+        ),
+        Family(
+            "mistral",
+            "MistralForCausalLM",
+            LLAMA,
+            (*_LLAMA, features.ONE_WINDOW),
+            defaults={"rms_norm_eps": 1e-6, "sliding_window": 4096, "tie_word_embeddings": False},
+        ),
+        Family(
+            "qwen2",
+            "Qwen2ForCausalLM",
+            LLAMA,
+            _QWEN,
+            fixed={"attention.bias": "qkv"},
+            defaults={**_QWEN_DEFAULTS, "tie_word_embeddings": False},
+        ),
+        Family(
+            "qwen3",
+            "Qwen3ForCausalLM",
+            LLAMA,
+            (*_QWEN, features.biases(mlp=False)),
+            fixed={"qk_norm": True},
+            defaults={**_QWEN_DEFAULTS, "head_dim": 128, "tie_word_embeddings": False},
+        ),
+        Family(
+            "smollm3",
+            "SmolLM3ForCausalLM",
+            LLAMA,
+            (*_LLAMA, features.biases(mlp=True), features.NO_ROPE, features.WINDOWS),
+            defaults={"rms_norm_eps": 1e-6, "rope_theta": 2e6, "tie_word_embeddings": True}
+            | {"use_sliding_window": False},
+        ),
+        Family(
+            "olmo2",
+            "Olmo2ForCausalLM",
+            OLMO2,
+            (*_LLAMA, features.biases(mlp=False)),
+            fixed={**_HEADS_NORMED, "norm_position": "output"},
+            defaults={"rms_norm_eps": 1e-5, "tie_word_embeddings": False},
+        ),
+        Family(
+            "gemma",
+            "GemmaForCausalLM",
+            GEMMA,
+            (*_GEMMA, features.ROPE, features.biases(mlp=False)),
+            fixed=_GAINS,
+            defaults={"rms_norm_eps": 1e-6, "head_dim": 256, "tie_word_embeddings": True},
+        ),
+        Family(
+            "gemma2",
+            "Gemma2ForCausalLM",
+            GEMMA2,
+            (*_GEMMA2, features.ROPE, features.biases(mlp=False)),
+            fixed={**_GAINS, "norm_position": "sandwich"},
+            defaults={"rms_norm_eps": 1e-6, "head_dim": 256, "tie_word_embeddings": True}
+            | {"sliding_window": 4096, "sliding_window_pattern": 2, "query_pre_attn_scalar": 256}
+            | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+        ),
+        Family(
+            "gemma3_text",
+            "Gemma3ForCausalLM",
+            GEMMA2,
+            (*_GEMMA2, features.TWO_ROPES, features.biases(mlp=False)),
+            fixed={**_GAINS, "norm_position": "sandwich", "qk_norm": True},
+            defaults={"rms_norm_eps": 1e-6, "head_dim": 256, "tie_word_embeddings": True}
+            | {"sliding_window": 4096, "sliding_window_pattern": 6, "query_pre_attn_scalar": 256},
+        ),
+        Family(
+            "mixtral",
+            "MixtralForCausalLM",
+            MIXTRAL,
+            (*_LLAMA, features.ONE_WINDOW, features.experts("num_local_experts", "intermediate_size", None)),
+            fixed={"experts": Experts()},
+            defaults={"rms_norm_eps": 1e-5, "rope_theta": 1e6, "tie_word_embeddings": False}
+            | {"num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None},
+        ),
+        Family(
+            "olmoe",
+            "OlmoeForCausalLM",
+            OLMOE,
+            (*_LLAMA, features.biases(mlp=False), features.experts("num_experts", "intermediate_size")),
+            fixed={**_HEADS_NORMED, "experts": Experts()},
+            defaults={"rms_norm_eps": 1e-5, "tie_word_embeddings": False}
+            | {"norm_topk_prob": False, "num_experts": 64, "num_experts_per_tok": 8},
+        ),
+        Family(
+            "qwen3_moe",
+            "Qwen3MoeForCausalLM",
+            OLMOE,
+            (*_LLAMA, features.biases(mlp=False), features.ONE_WINDOW, _QWEN_MOE, features.SPARSE_LAYERS),
+            fixed={"qk_norm": True, "experts": Experts()},
+            defaults={"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "norm_topk_prob": False}
+            | {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768}
+            | {"use_sliding_window": False, "sliding_window": 4096, "head_dim": None},
+        ),
+        Family(
+            "gpt2",
+            "GPT2LMHeadModel",
+            GPT2,
+            (features.GPT2_SIZES, features.LEARNED),
+            fixed={"norm": LayerNorm(), "activation": "gelu", "bias": True},
+            defaults={"layer_norm_epsilon": 1e-5, "tie_word_embeddings": True},
+            ignored=r".*\.attn\.(masked_)?bias",
+            prefix="transformer.",
+        ),
+    )
+}
+
+# What would change the mathematics and isn't known here: key -> the values that leave it as it is.
+_HARMLESS = {
+    "clip_qkv": (None,),
+    "use_bidirectional_attention": (None, False),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "scale_attn_weights": (True,),
+    "add_cross_attention": (False,),
+    "quantization_config": (None,),
+}
+
+
+def _refuse(json: Json) -> None:
+    for key, harmless in _HARMLESS.items():
+        if json.get(key, harmless[0]) not in harmless:
+            raise UserError(f"config.json: {key}={json[key]!r} is not known here, only {harmless[0]!r}")
+
+
+def of(json: Json) -> Family:
+    """The family of a config.json; raises UserError, with those that are known, for any other."""
+    named = json.get("architectures") or [json.get("model_type")]
+    for family in FAMILIES.values():
+        if family.architecture in named or family.name in named:
+            return family
+    known = ", ".join(family.architecture for family in FAMILIES.values())
+    raise UserError(f"no architecture {named[0]!r} here; there are: {known}")
+
+
+def canonical(config: Transformer) -> Transformer:
+    """The same model with its defaults written out and patterns as short as they can be."""
+    rotations = shortest_of(config, config.rotary) if config.rotations else ()
+    return dataclasses.replace(
+        config,
+        kv_heads=config.key_value_heads,
+        head_width=config.size_of_head,
+        mlp_width=config.size_of_mlp,
+        windows=shortest_of(config, config.window),
+        rotations=() if rotations == (config.positions,) else rotations,
+        attention=_plain_attention(config),
+        experts=config.experts
+        and dataclasses.replace(
+            config.experts,
+            width=config.size_of_expert,
+            pattern=shortest_of(config, config.has_experts),
+        ),
+    )
+
+
+def shortest_of(config: Transformer, of_layer) -> tuple:
+    return features.shortest([of_layer(layer) for layer in range(config.layers)])
+
+
+def _plain_attention(config: Transformer):
+    attention = config.attention
+    usual = "all" if config.bias else "none"
+    bias = "as_model" if config.attention_bias == usual else attention.bias
+    scale = None if attention.scale == config.size_of_head**-0.5 else attention.scale
+    norm_over = attention.norm_over if config.qk_norm else "head"
+    return dataclasses.replace(attention, bias=bias, scale=scale, norm_over=norm_over)
+
+
+def fitting(config: Transformer, name: str | None = None) -> tuple[Family, Json]:
+    """The family that a model can be saved as, by default the first, and its config.json.
+
+    Raises UserError that says what the nearest family can't.
+    """
+    if name is not None and name not in FAMILIES:
+        raise UserError(f"no family {name!r}; {configs.nearest(name, FAMILIES)}")
+    if not isinstance(config.parametrization, Standard):
+        raise UserError(
+            f"model.parametrization={config.parametrization.kind}: no family multiplies as it does"
+        )
+    same = dataclasses.replace(canonical(config), dropout=0.0, dtype="float32")
+    unlike = {}
+    for family in [FAMILIES[name]] if name else FAMILIES.values():
+        json = family.write(same)
+        try:
+            read = family.read(json)
+        except UserError as error:
+            unlike[family.name] = [str(error)]
+            continue
+        fields = [field.name for field in dataclasses.fields(same)]
+        different = [field for field in fields if getattr(read, field) != getattr(same, field)]
+        if not different:
+            return family, json
+        unlike[family.name] = [f"model.{field}={getattr(config, field)}" for field in different]
+    nearest = min(unlike, key=lambda name: len(unlike[name]))
+    raise UserError(f"no known family is this model; {nearest} differs in {', '.join(unlike[nearest])}")

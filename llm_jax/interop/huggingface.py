@@ -1,0 +1,183 @@
+"""Models in Hugging Face's format: `config.json`, safetensors in one file or in shards, tokenizer files.
+
+config, params, tokenizer = huggingface.load("path/to/Qwen3-0.6B")
+huggingface.save("out", config, params, tokenizer)      # opens in transformers
+"""
+
+import dataclasses
+import json
+import pathlib
+import re
+import shutil
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+from jax.sharding import Mesh
+
+from llm_jax.config import UserError
+from llm_jax.interop import families, tensors
+from llm_jax.interop import tokenizer as tokenizers
+from llm_jax.interop.tokenizer import Portable
+from llm_jax.models import Params
+from llm_jax.models.positions import Learned
+from llm_jax.models.transformer import Transformer
+
+DTYPES = {"BF16": jnp.bfloat16, "F32": jnp.float32, "F16": jnp.float32, "F64": jnp.float32}
+
+
+class Loaded(NamedTuple):
+    """A model from a file; tokenizer is None where there was none."""
+
+    config: Transformer
+    params: Params
+    tokenizer: Portable | None
+
+
+def load(directory: str | pathlib.Path, mesh: Mesh | None = None) -> Loaded:
+    """The model in a directory, its parameters sent to the mesh (by default one device) tensor by tensor.
+
+    bfloat16 stays, in parameters and computing; other types become float32. Raises UserError for an
+    architecture that isn't known, a damaged file, and tensors that don't fit the config or are left over.
+    """
+    folder = pathlib.Path(directory).expanduser()
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: no config.json there; give a directory in Hugging Face's format")
+    try:
+        facts = json.loads((folder / "config.json").read_text())
+    except ValueError as error:
+        raise UserError(f"{folder}/config.json: not JSON: {error}") from None
+    family = families.of(facts)
+    config, shards = family.read(facts), Shards(folder, family)
+    if config.tied:
+        shards.where.pop("lm_head.weight", None)
+    dtype = shards.dtype()
+    params = tensors.load(shards, family.tensors, config, dtype, mesh)
+    tokenizer = tokenizers.read(folder, facts.get("max_position_embeddings") or facts.get("n_positions"))
+    return Loaded(dataclasses.replace(config, dtype=jnp.dtype(dtype).name), params, tokenizer)
+
+
+def save(
+    directory: str | pathlib.Path,
+    config: Transformer,
+    params: Params,
+    tokenizer: Portable | None = None,
+    family: str | None = None,
+    shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Writes a directory that `load` and transformers read; it must not exist.
+
+    tokenizer: a `Portable`, or a codec of `data/tokenizers.py`. family: by default the first that can be this
+    model. Raises UserError if none can.
+    """
+    folder = pathlib.Path(directory).expanduser()
+    if folder.exists():
+        raise UserError(f"{folder} exists; give another directory")
+    chosen, facts = families.fitting(config, family)
+    dtypes = {leaf.dtype.name for leaf in jax.tree.leaves(params)}
+    name = "bfloat16" if dtypes == {"bfloat16"} else "float32"
+    tokenizer = None if tokenizer is None else tokenizers.of(tokenizer)
+    context = (tokenizer and tokenizer.context) or getattr(config.positions, "length", 2048)
+    facts |= {"dtype": name, "torch_dtype": name, "use_cache": True}
+    if not isinstance(config.positions, Learned):
+        facts["max_position_embeddings"] = context
+    facts |= tokenizers.ids(tokenizer) if tokenizer else {}
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    _write_shards(partial, tensors.save(params, chosen.tensors, config), shard_bytes)
+    if tokenizer:
+        tokenizers.write(tokenizer, partial)
+    (partial / "config.json").write_text(json.dumps(facts, indent=2))
+    partial.rename(folder)
+
+
+class Shards:
+    """The safetensors of a directory as one file."""
+
+    def __init__(self, folder: pathlib.Path, family: families.Family) -> None:
+        self.source = str(folder)
+        index = folder / "model.safetensors.index.json"
+        if index.is_file():
+            try:
+                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            except (ValueError, KeyError, AttributeError):
+                raise UserError(f"{index}: not an index of shards: no weight_map") from None
+            if missing := [name for name in names if not (folder / name).is_file()]:
+                raise UserError(f"{index} names {', '.join(missing)}, not in {folder}")
+        else:
+            names = [path.name for path in sorted(folder.glob("*.safetensors"))]
+        if not names:
+            pickled = [path.name for ending in ("bin", "pt", "pth") for path in folder.glob(f"*.{ending}")]
+            why = (
+                f"{pickled[0]} is pickled, and a pickle runs whatever code it holds"
+                if pickled
+                else "none here"
+            )
+            raise UserError(f"{folder}: weights are read from *.safetensors only; {why}")
+        self.where: dict[str, tuple[str, pathlib.Path]] = {}  # our name -> (name in the file, file)
+        self.files = {}
+        wanted = tuple({entry.name.split("{")[0] for entry in family.tensors.values()})
+        for path in (folder / name for name in names):
+            try:
+                self.files[path] = safetensors.safe_open(path, framework="np")
+            except (safetensors.SafetensorError, OSError) as error:
+                raise UserError(f"{path}: not a whole safetensors file: {error}") from None
+            for name in self.files[path].offset_keys():
+                if re.fullmatch(family.ignored, name) or re.fullmatch(family.ignored, f".{name}"):
+                    continue
+                whole = name if name.startswith(wanted) else family.prefix + name
+                self.where[whole if whole.startswith(wanted) else name] = (name, path)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(self._slice(name).get_shape()) for name in self.where}
+
+    def dtype(self) -> jnp.dtype:
+        """bfloat16 if all tensors are, else float32."""
+        kinds = {self._slice(name).get_dtype(): name for name in self.where}
+        if strange := kinds.keys() - DTYPES:
+            kind = min(strange)
+            raise UserError(f"{self.source}: {kinds[kind]} is {kind}; {', '.join(DTYPES)} are read")
+        return jnp.bfloat16 if kinds.keys() == {"BF16"} else jnp.float32
+
+    def read(self, name: str) -> np.ndarray:
+        inside, path = self.where[name]
+        return self.files[path].get_tensor(inside)
+
+    def _slice(self, name: str):
+        inside, path = self.where[name]
+        return self.files[path].get_slice(inside)
+
+
+def _write_shards(folder: pathlib.Path, named: Iterator[tuple[str, np.ndarray]], shard_bytes: int) -> None:
+    """model.safetensors, or shards of at most about `shard_bytes` with their index."""
+    shards: list[list[str]] = []
+    held: dict[str, np.ndarray] = {}
+    total = 0
+
+    def flush() -> None:
+        path = folder / f"shard-{len(shards)}"
+        safetensors.numpy.save_file(held, path, metadata={"format": "pt"})
+        shards.append(list(held))
+        held.clear()
+
+    for name, array in named:
+        if held and sum(one.nbytes for one in held.values()) + array.nbytes > shard_bytes:
+            flush()
+        held[name] = array
+        total += array.nbytes
+    flush()
+    if len(shards) == 1:
+        (folder / "shard-0").rename(folder / "model.safetensors")
+        return
+    where = {}
+    for number, names in enumerate(shards):
+        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"shard-{number}").rename(folder / file)
+        where |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total}, "weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))

@@ -1,0 +1,204 @@
+"""A tokenizer as other tools keep it: a `tokenizer.json`, its special tokens, the chat template."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
+
+from llm_jax.config import UserError
+from llm_jax.data.tokenizers import Bytes, HuggingFaceCodec, SentencePieceCodec
+
+ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
+SPACE = "\u2581"  # SentencePiece's sign for a space
+END = "<|endoftext|>"  # what an eot without a name is called
+
+
+@dataclasses.dataclass(frozen=True)
+class Portable:
+    """A tokenizer that travels with a model.
+
+    data: the text of its tokenizer.json. special: tokens by role (bos_token, eos_token, …). stops: ids at
+    which an answer ends. context: how many tokens the model was made for.
+    """
+
+    data: str
+    special: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    stops: tuple[int, ...] = ()
+    chat_template: str | None = None
+    context: int | None = None
+
+    def __post_init__(self) -> None:
+        try:
+            object.__setattr__(self, "_tokenizer", tokenizers.Tokenizer.from_str(self.data))
+        except Exception as error:  # the library raises bare exceptions
+            raise UserError(f"not a tokenizer.json: {error}") from None
+
+    @property
+    def vocabulary(self) -> int:
+        return self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+    def id_of(self, role: str) -> int | None:
+        """The id of the special token in a role, such as eos_token."""
+        token = self.special.get(role)
+        return None if token is None else self._tokenizer.token_to_id(token)
+
+    def encode(self, text: str, special: bool = True) -> np.ndarray:
+        """Token ids; a special token's name in the text is that token; `special` adds what a text begins with."""
+        return np.array(self._tokenizer.encode(text, add_special_tokens=special).ids, np.int32)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens left out."""
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def codec(self) -> HuggingFaceCodec:
+        """The same tokenizer for data: eos is eot, and names of special tokens in a text are text."""
+        return HuggingFaceCodec(self.data.encode(), "tokenizer.json", self.special.get("eos_token"))
+
+
+# ---- Hugging Face's files ----
+
+
+def read(folder: pathlib.Path, context: int | None) -> Portable | None:
+    """The tokenizer in a directory, if there is one; a SentencePiece `tokenizer.model` is converted."""
+    facts = _json(folder / "special_tokens_map.json") | _json(folder / "tokenizer_config.json")
+    special = {role: _content(facts[role]) for role in ROLES if facts.get(role)}
+    if (folder / "tokenizer.json").is_file():
+        found = Portable((folder / "tokenizer.json").read_text(), special)
+    elif (folder / "tokenizer.model").is_file():
+        found = of_sentencepiece((folder / "tokenizer.model").read_bytes())
+    else:
+        return None
+    generation = _json(folder / "generation_config.json") or _json(folder / "config.json")
+    stops = generation.get("eos_token_id")
+    stops = [found.id_of("eos_token")] if stops is None else stops if isinstance(stops, list) else [stops]
+    template = facts.get("chat_template")
+    if isinstance(template, list):  # several by name
+        template = next((one["template"] for one in template if one["name"] == "default"), None)
+    if (folder / "chat_template.jinja").is_file():
+        template = (folder / "chat_template.jinja").read_text()
+    stops = tuple(stop for stop in stops if stop is not None)
+    return dataclasses.replace(found, stops=stops, chat_template=template, context=context)
+
+
+def write(tokenizer: Portable, folder: pathlib.Path) -> None:
+    """The files that `read` and transformers read."""
+    facts: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **tokenizer.special}
+    if tokenizer.context:
+        facts["model_max_length"] = tokenizer.context
+    if tokenizer.chat_template:
+        facts["chat_template"] = tokenizer.chat_template  # for older readers
+        (folder / "chat_template.jinja").write_text(tokenizer.chat_template)
+    (folder / "tokenizer.json").write_text(tokenizer.data)
+    (folder / "tokenizer_config.json").write_text(json.dumps(facts, indent=2))
+    (folder / "special_tokens_map.json").write_text(json.dumps(dict(tokenizer.special), indent=2))
+    (folder / "generation_config.json").write_text(json.dumps(ids(tokenizer), indent=2))
+
+
+def ids(tokenizer: Portable) -> dict[str, Any]:
+    """The keys of special ids in config.json and generation_config.json."""
+    stops = list(tokenizer.stops)
+    said = {f"{role}_id": tokenizer.id_of(role) for role in ROLES[:3]}
+    return said | ({"eos_token_id": stops[0] if len(stops) == 1 else stops} if stops else {})
+
+
+def _json(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON: {error}") from None
+
+
+def _content(token: str | dict[str, Any]) -> str:
+    return token["content"] if isinstance(token, dict) else token
+
+
+# ---- from tokenizers of this house ----
+
+
+def of(codec: Any) -> Portable:
+    """The portable form of a codec of `data/tokenizers.py`; eot becomes the eos token."""
+    if isinstance(codec, Portable):
+        return codec
+    if isinstance(codec, Bytes):
+        return of_bytes()
+    if isinstance(codec, SentencePieceCodec):
+        return of_sentencepiece(codec.model)
+    tokenizer = tokenizers.Tokenizer.from_str(codec.data)
+    name = tokenizer.id_to_token(codec.eot) or END
+    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False)])
+    return Portable(tokenizer.to_str(), {"eos_token": name}, (codec.eot,))
+
+
+def of_bytes() -> Portable:
+    """Each byte a token, in the alphabet of byte-level BPE without merges."""
+    signs = _byte_signs()
+    tokenizer = tokenizers.Tokenizer(models.BPE({signs[byte]: byte for byte in range(256)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(END, special=True, normalized=False)])
+    return Portable(tokenizer.to_str(), {"eos_token": END}, (Bytes.eot,))
+
+
+def _byte_signs() -> list[str]:
+    """The character that stands for each byte (GPT-2): itself where it is printable, else one from 256 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
+def of_sentencepiece(model: bytes) -> Portable:
+    """A SentencePiece model (BPE or unigram) as a tokenizer.json."""
+    from sentencepiece import sentencepiece_model_pb2 as proto
+
+    parsed = proto.ModelProto.FromString(model)
+    kinds, spec = proto.ModelProto.SentencePiece, parsed.trainer_spec
+    pieces = [(piece.piece, piece.score) for piece in parsed.pieces]
+    tokenizer = spell(
+        pieces, spec.unk_id, spec.model_type == spec.BPE, prefix=parsed.normalizer_spec.add_dummy_prefix
+    )
+    if charsmap := parsed.normalizer_spec.precompiled_charsmap:
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Precompiled(charsmap), tokenizer.normalizer])
+    named = [p for p in parsed.pieces if p.type in (kinds.CONTROL, kinds.USER_DEFINED, kinds.UNKNOWN)]
+    for piece in named:
+        token = AddedToken(piece.piece, normalized=False, special=piece.type != kinds.USER_DEFINED)
+        tokenizer.add_tokens([token])
+    roles = {
+        "bos_token": spec.bos_id,
+        "eos_token": spec.eos_id,
+        "pad_token": spec.pad_id,
+        "unk_token": spec.unk_id,
+    }
+    special = {role: parsed.pieces[number].piece for role, number in roles.items() if number >= 0}
+    return Portable(tokenizer.to_str(), special, (spec.eos_id,) if spec.eos_id >= 0 else ())
+
+
+def spell(pieces: list[tuple[str, float]], unknown: int, bpe: bool, prefix: bool) -> tokenizers.Tokenizer:
+    """SentencePiece's pieces with their scores as a tokenizer that spells what it doesn't know in bytes."""
+    if bpe:
+        vocabulary = {piece: number for number, (piece, _) in enumerate(pieces)}
+        merges = []
+        for piece, score in pieces:
+            halves = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
+            merges += [(-score, *half) for half in halves if half[0] in vocabulary and half[1] in vocabulary]
+        merges.sort(key=lambda merge: merge[0])  # the best first; equal ones in the order of pieces
+        model = models.BPE(
+            vocabulary,
+            [(left, right) for _, left, right in merges],
+            unk_token=pieces[unknown][0],
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    else:
+        model = models.Unigram(pieces, unk_id=unknown, byte_fallback=True)
+    tokenizer = tokenizers.Tokenizer(model)
+    spaces = normalizers.Replace(" ", SPACE)
+    first = [normalizers.Prepend(SPACE)] if prefix else []
+    tokenizer.normalizer = normalizers.Sequence([*first, spaces])
+    steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence(steps + [decoders.Strip(" ", 1, 0)] * prefix)
+    return tokenizer

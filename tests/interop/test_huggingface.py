@@ -1,0 +1,269 @@
+"""Every family's logits are those of transformers, and what is saved is what was loaded."""
+
+import functools
+import json
+import re
+import shutil
+import tracemalloc
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+import safetensors.numpy
+from reference import FIXTURES, MODELS
+
+from llm_jax.config import UserError
+from llm_jax.interop import families, huggingface, tokenizer
+from llm_jax.models.parametrization import MuP
+from llm_jax.models.positions import Sinusoidal
+from llm_jax.models.transformer import Transformer
+from llm_jax.sharding import MeshConfig, make_mesh
+
+each_family = pytest.mark.parametrize("name", MODELS)
+TOLERANCE = 2e-4
+
+
+def logits(config, params, tokens):
+    model = config.build()
+    run = jax.jit(lambda p, t: model.unembed(p, model.apply(p, {"tokens": t}, None).hidden))
+    return np.asarray(run(params, jnp.asarray(tokens)))
+
+
+@functools.cache
+def loaded(name):
+    return huggingface.load(FIXTURES / name)
+
+
+def same_tree(one, other):
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+@each_family
+def test_logits_are_those_that_transformers_computed(name):
+    config, params, _ = loaded(name)
+    expected = np.load(FIXTURES / name / "expected.npz")
+    np.testing.assert_allclose(
+        logits(config, params, expected["tokens"]), expected["logits"], rtol=0, atol=TOLERANCE
+    )
+
+
+@each_family
+def test_what_is_saved_has_the_tensors_and_the_config_of_what_was_loaded(name, tmp_path):
+    config, params, _ = loaded(name)
+    kind = json.loads((FIXTURES / name / "config.json").read_text())["model_type"]
+    huggingface.save(tmp_path / "out", config, params, family=kind)
+    before = safetensors.numpy.load_file(FIXTURES / name / "model.safetensors")
+    same_tree(safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors"), before)
+    facts = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert families.of(facts).read(facts) == config
+
+
+@each_family
+def test_transformers_agrees_on_what_it_saves_and_on_what_is_saved_here(name, tmp_path):
+    pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    theirs, tokens = reference.build(name, seed=1), reference.tokens()
+    theirs.save_pretrained(tmp_path / "theirs")
+    config, params, _ = huggingface.load(tmp_path / "theirs")
+    expected = reference.logits(theirs, tokens)
+    np.testing.assert_allclose(logits(config, params, tokens), expected, rtol=0, atol=TOLERANCE)
+    huggingface.save(tmp_path / "ours", config, params)
+    again, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", output_loading_info=True, **reference.EAGER
+    )
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    np.testing.assert_allclose(reference.logits(again.eval(), tokens), expected, rtol=0, atol=TOLERANCE)
+
+
+def test_fixtures_say_by_what_they_were_computed():
+    assert {"torch", "transformers"} == json.loads((FIXTURES / "versions.json").read_text()).keys()
+
+
+def changed(tmp_path, name="llama", tensors=None, **keys):
+    """A copy of a fixture with other keys (None: without) in its config, or other tensors."""
+    folder = tmp_path / "model"
+    shutil.copytree(FIXTURES / name, folder)
+    facts = json.loads((folder / "config.json").read_text()) | keys
+    facts = {key: value for key, value in facts.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(facts))
+    if tensors is not None:
+        safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def tensors_of(name="llama"):
+    return safetensors.numpy.load_file(FIXTURES / name / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        (
+            "llama",
+            {
+                "rope_theta": 1000.0,
+                "rope_scaling": {k: v for k, v in reference.LLAMA3.items() if k != "rope_theta"},
+            },
+        ),
+        (
+            "gemma3",
+            {
+                "rope_theta": 1000.0,
+                "rope_local_base_freq": 100.0,
+                "rope_scaling": {"type": "linear", "factor": 2.0},
+                "layer_types": None,
+                "sliding_window_pattern": 3,
+            },
+        ),
+        ("qwen2", {"layer_types": None, "rope_theta": 10_000}),
+        ("smollm3", {"no_rope_layers": None, "layer_types": None, "rope_theta": 2e6}),
+    ],
+)
+def test_configs_in_the_older_spelling_mean_the_same(name, keys, tmp_path):
+    folder = changed(tmp_path, name, rope_parameters=None, **keys)
+    facts = json.loads((folder / "config.json").read_text())
+    assert families.of(facts).read(facts) == huggingface.dataclasses.replace(loaded(name).config)
+
+
+def test_bfloat16_stays_and_float16_becomes_float32(tmp_path):
+    tensors = {name: tensor.astype(jnp.bfloat16) for name, tensor in tensors_of().items()}
+    config, params, _ = huggingface.load(changed(tmp_path, tensors=tensors))
+    assert config.dtype == "bfloat16" and {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.bfloat16}
+    huggingface.save(tmp_path / "out", config, params)
+    same_tree(safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors"), tensors)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    half = {name: tensor.astype(np.float16) for name, tensor in tensors_of().items()}
+    shutil.rmtree(tmp_path / "model")
+    config, params, _ = huggingface.load(changed(tmp_path, tensors=half))
+    assert config.dtype == "float32" and {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.float32}
+
+
+def test_shards_and_a_mesh_of_eight_devices_change_nothing(tmp_path):
+    config, params, _ = loaded("olmoe")
+    huggingface.save(tmp_path / "out", config, params, shard_bytes=20_000)
+    assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 2
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    spread = huggingface.load(tmp_path / "out", mesh)
+    same_tree(spread.params, params)
+    assert not spread.params["body"]["0"]["mixer"]["query"].sharding.is_fully_replicated
+    with jax.set_mesh(mesh):
+        expected = np.load(FIXTURES / "olmoe" / "expected.npz")
+        got = logits(config, spread.params, expected["tokens"])
+    np.testing.assert_allclose(got, expected["logits"], rtol=0, atol=TOLERANCE)
+
+
+def test_the_host_holds_one_tensor_at_a_time(tmp_path):
+    config = Transformer(layers=12, width=128, heads=4, vocabulary=64)
+    params = jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape), jax.eval_shape(config.build().init, jax.random.key(0))
+    )
+    huggingface.save(tmp_path / "out", config, params)
+    largest = 4 * config.width * config.size_of_mlp
+    whole = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    huggingface.load(tmp_path / "out")  # compiles
+    tracemalloc.start()
+    huggingface.load(tmp_path / "out")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * largest + 1_000_000 < whole / 2
+
+
+def test_names_without_the_model_s_prefix_and_buffers_of_older_files_are_read(tmp_path):
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors_of("gpt2").items()}
+    tensors |= {"h.0.attn.bias": np.ones((1, 1, 24, 24), np.float32), "lm_head.weight": tensors["wte.weight"]}
+    found = huggingface.load(changed(tmp_path, "gpt2", tensors=tensors))
+    same_tree(found.params, loaded("gpt2").params)
+
+
+def test_a_model_of_this_house_is_saved_as_what_it_is(tmp_path):
+    rows = {
+        "llama": Transformer(vocabulary=40),
+        "qwen3": Transformer(vocabulary=40, qk_norm=True),
+        "mistral": Transformer(vocabulary=40, windows=(16,)),
+        "smollm3": Transformer(vocabulary=40, rotations=(Transformer().positions, None)),
+    }
+    for name, config in rows.items():
+        assert families.fitting(config)[0].name == name
+    for config, says in [
+        (Transformer(vocabulary=40, norm_position="post"), "norm_position=post"),
+        (Transformer(vocabulary=40, positions=Sinusoidal()), "differs in model.positions"),
+        (Transformer(vocabulary=40, parametrization=MuP()), "parametrization=mup"),
+    ]:
+        with pytest.raises(UserError, match=says):
+            huggingface.save(tmp_path / "out", config, {})
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_loaded_is_one_clear_line(tmp_path):
+    def fails(says, folder):
+        with pytest.raises(UserError, match=says) as error:
+            huggingface.load(folder)
+        assert "\n" not in str(error.value)
+        shutil.rmtree(folder, ignore_errors=True)
+
+    fails("no config.json there", tmp_path / "nothing")
+    fails(
+        "no architecture 'BertModel' here; there are: LlamaForCausalLM",
+        changed(tmp_path, architectures=["BertModel"]),
+    )
+    fails("has no 'num_hidden_layers'", changed(tmp_path, num_hidden_layers=None))
+    fails("no 'vocab_size'|vocabulary", changed(tmp_path, vocab_size=None))
+    fails("hidden_act='relu' of config.json is not known here; silu", changed(tmp_path, hidden_act="relu"))
+    fails("rope_type='longrope'", changed(tmp_path, rope_parameters={"rope_type": "longrope"}))
+    fails("partial_rotary_factor", changed(tmp_path, partial_rotary_factor=0.5))
+    fails("clip_qkv=3 is not known here", changed(tmp_path, "olmoe", clip_qkv=3))
+    fails("is not an integer", changed(tmp_path, num_hidden_layers="two"))
+    fails(
+        r"mlp.gate_proj.weight is \(20, 24\), and by the config it is \(21, 24\)",
+        changed(tmp_path, intermediate_size=21),
+    )
+    tensors = tensors_of()
+    missing = {name: tensor for name, tensor in tensors.items() if name != "model.norm.weight"}
+    fails("1 tensors missing: model.norm.weight", changed(tmp_path, tensors=missing))
+    stray = tensors | {"vision.weight": np.ones(2, np.float32)}
+    fails("1 tensors without a use: vision.weight", changed(tmp_path, tensors=stray))
+    whole = tensors | {"model.norm.weight": np.ones(24, np.int32)}
+    fails("model.norm.weight is I32; BF16, F32", changed(tmp_path, tensors=whole))
+    folder = changed(tmp_path)
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    fails("model.safetensors: not a whole safetensors file", folder)
+    folder = changed(tmp_path)
+    (folder / "model.safetensors").write_bytes(b"GGUF" + bytes(100))
+    fails("not a whole safetensors file", folder)
+    folder = changed(tmp_path)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-2.safetensors"}}')
+    fails("names model-2.safetensors, not in", folder)
+    folder = changed(tmp_path)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    fails("pytorch_model.bin is pickled, and a pickle runs whatever code it holds", folder)
+    folder = changed(tmp_path)
+    (folder / "config.json").write_text("{")
+    fails("config.json: not JSON", folder)
+    folder = changed(tmp_path)
+    (folder / "tokenizer.json").write_text("{}")
+    fails("not a tokenizer.json", folder)
+    with pytest.raises(UserError, match=re.escape(f"{tmp_path} exists")):
+        huggingface.save(tmp_path, *loaded("llama")[:2])
+
+
+def test_a_trained_tokenizer_and_chat_template_open_in_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    from llm_jax.data.tokenizers import Bytes
+
+    config, params, _ = loaded("smollm2")
+    config = huggingface.dataclasses.replace(config, vocabulary=257)
+    params = config.build().init(jax.random.key(0))
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    portable = huggingface.dataclasses.replace(tokenizer.of(Bytes()), chat_template=template, context=99)
+    huggingface.save(tmp_path / "out", config, params, portable)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    text = "naïve\r\n  ☕ <|endoftext|>"
+    ours = huggingface.load(tmp_path / "out").tokenizer
+    assert theirs(text).input_ids == ours.encode(text).tolist() == [*text[:-13].encode(), 256]
+    assert ours.decode(ours.encode(text)) == text[:-13] and theirs.model_max_length == ours.context == 99
+    assert theirs.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "<user>hi"
+    assert ours.stops == (256,) and theirs.eos_token_id == 256 and ours.chat_template == template
+    assert ours.codec().encode(text).tolist() == list(text.encode())
