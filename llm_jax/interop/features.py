@@ -26,8 +26,11 @@ class Feature(NamedTuple):
     write: Callable[[Transformer], Json]
 
 
-def renamed(names: Mapping[str, str]) -> Feature:
-    """Keys that are fields under another name."""
+def renamed(names: Mapping[str, str], optional: Sequence[str] = ()) -> Feature:
+    """Keys that are fields under another name; optional: those that may be left out."""
+
+    def read(json: Json) -> Fields:
+        return {path: json[key] for key, path in names.items() if key in json or key not in optional}
 
     def write(config: Transformer) -> Json:
         said = {}
@@ -38,7 +41,7 @@ def renamed(names: Mapping[str, str]) -> Feature:
                 said[key] = getattr(holder, field)
         return said
 
-    return Feature(lambda json: {path: json[key] for key, path in names.items() if key in json}, write)
+    return Feature(read, write)
 
 
 def shortest(pattern: Sequence[Any]) -> tuple[Any, ...]:
@@ -62,7 +65,8 @@ SIZES = renamed(
         "vocab_size": "vocabulary",
         "tie_word_embeddings": "tied",
         "rms_norm_eps": "norm.epsilon",
-    }
+    },
+    optional=("num_key_value_heads", "head_dim"),
 )
 
 GPT2_SIZES = renamed(
@@ -74,7 +78,8 @@ GPT2_SIZES = renamed(
         "vocab_size": "vocabulary",
         "layer_norm_epsilon": "norm.epsilon",
         "tie_word_embeddings": "tied",
-    }
+    },
+    optional=("n_inner",),
 )
 
 LEARNED = Feature(
@@ -152,7 +157,7 @@ def _write_stretch(stretch: Stretch) -> Json:
         said |= {"low_freq_factor": stretch.low, "high_freq_factor": stretch.high}
     if isinstance(stretch, Yarn):
         said |= {"beta_fast": stretch.fast, "beta_slow": stretch.slow, "truncate": stretch.whole}
-        said["attention_factor"] = stretch.amplitude()
+        said |= {} if stretch.magnitude is None else {"attention_factor": stretch.magnitude}
     return said
 
 
@@ -271,7 +276,8 @@ WINDOWS = Feature(_read_windows, _write_windows)
 
 # ---- scores ----
 
-CAPS = renamed({"attn_logit_softcapping": "attention.softcap", "final_logit_softcapping": "softcap"})
+_CAPS = {"attn_logit_softcapping": "attention.softcap", "final_logit_softcapping": "softcap"}
+CAPS = renamed(_CAPS, optional=tuple(_CAPS))
 QUERY_SCALE = Feature(
     lambda json: {"attention.scale": json["query_pre_attn_scalar"] ** -0.5},
     lambda config: {
@@ -292,7 +298,8 @@ def experts(count: str, width: str, renormalise: str | None = "norm_topk_prob") 
     """Top-k routing under the family's names of the fields; renormalise: None if it always does."""
     names = {count: "experts.count", "num_local_experts": "experts.count"}  # the newer name prevails
     names |= {width: "experts.width", "num_experts_per_tok": "experts.active"}
-    return renamed(names | ({renormalise: "experts.renormalise"} if renormalise else {}))
+    names |= {renormalise: "experts.renormalise"} if renormalise else {}
+    return renamed(names, optional=("num_local_experts",))
 
 
 def _read_sparse(json: Json) -> Fields:

@@ -85,7 +85,7 @@ def save(
     facts |= {"dtype": name, "torch_dtype": name, "use_cache": True}
     if not isinstance(config.positions, Learned):
         facts["max_position_embeddings"] = context
-    facts |= tokenizers.ids(tokenizer) if tokenizer else {}
+    facts |= tokenizers.ids(tokenizer)
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -25,14 +25,18 @@ Sizes = dict[str, int]
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """Where a parameter stands in a file; part (i, n): the i-th of n equal parts of the tensor's last axis.
+    """Where a parameter stands in a file.
 
-    In the name, {layer} and {expert} are numbers: such a tensor is one slice of the stacked parameter.
+    In the name, {layer} and {expert} are numbers: such a tensor is one slice of the stacked parameter. part
+    (i, n): it is the i-th of n equal parts of the tensor along `axis`. more: how much more than here is
+    written there.
     """
 
     name: str
     pattern: str
     part: tuple[int, int] = (0, 1)
+    axis: int = -1
+    more: float = 0.0
 
     def sides(self) -> tuple[list[list[str]], list[list[str]]]:
         """The groups of letters in the file and here."""
@@ -40,16 +44,20 @@ class Entry:
         return _groups(there), _groups(here or there)
 
     def shape(self, sizes: Sizes) -> tuple[int, ...]:
-        """The shape of this part in the file."""
-        return _shape(self.sides()[0], sizes)
+        """The shape of the whole tensor in the file."""
+        shape = list(_shape(self.sides()[0], sizes))
+        shape[self.axis] *= self.part[1]
+        return tuple(shape)
 
-    def read(self, array: np.ndarray, sizes: Sizes) -> np.ndarray:
-        """The parameter in a part of a file's tensor."""
-        return _rearrange(array, *self.sides(), sizes)
+    def read(self, tensor: np.ndarray, sizes: Sizes) -> np.ndarray:
+        """The parameter in a file's tensor."""
+        index, parts = self.part
+        array = np.split(tensor, parts, self.axis)[index]
+        return _rearrange(array - np.float32(self.more) if self.more else array, *self.sides(), sizes)
 
     def write(self, array: np.ndarray, sizes: Sizes) -> np.ndarray:
-        """The inverse of `read`."""
-        return _rearrange(array, *self.sides()[::-1], sizes)
+        """The inverse of `read`, for this part."""
+        return _rearrange(array + np.float32(self.more) if self.more else array, *self.sides()[::-1], sizes)
 
 
 Table = Mapping[str, Entry]

@@ -1,13 +1,12 @@
 """Parameters from a file's tensors and back, one tensor in host memory at a time."""
 
-import functools
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from llm_jax.config import UserError
 from llm_jax.interop.layouts import Piece, Table, plan, sizes_of
@@ -33,31 +32,30 @@ class Reader(Protocol):
 def load(
     reader: Reader, table: Table, config: Transformer, dtype: jnp.dtype, mesh: Mesh | None = None
 ) -> Params:
-    """The parameters of `config` on the mesh (by default one device), each slice sent there as it is read.
+    """The parameters of `config` on the mesh (by default one device), each tensor sent there as it is read.
 
+    Beside them at most one parameter is held twice, on its devices.
     Raises UserError that lists tensors without a use, parameters without a tensor, and shapes that don't fit.
     """
     model, sizes = config.build(), sizes_of(config)
     wanted = plan(table, config, model)
     _check(reader, wanted, config)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
-    axes = jax.tree.map(lambda role: role.axes, model.roles(shapes))
+    roles = dict(_leaves(model.roles(shapes)))
     mesh = mesh or make_mesh(MeshConfig(data=1), jax.local_devices()[:1])
-    placed = dict(_leaves(shardings(shapes, axes, mesh)))
-    named_axes = dict(_leaves(axes, is_leaf=lambda leaf: isinstance(leaf, tuple)))
-    stacks, filled = dict(_leaves(shapes)), {}
+    slices: dict[tuple[str, ...], list[tuple[str, Piece]]] = {}
     for name, pieces in wanted.items():
-        tensor = reader.read(name)
         for piece in pieces:
-            part, parts = piece.entry.part
-            array = piece.entry.read(np.split(tensor, parts, axis=-1)[part], sizes).astype(dtype)
-            inner = named_axes[piece.path][len(piece.index) :]
-            there = shardings(array, inner, mesh)
-            array = jax.make_array_from_callback(array.shape, there, lambda index, a=array: a[index])
-            if piece.index and piece.path not in filled:
-                empty = functools.partial(jnp.zeros, stacks[piece.path].shape, dtype)
-                filled[piece.path] = jax.jit(empty, out_shardings=placed[piece.path])()
-            filled[piece.path] = _put(filled[piece.path], array, piece.index) if piece.index else array
+            slices.setdefault(piece.path, []).append((name, piece))
+    filled = {}
+    for path, leaf in _leaves(shapes):
+        axes, arrays = roles[path].axes, []
+        for name, piece in sorted(slices[path], key=lambda named: named[1].index):
+            array = piece.entry.read(reader.read(name), sizes).astype(dtype)
+            place = shardings(array, axes[len(piece.index) :], mesh)
+            arrays.append(jax.make_array_from_callback(array.shape, place, lambda at, a=array: a[at]))
+        place = shardings(jax.ShapeDtypeStruct(leaf.shape, dtype), axes, mesh)
+        filled[path] = _stack(arrays, leaf.shape, place) if slices[path][0][1].index else arrays[0]
     return _tree(filled)
 
 
@@ -67,7 +65,7 @@ def save(params: Params, table: Table, config: Transformer) -> Iterator[tuple[st
     for name, pieces in plan(table, config, config.build()).items():
         pieces = sorted(pieces, key=lambda piece: piece.entry.part)
         parts = [piece.entry.write(np.asarray(leaves[piece.path][piece.index]), sizes) for piece in pieces]
-        yield name, np.concatenate(parts, axis=-1) if len(parts) > 1 else np.ascontiguousarray(parts[0])
+        yield name, np.ascontiguousarray(np.concatenate(parts, axis=pieces[0].entry.axis))
 
 
 def _check(reader: Reader, wanted: Plan, config: Transformer) -> None:
@@ -78,8 +76,7 @@ def _check(reader: Reader, wanted: Plan, config: Transformer) -> None:
         said = [f"{len(names)} tensors {what}: {_some(names)}" for what, names in words if names]
         raise UserError(f"{reader.source} and its config don't fit: {'; '.join(said)}")
     for name, pieces in wanted.items():
-        *lead, last = pieces[0].entry.shape(sizes)
-        if shapes[name] != (right := (*lead, last * pieces[0].entry.part[1])):
+        if shapes[name] != (right := pieces[0].entry.shape(sizes)):
             raise UserError(f"{reader.source}: {name} is {shapes[name]}, and by the config it is {right}")
 
 
@@ -87,13 +84,12 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _put(stack: jax.Array, array: jax.Array, index: tuple[int, ...]) -> jax.Array:
-    return stack.at[index].set(array)
+def _stack(arrays: list[jax.Array], shape: tuple[int, ...], place: NamedSharding) -> jax.Array:
+    return jax.jit(lambda arrays: jnp.stack(arrays).reshape(shape), out_shardings=place)(arrays)
 
 
-def _leaves(tree: Params, **kwargs) -> list[tuple[tuple[str, ...], jax.Array]]:
-    flat = jax.tree_util.tree_flatten_with_path(tree, **kwargs)[0]
+def _leaves(tree: Params) -> list[tuple[tuple[str, ...], Any]]:
+    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
     return [(tuple(part.key for part in path), leaf) for path, leaf in flat]
 
 

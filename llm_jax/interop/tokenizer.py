@@ -48,7 +48,7 @@ class Portable:
         return None if token is None else self._tokenizer.token_to_id(token)
 
     def encode(self, text: str, special: bool = True) -> np.ndarray:
-        """Token ids; a special token's name in the text is that token; `special` adds what a text begins with."""
+        """Token ids; names of special tokens in the text are they, `special` adds what a text begins with."""
         return np.array(self._tokenizer.encode(text, add_special_tokens=special).ids, np.int32)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -99,8 +99,10 @@ def write(tokenizer: Portable, folder: pathlib.Path) -> None:
     (folder / "generation_config.json").write_text(json.dumps(ids(tokenizer), indent=2))
 
 
-def ids(tokenizer: Portable) -> dict[str, Any]:
-    """The keys of special ids in config.json and generation_config.json."""
+def ids(tokenizer: Portable | None) -> dict[str, Any]:
+    """The keys of special ids in config.json and generation_config.json; null, or a reader takes its own."""
+    if tokenizer is None:
+        return {f"{role}_id": None for role in ROLES[:3]}
     stops = list(tokenizer.stops)
     said = {f"{role}_id": tokenizer.id_of(role) for role in ROLES[:3]}
     return said | ({"eos_token_id": stops[0] if len(stops) == 1 else stops} if stops else {})

@@ -1,5 +1,6 @@
 """Every family's logits are those of transformers, and what is saved is what was loaded."""
 
+import dataclasses
 import functools
 import json
 import re
@@ -16,6 +17,7 @@ from reference import FIXTURES, MODELS
 
 from llm_jax.config import UserError
 from llm_jax.interop import families, huggingface, tokenizer
+from llm_jax.models import Layout
 from llm_jax.models.parametrization import MuP
 from llm_jax.models.positions import Sinusoidal
 from llm_jax.models.transformer import Transformer
@@ -26,7 +28,7 @@ TOLERANCE = 2e-4
 
 
 def logits(config, params, tokens):
-    model = config.build()
+    model = config.build(Layout(unroll=False, attention="reference"))  # the least to compile
     run = jax.jit(lambda p, t: model.unembed(p, model.apply(p, {"tokens": t}, None).hidden))
     return np.asarray(run(params, jnp.asarray(tokens)))
 
@@ -61,20 +63,18 @@ def test_what_is_saved_has_the_tensors_and_the_config_of_what_was_loaded(name, t
 
 
 @each_family
-def test_transformers_agrees_on_what_it_saves_and_on_what_is_saved_here(name, tmp_path):
+def test_transformers_computes_the_same_from_what_is_saved_here(name, tmp_path):
     pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    theirs, tokens = reference.build(name, seed=1), reference.tokens()
-    theirs.save_pretrained(tmp_path / "theirs")
-    config, params, _ = huggingface.load(tmp_path / "theirs")
-    expected = reference.logits(theirs, tokens)
-    np.testing.assert_allclose(logits(config, params, tokens), expected, rtol=0, atol=TOLERANCE)
-    huggingface.save(tmp_path / "ours", config, params)
-    again, report = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "ours", output_loading_info=True, **reference.EAGER
+    config, params, _ = loaded(name)
+    huggingface.save(tmp_path / "out", config, params)
+    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", output_loading_info=True, **reference.EAGER
     )
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    np.testing.assert_allclose(reference.logits(again.eval(), tokens), expected, rtol=0, atol=TOLERANCE)
+    expected = np.load(FIXTURES / name / "expected.npz")
+    got = reference.logits(theirs.eval(), expected["tokens"])
+    np.testing.assert_allclose(got, expected["logits"], rtol=0, atol=TOLERANCE)
 
 
 def test_fixtures_say_by_what_they_were_computed():
@@ -124,20 +124,24 @@ def tensors_of(name="llama"):
 def test_configs_in_the_older_spelling_mean_the_same(name, keys, tmp_path):
     folder = changed(tmp_path, name, rope_parameters=None, **keys)
     facts = json.loads((folder / "config.json").read_text())
-    assert families.of(facts).read(facts) == huggingface.dataclasses.replace(loaded(name).config)
+    assert families.of(facts).read(facts) == loaded(name).config
+
+
+def dtypes(params):
+    return {leaf.dtype.name for leaf in jax.tree.leaves(params)}
 
 
 def test_bfloat16_stays_and_float16_becomes_float32(tmp_path):
     tensors = {name: tensor.astype(jnp.bfloat16) for name, tensor in tensors_of().items()}
     config, params, _ = huggingface.load(changed(tmp_path, tensors=tensors))
-    assert config.dtype == "bfloat16" and {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.bfloat16}
+    assert config.dtype == "bfloat16" and dtypes(params) == {"bfloat16"}
     huggingface.save(tmp_path / "out", config, params)
     same_tree(safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors"), tensors)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
     half = {name: tensor.astype(np.float16) for name, tensor in tensors_of().items()}
     shutil.rmtree(tmp_path / "model")
     config, params, _ = huggingface.load(changed(tmp_path, tensors=half))
-    assert config.dtype == "float32" and {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.float32}
+    assert config.dtype == "float32" and dtypes(params) == {"float32"}
 
 
 def test_shards_and_a_mesh_of_eight_devices_change_nothing(tmp_path):
@@ -154,20 +158,19 @@ def test_shards_and_a_mesh_of_eight_devices_change_nothing(tmp_path):
     np.testing.assert_allclose(got, expected["logits"], rtol=0, atol=TOLERANCE)
 
 
-def test_the_host_holds_one_tensor_at_a_time(tmp_path):
-    config = Transformer(layers=12, width=128, heads=4, vocabulary=64)
+def test_the_host_never_holds_the_model(tmp_path):
+    config = Transformer(layers=24, width=128, heads=4, vocabulary=64)
     params = jax.tree.map(
         lambda leaf: jnp.zeros(leaf.shape), jax.eval_shape(config.build().init, jax.random.key(0))
     )
     huggingface.save(tmp_path / "out", config, params)
-    largest = 4 * config.width * config.size_of_mlp
+    largest = max(leaf.nbytes for leaf in jax.tree.leaves(params))
     whole = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    huggingface.load(tmp_path / "out")  # compiles
     tracemalloc.start()
     huggingface.load(tmp_path / "out")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 4 * largest + 1_000_000 < whole / 2
+    assert peak < 1.2 * largest + 2_000_000 < whole / 2
 
 
 def test_names_without_the_model_s_prefix_and_buffers_of_older_files_are_read(tmp_path):
@@ -209,7 +212,7 @@ def test_what_cannot_be_loaded_is_one_clear_line(tmp_path):
         changed(tmp_path, architectures=["BertModel"]),
     )
     fails("has no 'num_hidden_layers'", changed(tmp_path, num_hidden_layers=None))
-    fails("no 'vocab_size'|vocabulary", changed(tmp_path, vocab_size=None))
+    fails("has no 'vocab_size'", changed(tmp_path, vocab_size=None))
     fails("hidden_act='relu' of config.json is not known here; silu", changed(tmp_path, hidden_act="relu"))
     fails("rope_type='longrope'", changed(tmp_path, rope_parameters={"rope_type": "longrope"}))
     fails("partial_rotary_factor", changed(tmp_path, partial_rotary_factor=0.5))
@@ -254,10 +257,10 @@ def test_a_trained_tokenizer_and_chat_template_open_in_transformers(tmp_path):
     from llm_jax.data.tokenizers import Bytes
 
     config, params, _ = loaded("smollm2")
-    config = huggingface.dataclasses.replace(config, vocabulary=257)
+    config = dataclasses.replace(config, vocabulary=257)
     params = config.build().init(jax.random.key(0))
     template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
-    portable = huggingface.dataclasses.replace(tokenizer.of(Bytes()), chat_template=template, context=99)
+    portable = dataclasses.replace(tokenizer.of(Bytes()), chat_template=template, context=99)
     huggingface.save(tmp_path / "out", config, params, portable)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     text = "naïve\r\n  ☕ <|endoftext|>"
