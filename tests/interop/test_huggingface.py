@@ -219,7 +219,7 @@ def test_what_cannot_be_loaded_is_one_clear_line(tmp_path):
     fails("clip_qkv=3 is not known here", changed(tmp_path, "olmoe", clip_qkv=3))
     fails("is not an integer", changed(tmp_path, num_hidden_layers="two"))
     fails(
-        r"mlp.gate_proj.weight is \(20, 24\), and by the config it is \(21, 24\)",
+        r"mlp.down_proj.weight is \(24, 20\), and by the config it is \(24, 21\)",
         changed(tmp_path, intermediate_size=21),
     )
     tensors = tensors_of()
