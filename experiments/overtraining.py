@@ -44,7 +44,7 @@ class Overtraining(Sweep, kind="overtraining"):
     """At each budget `sizes` models, M = D/N from `lowest` to `highest`; the hold-out has more of both."""
 
     budgets_flops: tuple[float, ...] = (4e9, 8e9, 1.6e10, 3.2e10)
-    holdout_flops: float = 1.3e11
+    holdout_flops: float = 3.2e11
     holdout_ratio: float = 512.0
     shapes: Shapes = shapes((6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40), 2)
     lowest: float = 4.0
@@ -73,8 +73,8 @@ SCALES = {
     "smoke": Overtraining(
         (2e8, 4e8, 8e8), 3.2e9, shapes=shapes((4, 6, 8, 12, 16), 1), sizes=5, minimum_steps=8, bootstrap=200
     ),
-    "gpu": grown((64, 80, 96, 128, 160, 192, 256, 320), 4, 2e13, 4e13, 8e13, 1.6e14, 1.3e15),
-    "full": grown((256, 320, 384, 512, 640, 768, 1024, 1280), 12, 1e17, 3e17, 1e18, 3e18, 3e19),
+    "gpu": grown((64, 80, 96, 128, 160, 192, 256, 320), 4, 2e13, 4e13, 8e13, 1.6e14, 1.6e15),
+    "full": grown((256, 320, 384, 512, 640, 768, 1024, 1280), 12, 1e17, 3e17, 1e18, 3e18, 9e19),
 }
 
 
