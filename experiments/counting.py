@@ -23,6 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from llm_jax.config import UserError
@@ -33,7 +34,7 @@ from llm_jax.optimizers import AdamW
 from llm_jax.run import Run, Sweep
 from llm_jax.scaling import page, plots
 from llm_jax.scaling.embeddings import OMEGA_PER_TOKEN, Recount, local_exponent, recount
-from llm_jax.scaling.page import Answer, Drawing, Page, Table
+from llm_jax.scaling.page import Answer, Drawing, Page, Table, ranged
 from llm_jax.scaling.report import fitted, too_small
 from llm_jax.scaling.results import Fit
 from llm_jax.schedules import Cosine
@@ -126,7 +127,7 @@ def report(base: Run, folder: Path, runs: pd.DataFrame, _: Mapping[str, Any]) ->
     return {
         "vocabularies": {
             V: {"all": r.total.to_json(), "without_embeddings": r.body.to_json()}
-            | {"predicted": r.predicted, "local_exponent": r.local}
+            | {"shift": r.shift._asdict(), "predicted_shift": r.predicted_shift, "local_exponent": r.local}
             for V, r in found.items()
         }
     }
@@ -134,11 +135,12 @@ def report(base: Run, folder: Path, runs: pd.DataFrame, _: Mapping[str, Any]) ->
 
 def moved(vocabulary: int, r: Recount) -> Answer:
     """What leaving embeddings out did at one vocabulary, against the prediction."""
-    total, body = r.total.parameters["a"], r.body.parameters["a"]
+    total, body, shift = r.total.parameters["a"], r.body.parameters["a"], r.shift
     return Answer(
-        f"Vocabulary {vocabulary:,}: a is {total.value:.2f} counting everything and {body.value:.2f} without "
-        f"embeddings; predicted: {r.predicted:.2f}, {'inside' if r.agrees else 'OUTSIDE'} the interval.",
-        f"{r.body.level:.0%}: {total.low:.2f} to {total.high:.2f} and {body.low:.2f} to {body.high:.2f}.",
+        f"Vocabulary {vocabulary:,}: without embeddings a moves by {shift.value:+.3f} ({shift.low:+.3f} to "
+        f"{shift.high:+.3f}); predicted: {r.predicted_shift:+.3f}, {'inside' if r.agrees else 'OUTSIDE'}.",
+        f"{r.body.level:.0%} intervals; a is {ranged(total, '.2f')} counting everything, "
+        f"{ranged(body, '.2f')} without.",
         r.agrees,
     )
 
@@ -160,22 +162,31 @@ def constant(found: list[Recount]) -> Answer:
 def compared(found: Mapping[int, Recount]) -> Table:
     rows = []
     for V, r in found.items():
-        measured = [law.parameters["a"] for law in (r.total, r.body)]
-        shown = (f"{a.value:.3f} ({a.low:.2f} to {a.high:.2f})" for a in measured)
+        shown = [ranged(law.parameters["a"], ".2f") for law in (r.total, r.body)]
+        shifts = [ranged(r.shift, "+.3f"), f"{r.predicted_shift:+.3f}"]
         theirs = local_exponent(5e6, OMEGA_PER_TOKEN * V, 0.3478, 0.3658)
-        rows.append([f"{V:,}", *shown, f"{r.predicted:.3f}", f"{r.local:.2f}", f"{theirs:.2f}"])
-    columns = ["V", "all parameters", "without embeddings", "predicted", "local", "Chinchilla's at 5M"]
+        rows.append([f"{V:,}", *shown, *shifts, f"{r.local:.2f}", f"{theirs:.2f}"])
+    columns = [
+        "V",
+        "all parameters",
+        "without embeddings",
+        "shift",
+        "predicted",
+        "local",
+        "Chinchilla's at 5M",
+    ]
     return Table(columns, rows)
 
 
 def drawing(found: Mapping[int, Recount]) -> Callable[[str], Any]:
     """Draws the exponents over the vocabulary."""
-    V, series = list(found), []
-    for group, (label, laws) in enumerate(
-        [("all", [r.total for r in found.values()]), ("without embeddings", [r.body for r in found.values()])]
-    ):
-        value, low, high, _ = zip(*(law.parameters["a"] for law in laws), strict=True)
-        series.append(plots.Series(label, V, value, low, high, group=group))
-    series.append(plots.Series("predicted", V, [r.predicted for r in found.values()], mark="--", group=1))
+    V, series = np.array(list(found)), []
+    laws = {"all": [r.total for r in found.values()], "without embeddings": [r.body for r in found.values()]}
+    for group, (label, own) in enumerate(laws.items()):
+        value, low, high, _ = zip(*(law.parameters["a"] for law in own), strict=True)
+        beside = V * 1.03 ** (2 * group - 1)  # so that one interval doesn't hide the other
+        series.append(plots.Series(label, beside, value, low, high, group=group))
+    predicted = [r.total.parameters["a"].value + r.predicted_shift for r in found.values()]
+    series.append(plots.Series("predicted from all", V, predicted, mark="--", group=1))
     panel = plots.Panel("V, vocabulary", "a in N_opt ~ C^a", series, log="x")
     return lambda theme: plots.draw("The exponent and what N counts", [panel], theme=theme)

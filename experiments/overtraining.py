@@ -144,6 +144,7 @@ def report(base: Run, folder: Path, runs: pd.DataFrame, forecasts: Mapping[str, 
     """Fits, prints and writes the report; returns its numbers."""
     law, free = (fit_law(base, runs, name) for name in ("overtraining", "chinchilla"))
     outcomes = forecasting.outcomes(forecasts, runs)
+    table = points(runs[runs["status"] == "done"])
     alike, M = one_exponent(free), law.parameters["M_opt"]
     best = Answer(f"The best ratio is {M.value:.3g} tokens a parameter ({M.low:.3g} to {M.high:.3g}).")
     content = Page(
@@ -153,11 +154,11 @@ def report(base: Run, folder: Path, runs: pd.DataFrame, forecasts: Mapping[str, 
         answers=[*map(verdict, outcomes), best, alike],
         warnings=law.warnings,
         figures=[
-            Drawing("ratios", "Loss by tokens a parameter at each budget, and the law.", drawing(law)),
+            Drawing("ratios", "Loss by tokens a parameter at each budget, and the law.", drawing(law, table)),
             Drawing("residuals", "What the law leaves.", lambda t: figures.residuals(law, outcomes, theme=t)),
         ],
         fits=[fitted(law), fitted(free)],
-        tables=[("Runs", runs_table(points(runs), law))],
+        tables=[("Runs", runs_table(table, law))],
         conventions={"N counts": COUNTING, "M": "D/N of that N", "C": "6 N D"},
         notes=plan_notes(base),
     )
@@ -190,13 +191,17 @@ def runs_table(runs: pd.DataFrame, law: Fit) -> Table:
     return Table(["run", "N", "D", "M", "loss", "vs law"], rows)
 
 
-def drawing(law: Fit) -> Callable[[str], Any]:
-    """Draws loss over M at each budget."""
-    series = []
-    for group, (budget, runs) in enumerate(law.points.frame.groupby("budget_flops")):
-        M = np.geomspace(runs["M"].min(), runs["M"].max(), 40)
+def drawing(law: Fit, runs: pd.DataFrame) -> Callable[[str], Any]:
+    """Draws loss over M at each budget, the hold-out's too."""
+    runs = runs.assign(M=runs["D"] / runs["N"])
+    lowest, series = runs["M"].min(), []
+    for group, ((role, budget), own) in enumerate(runs.groupby(["role", "budget_flops"])):
+        held = role == "holdout"
+        M = np.geomspace(lowest if held else own["M"].min(), own["M"].max(), 40)
         line = law.predict(C=np.full(40, budget), M=M).value
-        series.append(plots.Series(f"{power(budget)} FLOPs", runs["M"], runs["loss"], group=group))
-        series.append(plots.Series(None, M, line, mark="-", group=group))
+        label = f"{power(budget)} FLOPs{', hold-out' * held}"
+        series.append(plots.Series(label, own["M"], own["loss"], group=group))
+        series.append(plots.Series(None, M, line, mark="--" if held else "-", group=group))
     panel = plots.Panel("M, tokens a parameter", "held-out loss [nats/token]", series, log="x")
-    return lambda theme: plots.draw("Loss by tokens a parameter", [panel], f"N: {COUNTING}.", theme=theme)
+    note = f"Dashed: the law beyond what it was fitted to. N: {COUNTING}."
+    return lambda theme: plots.draw("Loss by tokens a parameter", [panel], note, theme=theme)

@@ -14,7 +14,8 @@ import pandas as pd
 
 from llm_jax.scaling import fits
 from llm_jax.scaling.powers import power_law
-from llm_jax.scaling.results import Fit
+from llm_jax.scaling.resampling import corrected
+from llm_jax.scaling.results import Estimate, Fit, estimate
 
 # Their fit to Chinchilla's models, N_total = N + 47491 N^(1/3), whose vocabulary is 32,000.
 OMEGA_PER_TOKEN = 47491 / 32000
@@ -37,19 +38,34 @@ def local_exponent(
 class Recount:
     """The same runs fitted with N counting everything (`total`) and without embeddings (`body`).
 
-    predicted: a of the second if loss follows all parameters with given exponents. local: d ln N_opt / d ln C
-    with them in the middle of the sizes, by `local_exponent`.
+    predicted: a of the second if loss follows all parameters with given exponents, whose own a is `given`.
+    local: d ln N_opt / d ln C with them in the middle of the sizes, by `local_exponent`.
     """
 
     total: Fit
     body: Fit
+    given: float
     predicted: float
     local: float
 
     @property
+    def shift(self) -> Estimate:
+        """How far a moves when embeddings don't count; both fits to each draw of runs give the interval.
+
+        A refit that was left out breaks the pairs behind it, which widens the interval.
+        """
+        count = min(len(fit.draws) for fit in (self.total, self.body))
+        total, body = (fit.values(fit.draws[:count])["a"] for fit in (self.total, self.body))
+        moved = self.body.parameters["a"].value - self.total.parameters["a"].value
+        return estimate(moved, corrected(moved, body - total), self.total.level)
+
+    @property
+    def predicted_shift(self) -> float:
+        return self.predicted - self.given
+
+    @property
     def agrees(self) -> bool:
-        a = self.body.parameters["a"]
-        return bool(a.low <= self.predicted <= a.high)
+        return bool(self.shift.low <= self.predicted_shift <= self.shift.high)
 
 
 def recount(
@@ -75,6 +91,7 @@ def recount(
     return Recount(
         total,
         body=law(runs, *rest, bootstrap),
+        given=beta / (alpha + beta),
         predicted=law(runs.assign(loss=noiseless), *rest, 0).parameters["a"].value,
         local=float(local_exponent(np.exp(np.log(sizes).mean()), omega, alpha, beta, power)),
     )

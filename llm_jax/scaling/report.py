@@ -188,8 +188,10 @@ def coverage(outcome: Outcome) -> str:
     """Which of the forecast's intervals holds the measured loss."""
     if outcome.check is None:
         return "not measured yet"
-    inside = [level for level, covered in sorted(outcome.check.covered.items()) if covered]
-    return f"inside the {inside[0]:.0%} interval" if inside else "OUTSIDE every interval"
+    levels = sorted(outcome.check.covered.items())
+    inside = [f"inside the {level:.0%} interval" for level, covered in levels if covered]
+    outside = [f"OUTSIDE the {level:.0%} interval" for level, covered in levels if not covered]
+    return ", ".join(outside + inside[:1]) if inside else "OUTSIDE every interval"
 
 
 # ---- the parts of the page ----

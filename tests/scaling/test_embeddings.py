@@ -1,10 +1,11 @@
 """The exponent without embeddings: Pearce and Song's numbers, and the minimum that it is the slope of."""
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy.optimize import minimize_scalar
 
-from llm_jax.scaling.embeddings import OMEGA_PER_TOKEN, local_exponent
+from llm_jax.scaling.embeddings import OMEGA_PER_TOKEN, local_exponent, recount
 
 EPOCH = {"A": 482.01, "alpha": 0.3478, "B": 2085.43, "beta": 0.3658}  # Besiroglu et al. 2024, rounded
 EXPONENTS = EPOCH["alpha"], EPOCH["beta"]
@@ -35,3 +36,17 @@ def test_it_is_the_slope_of_the_sizes_that_minimise_the_loss(power, omega):
     for C in (1e14, 1e17):
         slope = (best(C * 1.02) - best(C / 1.02)) / (2 * np.log(1.02))
         assert local_exponent(np.exp(best(C)), omega, *EXPONENTS, power) == pytest.approx(slope, rel=2e-3)
+
+
+def test_where_loss_follows_all_parameters_the_exponent_without_embeddings_moves_as_predicted():
+    width, D = (grid.ravel() for grid in np.meshgrid([64, 128, 256, 512, 1024], 4.0 ** np.arange(12, 16)))
+    rest, embeddings = 24 * width**2, 8192 * width
+    law = {name: EPOCH[name] for name in ("alpha", "beta")}
+    loss = 1.8 + EPOCH["A"] * (rest + embeddings) ** -law["alpha"] + EPOCH["B"] * D ** -law["beta"]
+    noise = np.exp(1e-2 * np.random.default_rng(0).standard_normal(len(D)))
+    counts = {"N_total": rest + embeddings, "N_non_embedding": rest, "N_embedding": embeddings}
+    found = recount(pd.DataFrame({**counts, "D": D, "loss": loss * noise}), law, bootstrap=60)
+    assert found.given == pytest.approx(law["beta"] / sum(law.values()))
+    assert found.predicted_shift > 0.03 and found.agrees
+    body = found.body.parameters["a"]
+    assert found.shift.high - found.shift.low < 0.9 * (body.high - body.low), "both fits saw the same draws"
