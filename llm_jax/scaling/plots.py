@@ -65,6 +65,8 @@ def draw(title: str, panels: Sequence[Panel], note: str = "", *, look: Theme) ->
                 loss_axis(axes)
             elif name in panel.log:
                 log_axis(axis, power if high > 1e9 else short if high >= 1000 else "{:g}".format)
+            elif high >= 1000:
+                axis.set_major_formatter(lambda value, _: short(value) if value >= 0 else "")
         axes.set(xlabel=panel.x, ylabel=panel.y)
     return finished(figure, note)
 

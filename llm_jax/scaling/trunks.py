@@ -57,7 +57,7 @@ def tree_panels(folder: str | pathlib.Path, runs: pd.DataFrame) -> list[Panel]:
     """Learning rate and training loss of a trunk and what each branch adds to it, over tokens.
 
     runs: a trunk and its branches (columns run, steps, steps_shared, D). The loss is a mean over a hundredth
-    of the longest run, as one batch says little.
+    of the longest run, as one batch says little, and begins after a fiftieth, whose fall would hide the rest.
     """
     rates, losses, window = [], [], max(1, int(runs["steps"].max()) // 100)
     for run in runs.sort_values("steps", ascending=False).itertuples():
@@ -69,7 +69,8 @@ def tree_panels(folder: str | pathlib.Path, runs: pd.DataFrame) -> list[Panel]:
             f", own steps {run.steps - run.steps_shared:,}" if run.steps_shared else ""
         )
         rates.append(Series(label, tokens[own], rows["learning_rate"][own], mark="-"))
-        losses.append(Series(label, tokens[own], smooth[own], mark="-"))
+        shown = own & (rows["step"] > 2 * window).to_numpy()
+        losses.append(Series(label, tokens[shown], smooth[shown], mark="-"))
     return [
         Panel("training tokens", "learning rate", rates, log=""),
         Panel("training tokens", "training loss [nats/token]", losses, log="y"),
