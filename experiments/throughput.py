@@ -200,7 +200,7 @@ class Trainer:
         mesh = sharding.make_mesh(MeshConfig(data=1, member=math.gcd(members or 1, jax.device_count())))
         with jax.set_mesh(mesh):
             self.program = Program(compiled, mesh)
-            self.state = self.program.start(range(members or 1), [None] * (members or 1))
+            self.state = self.program.start([(n, 1.0) for n in range(members or 1)], [None] * (members or 1))
         row = {name: column[0] for name, column in optimizers.tables(optimizer, objective, 1).items()}
         row["active"] = np.float32(1)
         hyper = {n: np.full(compiled.hyper_axes, row[n], np.float32) for n in self.program.hyper}

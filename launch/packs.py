@@ -22,10 +22,9 @@ LEAST_STEPS = 10_000
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pack:
-    """Runs that are trained at once; `narrows`: it may be made narrower so that it fits."""
+    """Runs that are trained at once."""
 
     runs: tuple[Planned, ...]
-    narrows: bool = False
 
     @property
     def price(self) -> float:
@@ -42,7 +41,7 @@ class Pack:
 
     def task(self) -> dict[str, Any]:
         """All that a worker needs to know, as JSON values."""
-        return {"runs": [run.task() for run in self.runs], "narrows": self.narrows}
+        return {"runs": [run.task() for run in self.runs]}
 
     def of(self, runs: Iterable[Planned]) -> "Pack":
         """Those of its runs."""
@@ -74,7 +73,7 @@ def packed(runs: Sequence[Planned], workers: int, width: int | None) -> list[Pac
             if width is None and sum(one.run.steps - one.from_step for one in chosen) < LEAST_STEPS:
                 packs += [Pack((one,)) for one in chosen]
             else:
-                packs.append(Pack(tuple(chosen), narrows=width is None))
+                packs.append(Pack(tuple(chosen)))
             waiting = [run for run in waiting if run not in chosen]
     return packs
 

@@ -180,6 +180,7 @@ class Pool:
         self._stillborn = 0
         self._failures: dict[Planned, str] = {}
         self._refusals: list[str] = []  # those among the failures that are UserErrors
+        self._said: set[str] = set()  # why packs are as wide as they are
         self._looked = time.monotonic()
         self._selector = selectors.DefaultSelector()
         self._display = SweepProgress({run.label: run.price for run in runs}, planned=planned)
@@ -287,11 +288,13 @@ class Pool:
                     self._display.show(Status(*status))
                 case {"kind": "continues", "run": number, "step": step}:
                     self._display.say(f"{worker.pack.runs[number].label}: continued from step {step:,}")
-                case {"kind": "returned", "first": first, "message": why}:
-                    rest = worker.pack.runs[first:]
-                    self._display.say(why)
-                    self._waiting.appendleft(worker.pack.of(rest))
-                    worker.open = [run for run in worker.open if run not in rest]
+                case {"kind": "packed", "members": members, "why": why}:
+                    if why not in self._said:
+                        self._said.add(why)
+                        self._display.say(f"{worker.pack.label}: {why}")
+                    if rest := worker.pack.runs[members:]:
+                        self._waiting.appendleft(Pack(rest))
+                        worker.open = [run for run in worker.open if run not in rest]
                 case {
                     "kind": "finished",
                     "run": number,

@@ -76,7 +76,8 @@ class Planned:
         return (
             self.trunk is None
             or self.from_step in manifest.steps(self.trunk.folder / "checkpoints")
-            or self.trunk.status in ("done", "diverged", "failed")
+            or self.trunk.complete
+            or self.trunk.status == "failed"
         )
 
     def task(self) -> dict[str, Any]:

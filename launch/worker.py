@@ -2,14 +2,14 @@
 
     python -m launch.worker --experiment=FILE.py --messages=FD
 
-A task is a JSON line on standard input: {"runs": [{"label", "folder", "run"}, ...], "narrows"}. When the
+A task is a JSON line on standard input: {"runs": [{"label", "folder", "run"}, ...]}. When the
 input ends (the launcher is done, or dead) or SIGTERM comes, runs in flight save their state and the process
 ends. Answers are JSON lines on the file descriptor FD; a run is told by its number in the task:
 
     {"kind": "ready"}                       at the start, and when a task is done
     {"kind": "progress", "status": [...]}   progress.Status, a few times a second
     {"kind": "continues", "run", "step"}    from a checkpoint
-    {"kind": "returned", "first", "message"}  the runs from number `first` on don't fit beside those before
+    {"kind": "packed", "members", "why"}    so many of the runs, the first ones, fit and are trained at once
     {"kind": "finished", "run", "status", "loss", "steps_shared"}
     {"kind": "refused", "message": ...}     a UserError; the process ends
     {"kind": "failed", "message": ...}      any other error; the process ends
@@ -70,10 +70,10 @@ def attempt(task: dict[str, Any], say: Say, experiment: types.ModuleType) -> boo
             log.write(f"packed with {folders[0]}, whose {LOG} goes on\n")
     try:
         runs = [config.from_json(Run, item["run"]) for item in task["runs"]]
-        if task["narrows"] and (width := fitting(runs)) < len(runs):
-            why = f"{len(runs)} runs are too many for one pack in this memory: {width} fit"
-            say(kind="returned", first=max(1, width), message=f"{task['runs'][0]['label']}: {why}")
-            runs = runs[: max(1, width)]
+        if len(runs) > 1:
+            width, why = fitting(runs)
+            say(kind="packed", members=width, why=why)
+            runs = runs[:width]
         reporters = [
             Reporter(run, number, task["runs"][number]["label"], say) for number, run in enumerate(runs)
         ]

@@ -45,7 +45,7 @@ def movements(run: Run, steps: int) -> dict[str, float]:
             start = step * run.data.batch_size
             return sharding.load_rows(lambda chosen: source.rows(run.seed, start + chosen), parts.batch)
 
-        state = parts.init(jax.random.PRNGKey(run.seed))
+        state = parts.init(jax.random.PRNGKey(run.seed), run.initial_scale)
         before = jax.tree.map(jnp.copy, state.trained)  # the step takes its state's memory
         for step in range(steps):
             hyper = {name: table[step] for name, table in tables.items()}

@@ -47,7 +47,7 @@ def train_together(members: Sequence[Member], shape: Shape, mesh: jax.sharding.M
         step, compile_seconds = parts.step, parts.compile_seconds - before
         for member in members:
             member.begin(parts)
-        state = parts.start([member.run.seed for member in members], restored)
+        state = parts.start([(member.run.seed, member.run.initial_scale) for member in members], restored)
         del restored
 
         # ---- what a block of steps takes, `ahead` of where this start began, and an evaluation ----

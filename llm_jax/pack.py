@@ -21,7 +21,7 @@ from llm_jax.kernels import memory
 from llm_jax.loop import train_together
 from llm_jax.member import Hook, Member
 from llm_jax.process import prepare_xla
-from llm_jax.program import Shape, shape_of, widest
+from llm_jax.program import Shape, program, shape_of, widest
 from llm_jax.run import Cell, NoSweep, Run
 from llm_jax.sharding import MeshConfig
 
@@ -34,9 +34,9 @@ def train_packed(
 ) -> list[dict[str, Any]]:
     """`train` for many runs at once, each in its folder; returns what their result.json hold.
 
-    Members may differ in seed, tokens, labels, schedule, numbers of optimizer and objective; those that are
-    complete stay as they are. hooks, progress: of each run, where given. Raises UserError, before
-    anything is written, for other differences, and for a pack that the devices can't hold or divide.
+    Members may differ in seed, initial scale, tokens, labels, schedule, numbers of optimizer and objective;
+    those that are complete stay as they are. hooks, progress: of each run, where given. Raises UserError,
+    before anything is written, for other differences, and for a pack that devices can't hold or divide.
     """
     for run in runs:
         config.check(run)
@@ -79,17 +79,21 @@ def pack(run: Run, width: int, own_rows: bool = False) -> tuple[Shape, jax.shard
     return dataclasses.replace(shape, members=width, own_rows=own_rows), mesh
 
 
-def fitting(runs: Sequence[Run]) -> int:
-    """How many of `runs`, from the first on, fit into memory together: what their compiled programs need.
+def fitting(runs: Sequence[Run]) -> tuple[int, str]:
+    """How many of `runs`, from the first on, fit into memory by what their compiled programs need, and why.
 
-    Of a host's memory this process takes no more than the part that it has of the cores.
+    At least one. Of a host's memory this process takes no more than the part that it has of the cores.
     """
     prepare_xla(runs[0].execution.deterministic)
     shape, mesh = pack(runs[0], len(runs), len({run.seed for run in runs}) > 1)
     room = memory.room(mesh)
     if room is not None and mesh.devices.flat[0].platform == "cpu":
         room *= facts.cores() / os.cpu_count()
-    return len(runs) if room is None else widest(shape, mesh, room)
+    needs = f"{len(runs)} runs as one program need {program(shape, mesh).memory_bytes / 1e9:,.3g} GB"
+    if room is None:
+        return len(runs), f"{needs}; how much there is isn't known"
+    fits = max(1, widest(shape, mesh, room))
+    return fits, f"{needs} of {room / 1e9:,.3g} GB" + (f": {fits} fit" if fits < len(runs) else "")
 
 
 def alike(run: Run) -> Run:
@@ -100,7 +104,12 @@ def alike(run: Run) -> Run:
         optimizer=optimizers.structure(run.optimizer),
         objective=run.objective.structure(),
         execution=dataclasses.replace(run.execution, trunk="", checkpoint=checkpoint),
-        **{"tokens": 1, "seed": 0, "name": "", "cell": Cell(), "sweep": NoSweep()},
+        tokens=1,
+        seed=0,
+        initial_scale=1.0,
+        name="",
+        cell=Cell(),
+        sweep=NoSweep(),
     )
 
 
@@ -114,5 +123,5 @@ def refuse_differences(runs: Sequence[Run]) -> None:
             if one != other:
                 raise UserError(
                     f"member {number} of the pack has {other} where member 0 has {one}: members differ in "
-                    "seed, tokens, schedule and the numbers of optimizer and objective only"
+                    "seed, initial_scale, tokens, schedule and the numbers of optimizer and objective only"
                 )

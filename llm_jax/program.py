@@ -6,6 +6,7 @@ sweep, a trunk and its branches, and every budget of one model.
 
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -80,8 +81,8 @@ def shape_of(run: Run, source: Source) -> Shape:
 class Program:
     """The compiled functions of a shape on a mesh.
 
-    init(key) -> State. step(state, batch, hyper) -> (state, metrics); the state is donated. scorer: of
-    held_out.py. In a pack, init takes a key for each member and a State has a leading member axis.
+    init(key, scale) -> State. step(state, batch, hyper) -> (state, metrics); the state is donated. scorer: of
+    held_out.py. In a pack, what init takes, a State, hyper and metrics have a leading member axis.
     state, batch, hyper: ShapeDtypeStructs that say where things lie. one: the State of one run.
     pick(tree, numbers) -> the same of one member, or of some. Raises UserError, before anything is compiled,
     where a device can't hold the state of one run and its gradient.
@@ -167,12 +168,13 @@ class Program:
         """The state of one member, as that of a run alone."""
         return state if self.shape.members is None else self._take(state, member)
 
-    def start(self, seeds: Sequence[int], restored: Sequence[State | None]) -> State:
-        """The state to start from: of each member the one that was restored, or else that of its seed."""
+    def start(self, starts: Sequence[tuple[int, float]], restored: Sequence[State | None]) -> State:
+        """The state to start from: of each member the one restored, or else that of its (seed, scale)."""
         if self.shape.members is None and restored[0] is not None:
             return restored[0]
-        keys = np.stack([jax.random.PRNGKey(seed) for seed in seeds])
-        state = self.init(keys if self.shape.members else keys[0])
+        keys = np.stack([jax.random.PRNGKey(seed) for seed, _ in starts])
+        scales = np.array([scale for _, scale in starts], np.float32)
+        state = self.init(keys, scales) if self.shape.members else self.init(keys[0], scales[0])
         for member, one in enumerate(restored):
             state = state if one is None else self._put(state, member, one)
         return state
@@ -199,17 +201,18 @@ def widest(shape: Shape, mesh: jax.sharding.Mesh, room: float) -> int:
     def needs(members: int) -> int:
         return program(dataclasses.replace(shape, members=members), mesh).memory_bytes
 
-    fits, too_wide = 0, shape.members + ways
-    members = shape.members
+    if (all_need := needs(shape.members)) <= room:
+        return shape.members
+    fits, too_wide, members = 0, shape.members, 0
+    if too_wide > ways:  # memory goes nearly as a line, so this is near
+        each = (all_need - needs(ways)) / (too_wide - ways)
+        members = too_wide + ways * math.floor((room - all_need) / max(1, each * ways))
     while too_wide - fits > ways:
-        if (bytes_ := needs(members)) <= room:
+        members = min(max(members, fits + ways), too_wide - ways)
+        if needs(members) <= room:
             fits = members
         else:
             too_wide = members
-        # Memory goes nearly as a line: the next width to try is where that reaches the room.
-        each = (bytes_ - needs(ways)) / max(1, members - ways)
-        members = ways * int(members / ways + (room - bytes_) // max(1, each * ways))
-        members = min(max(members, fits + ways), too_wide - ways)
     return fits
 
 

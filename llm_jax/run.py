@@ -97,7 +97,10 @@ class Execution:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One training run. `tokens` is D, what it trains on; its last step ends the schedule."""
+    """One training run. `tokens` is D, what it trains on; its last step ends the schedule.
+
+    initial_scale: what matrices are multiplied by at the start, beside the model's own initialisation.
+    """
 
     model: ModelConfig = Transformer()
     data: DataConfig = Text()
@@ -105,6 +108,7 @@ class Run:
     objective: Objective = NextToken()
     tokens: int = 2**20
     seed: int = 0
+    initial_scale: float = 1.0
     name: str = outside_identity("")
     cell: Cell = outside_identity(Cell())
     sweep: Sweep = outside_identity(NoSweep())
@@ -128,6 +132,7 @@ class Run:
             raise UserError(
                 "model.dropout draws anew in each micro-batch: set --config.execution.micro_batches=1"
             )
+        check_least(self, "", ("initial_scale",))
         self.optimizer.schedule.check_length(self.steps)
         config.check(self.resolved_model, "config.model")
         if hasattr(self.model, "parametrization"):

@@ -158,12 +158,15 @@ def over_block(step: Step) -> Step:
 # ---- where the state lies ----
 
 
-def make_init(model: Model, optimizer: optimizers.Optimizer, roles: Any) -> Callable[[jax.Array], State]:
-    """The state at step 0 as a function of the key: its first half makes the parameters, the rest is kept."""
+def make_init(model: Model, optimizer: optimizers.Optimizer, roles: Any) -> Callable[..., State]:
+    """The state at step 0 by (key, scale): the key's first half makes the parameters, the rest is kept.
 
-    def init(key: jax.Array) -> State:
+    scale: what all that decays (matrices) is multiplied by.
+    """
+
+    def init(key: jax.Array, scale: jax.Array | float = 1.0) -> State:
         init_key, run_key = jax.random.split(key)
-        params = model.init(init_key)
+        params = jax.tree.map(lambda role, x: x * scale if role.decay else x, roles, model.init(init_key))
         return State(params, {}, optimizers.init(optimizer, roles, params), jnp.int32(0), run_key)
 
     return init
