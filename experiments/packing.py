@@ -35,6 +35,7 @@ from llm_jax.models import counting
 from llm_jax.run import SCHEMA
 from llm_jax.scaling import page, plots
 from llm_jax.scaling.page import Drawing, Page, Table, Tile
+from llm_jax.values import check_least
 
 ROOT = Path(__file__).parent.parent
 
@@ -58,8 +59,9 @@ class Packing:
     def validate(self) -> None:
         if not self.shapes or not self.widths:
             raise UserError("shapes and widths name at least one each")
-        if min(self.widths) < 1 or self.block_steps < 1 or self.rounds < 1 or self.seconds <= 0:
-            raise UserError("widths, block_steps and rounds are at least 1, seconds is positive")
+        if min(self.widths) < 1:
+            raise UserError(f"widths has {min(self.widths)}; a pack has at least 1 member")
+        check_least(self, "", ("seconds",), block_steps=1, rounds=1)
 
 
 def small(name: str, layers: int, width: int, batch_size: int) -> Shape:
@@ -164,9 +166,7 @@ def measure(base: Packing, folder: Path) -> dict[str, Any]:
         "speedup": {row["name"]: speedups(row) for row in rows},
         "rows": rows,
     }
-    shown = report(base, result)
-    print(shown)
-    page.write(folder, shown)
+    page.show(folder, report(result))
     return result
 
 
@@ -221,7 +221,7 @@ def speedups(row: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
 # ---- what is shown ----
 
 
-def report(base: Packing, result: dict[str, Any]) -> Page:
+def report(result: dict[str, Any]) -> Page:
     load = [value for row in result["rows"] for value in row["load"]]
     machine = (
         f"{result['device']}, {result['cores']} cores, {result['processes_at_once']} processes at once; a "

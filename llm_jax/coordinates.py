@@ -43,7 +43,7 @@ def movements(run: Run, steps: int) -> dict[str, float]:
 
         def rows(step: int) -> Batch:
             start = step * run.data.batch_size
-            return sharding.load_rows(lambda chosen: source.rows(run.seed, start + chosen), parts.batch)
+            return sharding.load_rows(lambda chosen: source.rows(run.order, start + chosen), parts.batch)
 
         state = parts.init(jax.random.PRNGKey(run.seed), run.initial_scale)
         before = jax.tree.map(jnp.copy, state.trained)  # the step takes its state's memory

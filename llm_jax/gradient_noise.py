@@ -33,7 +33,7 @@ def hook(run: Run, small_rows: int = 1, count: int = 64) -> Callable[[int, Param
     measure = squares(run.resolved_model, run.objective, run.execution.layout)
 
     def measured(step: int, params: Params) -> dict[str, float]:
-        seed = (run.seed + 1 << 32) + step  # an order that no run trains in
+        seed = (run.order + 1 << 32) + step  # an order that no run trains in
         rows = source.rows(seed, np.arange(count * small_rows))
         parts = {name: value.reshape(count, small_rows, *value.shape[1:]) for name, value in rows.items()}
         small, big = jax.device_get(measure(params, parts))

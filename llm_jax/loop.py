@@ -41,7 +41,7 @@ def train_together(members: Sequence[Member], shape: Shape, mesh: jax.sharding.M
             )
         common = set.intersection(*(set(member.checkpoints.steps()) for member in members))
         restored = [member.restore(parts.one, max(common, default=None)) for member in members]
-        own_rows = len({(member.run.seed, member.first) for member in members}) > 1
+        own_rows = len({(member.run.order, member.first) for member in members}) > 1
         parts = program(dataclasses.replace(shape, own_rows=own_rows), mesh)
         before = parts.compile_seconds
         step, compile_seconds = parts.step, parts.compile_seconds - before

@@ -110,7 +110,7 @@ class Member:
         """Rows `numbers` of the batches of some steps, [steps, rows, ...]; past the end the last one's."""
         steps = np.minimum(self.first + clock, self.steps - 1)
         indices = steps[:, None] * self.run.data.batch_size + numbers
-        found = self.source.rows(self.run.seed, indices.ravel())
+        found = self.source.rows(self.run.order, indices.ravel())
         return {name: x.reshape(*indices.shape, *x.shape[1:]) for name, x in found.items()}
 
     def hyper(self, clock: np.ndarray, count: int) -> dict[str, np.ndarray]:
@@ -206,13 +206,13 @@ class Member:
 def stop_hopeless(members: Iterable[Member]) -> None:
     """Applies the rule of early stopping to members that have just made a step.
 
-    Compared are those of one seed and one length that began together: they had equal rows, and their
+    Compared are those of one order of rows and one length that began together: they had equal rows, and their
     schedules are equally far. The rule of Golovin et al. 2017 (Google Vizier, section 3.2.2) with the best
     instead of the median: most rates of a sweep are known to lose long before the end.
     """
     groups: dict[tuple[int, int, int], list[Member]] = {}
     for member in members:
-        groups.setdefault((member.run.seed, member.steps, member.first), []).append(member)
+        groups.setdefault((member.run.order, member.steps, member.first), []).append(member)
     for group in groups.values():
         best = min(group, key=lambda member: member.recent_loss)
         for member in group:

@@ -2,8 +2,9 @@
 
 Small models leave an accelerator idle, and sweeps are made of small models. The members of a pack are the
 same step under `jax.vmap`, over a leading member axis of state and hyperparameters, which may be spread over
-a mesh axis of its own. They share their batches if their seeds are equal, else each has its own. In its
-records each is a run like any other: it can be continued alone, as a run begun alone can be in a pack.
+a mesh axis of its own. They share their batches if they have one order of rows (one seed, or one
+data_seed), else each has its own. In its records each is a run like any other: it can be continued alone, as
+a run begun alone can be in a pack.
 """
 
 import dataclasses
@@ -34,7 +35,7 @@ def train_packed(
 ) -> list[dict[str, Any]]:
     """`train` for many runs at once, each in its folder; returns what their result.json hold.
 
-    Members may differ in seed, initial scale, tokens, labels, schedule, numbers of optimizer and objective;
+    Members may differ in seeds, initial scale, tokens, labels, schedule, numbers of optimizer and objective;
     those that are complete stay as they are. hooks, progress: of each run, where given. Raises UserError,
     before anything is written, for other differences, and for a pack that devices can't hold or divide.
     """
@@ -54,7 +55,7 @@ def train_packed(
     ]
     waiting = [member for member in members if member.result is None]
     if waiting:
-        shape, mesh = pack(runs[0], len(waiting), len({member.run.seed for member in waiting}) > 1)
+        shape, mesh = pack(runs[0], len(waiting), len({member.run.order for member in waiting}) > 1)
         train_together(waiting, shape, mesh)
     return [member.result for member in members]
 
@@ -85,7 +86,7 @@ def fitting(runs: Sequence[Run]) -> tuple[int, str]:
     At least one. Of a host's memory this process takes no more than the part that it has of the cores.
     """
     prepare_xla(runs[0].execution.deterministic)
-    shape, mesh = pack(runs[0], len(runs), len({run.seed for run in runs}) > 1)
+    shape, mesh = pack(runs[0], len(runs), len({run.order for run in runs}) > 1)
     room = memory.room(mesh)
     if room is not None and mesh.devices.flat[0].platform == "cpu":
         room *= facts.cores() / os.cpu_count()
@@ -106,6 +107,7 @@ def alike(run: Run) -> Run:
         execution=dataclasses.replace(run.execution, trunk="", checkpoint=checkpoint),
         tokens=1,
         seed=0,
+        data_seed=None,
         initial_scale=1.0,
         name="",
         cell=Cell(),
@@ -123,5 +125,5 @@ def refuse_differences(runs: Sequence[Run]) -> None:
             if one != other:
                 raise UserError(
                     f"member {number} of the pack has {other} where member 0 has {one}: members differ in "
-                    "seed, initial_scale, tokens, schedule and the numbers of optimizer and objective only"
+                    "seeds, initial_scale, tokens, schedule and the numbers of optimizer and objective only"
                 )

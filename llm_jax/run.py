@@ -99,7 +99,8 @@ class Execution:
 class Run:
     """One training run. `tokens` is D, what it trains on; its last step ends the schedule.
 
-    initial_scale: what matrices are multiplied by at the start, beside the model's own initialisation.
+    seed decides how parameters start and, unless data_seed does, in which order the rows come. initial_scale:
+    what matrices are multiplied by at the start, beside the model's own initialisation.
     """
 
     model: ModelConfig = Transformer()
@@ -108,6 +109,7 @@ class Run:
     objective: Objective = NextToken()
     tokens: int = 2**20
     seed: int = 0
+    data_seed: int | None = None
     initial_scale: float = 1.0
     name: str = outside_identity("")
     cell: Cell = outside_identity(Cell())
@@ -119,6 +121,11 @@ class Run:
         return math.ceil(self.tokens / self.data.tokens_per_step)
 
     @property
+    def order(self) -> int:
+        """The seed of the order of its rows."""
+        return self.seed if self.data_seed is None else self.data_seed
+
+    @property
     def resolved_model(self) -> ModelConfig:
         """The model's config with what it takes from the data (the vocabulary) filled in."""
         return self.model.resolve(self.data)
@@ -126,8 +133,9 @@ class Run:
     def validate(self) -> None:
         if self.tokens < 1:
             raise UserError(f"tokens is {self.tokens}; it must be at least 1")
-        if not 0 <= self.seed < 1 << 32:
-            raise UserError(f"seed is {self.seed}; it lies in 0 .. 4294967295")
+        for name in ("seed", "data_seed"):
+            if not 0 <= (getattr(self, name) or 0) < 1 << 32:
+                raise UserError(f"{name} is {getattr(self, name)}; it lies in 0 .. 4294967295")
         if self.execution.micro_batches > 1 and getattr(self.model, "dropout", 0):
             raise UserError(
                 "model.dropout draws anew in each micro-batch: set --config.execution.micro_batches=1"

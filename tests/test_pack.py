@@ -36,10 +36,15 @@ def changed(run, **fields):
 
 @pytest.fixture(scope="module")
 def member(tiny_run):
-    """member(rate, steps=40, ...) -> the tiny run at a rate, on one device."""
+    """member(rate, steps=40, ...) -> a run of one layer at a rate, on one device."""
 
     def of(rate, steps=40, **fields):
-        fields = {"execution__mesh__data": 1, "optimizer__learning_rate": rate, **fields}
+        fields = {
+            "model__layers": 1,
+            "execution__mesh__data": 1,
+            "optimizer__learning_rate": rate,
+            **fields,
+        }
         return changed(tiny_run, tokens=steps * BATCH, **fields)
 
     return of
@@ -110,12 +115,25 @@ def test_two_packs_of_one_width_are_equal_bit_for_bit(packed, tmp_path):
         assert one["loss"] == other["loss"]
 
 
-def test_members_of_other_seeds_have_their_own_start_and_rows(member, packed, tmp_path):
-    seeds = [member(3e-3, 200, seed=seed) for seed in (0, 7)]
-    first, other = together(seeds, tmp_path / "pack")
-    train(seeds[1], tmp_path / "alone")
-    np.testing.assert_allclose(losses(first), losses(packed[0][1]), atol=1e-5)
-    np.testing.assert_allclose(losses(other), losses(tmp_path / "alone"), atol=1e-5)
+def test_members_of_other_seeds_and_scales_have_their_own_start_and_rows(member, packed, tmp_path):
+    runs = [member(3e-3, 60), member(3e-3, 60, seed=7), member(3e-3, 60, initial_scale=0.5)]
+    folders = together(runs, tmp_path / "pack")
+    one_order = [changed(run, data_seed=3) for run in runs[1:]] + [member(3e-3, 60, data_seed=3)]
+    folders += together(one_order, tmp_path / "order")
+    for folder, run in zip(folders, runs + one_order, strict=True):
+        train(run, tmp_path / run.identity())
+        np.testing.assert_allclose(losses(folder), losses(tmp_path / run.identity()), atol=1e-5)
+    own = [records.starts(folder)[0]["facts"]["layout"]["own_rows"] for folder in folders]
+    assert own == [True] * 3 + [False] * 3 and len({losses(folder)[0] for folder in folders}) == 6
+
+
+def test_the_initial_scale_is_that_of_matrices(member):
+    model = member(1e-3).resolved_model.build()
+    roles = model.roles(jax.eval_shape(model.init, jax.random.PRNGKey(0)))
+    init = make_init(model, SGD(), roles)
+    plain, scaled = (init(jax.random.PRNGKey(0), scale).trained for scale in (1.0, 2.0))
+    grown = jax.tree.map(lambda role, a, b: (b == (2 if role.decay else 1) * a).all(), roles, plain, scaled)
+    assert all(jax.tree.leaves(grown)) and plain["embed"]["embedding"].any()
 
 
 def test_the_devices_that_members_are_spread_over_do_not_change_them(packed, member, tmp_path):
@@ -251,9 +269,10 @@ import sys, json
 from llm_jax import config
 from llm_jax.run import Run
 from llm_jax.pack import train_packed
-folder, *runs = sys.argv[1:]
+folders, *runs = sys.argv[1:]
 runs = [config.from_json(Run, json.loads(run)) for run in runs]
-train_packed(runs, [f"{folder}/{number}" for number in range(len(runs))])
+for folder in folders.split(","):
+    train_packed(runs, [f"{folder}/{number}" for number in range(len(runs))])
 """
 
 
@@ -262,11 +281,12 @@ def test_a_killed_pack_continues_bit_for_bit(member, tmp_path):
     fields = {"execution__block_steps": 8, "execution__checkpoint__every_steps": 20}
     runs = [member(rate, 150, **fields) for rate in (1e-3, 3e-3, 1e-2)]
 
-    def start(folder):
-        command = [sys.executable, "-c", SCRIPT, folder, *(json.dumps(config.to_json(run)) for run in runs)]
-        return subprocess.Popen(command, env=os.environ | {"XLA_FLAGS": ""})
+    def start(*folders):
+        arguments = ",".join(map(str, folders)), *(json.dumps(config.to_json(run)) for run in runs)
+        return subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, *arguments], env=os.environ | {"XLA_FLAGS": ""}
+        )
 
-    assert start(tmp_path / "whole").wait() == 0
     process = start(tmp_path / "killed")
     while process.poll() is None:
         done = tmp_path / "killed" / "2" / "metrics"
@@ -274,7 +294,7 @@ def test_a_killed_pack_continues_bit_for_bit(member, tmp_path):
             process.kill()
             break
     assert process.wait() == -signal.SIGKILL
-    assert start(tmp_path / "killed").wait() == 0
+    assert start(tmp_path / "killed", tmp_path / "whole").wait() == 0
     for number in "012":
         assert [start["resume_at"] > 0 for start in records.starts(tmp_path / "killed" / number)] == [
             False,
@@ -348,13 +368,13 @@ def test_members_have_folders_of_their_own(member, tmp_path):
 
 
 def test_a_pack_that_does_not_fit_says_what_it_needs_and_what_would(member, tmp_path, monkeypatch):
-    parts = [program(*pack(member(1e-3), width)) for width in (3, 4)]
+    parts = [program(*pack(member(1e-3), width)) for width in (2, 3)]
     room = parts[1].memory_bytes - 1
-    assert widest(parts[0].shape, parts[0].mesh, room) == 3
+    assert widest(parts[1].shape, parts[1].mesh, room) == 2
     monkeypatch.setattr(memory, "room", lambda mesh: room)
-    needs = rf"a pack of 4 needs {parts[1].memory_bytes / 1e9:.2f} GB of each device, which has"
-    with pytest.raises(UserError, match=needs + r" .*; the largest that fits is one of 3$"):
-        together([member(rate) for rate in (1e-3, 2e-3, 3e-3, 4e-3)], tmp_path / "pack")
+    needs = rf"a pack of 3 needs {parts[1].memory_bytes / 1e9:.2f} GB of each device, which has"
+    with pytest.raises(UserError, match=needs + r" .*; the largest that fits is one of 2$"):
+        together([member(rate) for rate in (1e-3, 2e-3, 3e-3)], tmp_path / "pack")
     assert not (tmp_path / "pack").exists()
     assert parts[0].step is parts[0].compiled
 
