@@ -44,14 +44,14 @@ ROOT = Path(__file__).parent.parent
 class Packing:
     """What is measured: each shape at each width, in `rounds` turns of `seconds`.
 
-    diverged: also how fast the widest pack is when one of its members has diverged.
+    And the widest pack with one member that has diverged.
     """
 
     shapes: tuple[Shape, ...]
     widths: tuple[int, ...] = (1, 2, 4, 8, 16)
-    block_steps: int = 8
+    block_steps: int = 4
     rounds: int = 3
-    seconds: float = 0.5
+    seconds: float = 0.3
 
     def identity(self, content: bool = True) -> str:
         return config.identity(self, SCHEMA, content)
@@ -64,14 +64,10 @@ class Packing:
         check_least(self, "", ("seconds",), block_steps=1, rounds=1)
 
 
-def small(name: str, layers: int, width: int, batch_size: int) -> Shape:
-    return Shape(name, layers, width, max(1, width // 16), 128, batch_size, vocabulary=257)
-
-
-# Those of experiments/isoflop.py, with its batch, and two with a larger one.
-CPU = (
-    *(small(f"2 x {width}", 2, width, 4) for width in (16, 32, 64, 128)),
-    *(small(f"4 x {width}, B 16", 4, width, 16) for width in (32, 64)),
+# Layers x width: the sizes of experiments/isoflop.py, with its batch.
+CPU = tuple(
+    Shape(f"{layers} x {width}", layers, width, width // 16, 128, 4, vocabulary=257)
+    for layers, width in [(2, 16), (2, 32), (4, 32), (2, 64), (2, 128)]
 )
 GPU = tuple(
     Shape(name, layers, width, width // 64, 256, 32, vocabulary=257, dtype="bfloat16")
@@ -84,7 +80,7 @@ GPU = tuple(
     ]
 )
 SCALES = {
-    "smoke": Packing((small("1 x 16", 1, 16, 2),), widths=(2,), rounds=1, seconds=0.1),
+    "smoke": Packing((Shape("1 x 16", 1, 16, 1, 32, 2, 257),), widths=(2,), rounds=1, seconds=0.1),
     "cpu": Packing(CPU),
     "gpu": Packing(GPU, widths=(1, 2, 4, 8, 16, 32, 64), rounds=3, seconds=2.0),
 }
@@ -164,6 +160,9 @@ def measure(base: Packing, folder: Path) -> dict[str, Any]:
         "processes_at_once": len(apart),
         "product_flops_per_second": machine["flops_per_second"],
         "speedup": {row["name"]: speedups(row) for row in rows},
+        "speed_with_one_diverged": {
+            row["name"]: ratios(row, "diverged", f"packed {max(base.widths)}") for row in rows
+        },
         "rows": rows,
     }
     page.show(folder, report(result))
@@ -202,20 +201,19 @@ def measure_shape(
 
 
 def speedups(row: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
-    """[median, lowest, highest] over the rounds of packed against each baseline, by width."""
+    """`ratios` of packed to each baseline, by width."""
     against = {"one_after_another": "alone", "one_after_another_in_blocks": "blocks", "at_once": "apart"}
-    out = {}
-    for name in row["rounds"]:
-        if name.startswith("packed"):
-            ratios = {
-                label: [a / b for a, b in zip(row["rounds"][name], row["rounds"][baseline], strict=True)]
-                for label, baseline in against.items()
-            }
-            out[name.removeprefix("packed ")] = {
-                label: [statistics.median(values), min(values), max(values)]
-                for label, values in ratios.items()
-            }
-    return out
+    return {
+        name.removeprefix("packed "): {label: ratios(row, name, other) for label, other in against.items()}
+        for name in row["rounds"]
+        if name.startswith("packed")
+    }
+
+
+def ratios(row: dict[str, Any], way: str, other: str) -> list[float]:
+    """[median, lowest, highest] over the rounds of one way's rate over another's."""
+    rounds = [a / b for a, b in zip(row["rounds"][way], row["rounds"][other], strict=True)]
+    return [statistics.median(rounds), min(rounds), max(rounds)]
 
 
 # ---- what is shown ----
@@ -252,10 +250,10 @@ def table(row: dict[str, Any], speedup: dict[str, Any], result: dict[str, Any]) 
     rows = []
     for name, rate in row["tokens_per_second"].items():
         flops = rate * row["flops_per_token"]
-        ratios = speedup.get(name.removeprefix("packed "), {})
+        found = speedup.get(name.removeprefix("packed "), {})
         cells = [name, f"{rate:,.0f}", f"{flops / 1e9:,.1f}"]
         cells += [f"{flops / peak['product_flops_per_second']:.0%}" for peak in (result, row)]
-        cells += [f"{median:.2f} ({low:.2f} to {high:.2f})" for median, low, high in ratios.values()]
+        cells += [f"{median:.2f} ({low:.2f} to {high:.2f})" for median, low, high in found.values()]
         cells += [""] * (len(header) - len(cells))
         cells += [f"{row['memory_bytes'][name] / 1e6:,.1f}", f"{row['compile_seconds'][name]:.1f}"]
         rows.append(cells)
