@@ -45,13 +45,13 @@ class LrTransfer(Sweep, kind="lr_transfer"):
     coordinate check takes `coordinate_steps` steps at the base's rate.
     """
 
-    widths: tuple[int, ...] = (16, 32, 64, 128)
+    widths: tuple[int, ...] = (8, 16, 32, 64)
     width_kinds: tuple[str, ...] = ("standard", "mup", "per_layer")
     depths: tuple[int, ...] = (1, 2, 4, 8)
     depth_kinds: tuple[str, ...] = ("standard", "completep")
     horizons: tuple[int, ...] = (1, 2, 4)
-    head_width: int = 16
-    rates: tuple[float, ...] = (1e-3, 2.15e-3, 4.64e-3, 1e-2, 2.15e-2, 4.64e-2, 1e-1)
+    head_width: int = 8
+    rates: tuple[float, ...] = (2.15e-3, 4.64e-3, 1e-2, 2.15e-2, 4.64e-2, 1e-1, 2.15e-1)
     seeds: int = 2
     coordinate_steps: int = 6
     bootstrap: int = 1000
@@ -104,7 +104,7 @@ DATA = {
     "gpu": Text(Python(packages=True), SentencePiece(vocabulary=4096), sequence_length=512, batch_size=64),
 }
 # layers, width, steps
-BASES = {"cpu": (2, 32, 128), "smoke": (1, 4, 20), "gpu": (4, 256, 2000)}
+BASES = {"cpu": (2, 16, 128), "smoke": (1, 4, 20), "gpu": (4, 256, 2000)}
 
 
 def get_config(scale: str) -> Run:

@@ -24,6 +24,7 @@ from llm_jax.scaling.style import (
     loss_axis,
     padded,
     power,
+    short,
     themed,
 )
 
@@ -158,10 +159,11 @@ def residuals(fit: Fit, outcomes: Sequence[Outcome] = (), *, look: Theme) -> "Fi
         _runs(axes, fit.points.frame, column, left, look)
         axes.axhspan(-spread, spread, color=look.law, alpha=0.15, linewidth=0, label=f"rms {spread:.2g}%")
         for made, check in outcomes:
-            if check and hasattr(made, column):
+            place = {"N": made.N, "D": made.D, "C": made.C, "M": made.D / made.N}.get(column)
+            if check and place:
                 error = 100 * (np.log(check.measured) - fit.extrapolate(made.N, made.D, made.C)[0])
-                axes.plot(getattr(made, column), error, "*", color=look.ink, markersize=11, label="hold-out")
-        log_axis(axes.xaxis)
+                axes.plot(place, error, "*", color=look.ink, markersize=11, label="hold-out")
+        log_axis(axes.xaxis, power if column == "C" else short)
         bound = 1.15 * max(np.abs(axes.get_ylim()))
         axes.set(xlabel=LABELS[column], ylabel="residual [%]", ylim=(-bound, bound))
     return finished(figure, conventions(fit) + " Residual: ln measured − ln fitted.")
