@@ -9,10 +9,10 @@ import jax
 
 from llm_jax import config, sharding
 from llm_jax.data import Source
+from llm_jax.environment import environment
 from llm_jax.kernels import devices
 from llm_jax.models import counting
 from llm_jax.program import Program
-from llm_jax.records import environment
 from llm_jax.run import SCHEMA, Run
 
 

@@ -21,6 +21,39 @@ from llm_jax.process import catching_sigterm
 from llm_jax.program import Shape, program
 
 
+class InFlight:
+    """The steps that were dispatched last; their metrics are fetched when the next have been, or before.
+
+    block: how many steps are dispatched as one.
+    """
+
+    def __init__(self, members: Sequence[Member], block: int) -> None:
+        self._members, self._block = members, block
+        self._waiting: tuple[int, int, dict[str, jax.Array]] | None = None
+        self.stopwatch = facts.Stopwatch(members[0].run.data.tokens_per_step)
+
+    def put(self, clock: int, count: int, metrics: dict[str, jax.Array]) -> None:
+        """`count` steps from `clock` on have been dispatched; those before them are settled."""
+        self.settle()
+        self._waiting = clock, count, metrics
+
+    def settle(self) -> None:
+        """Waits for what is in flight, and hands each running member its rows."""
+        if self._waiting is None:
+            return
+        (clock, count, metrics), self._waiting = self._waiting, None
+        metrics = jax.device_get(metrics)
+        rate, axes = self.stopwatch.lap(count), (self._block, len(self._members))
+        metrics = {name: np.reshape(x, axes).tolist() for name, x in metrics.items()}
+        for ahead in range(count):
+            for number, member in enumerate(self._members):
+                if member.status == "running":
+                    row = {name: x[ahead][number] for name, x in metrics.items()}
+                    member.settle(member.first + clock + ahead + 1, row, rate)
+            if self._members[0].run.execution.stopping.margin:
+                stop_hopeless(member for member in self._members if member.status == "running")
+
+
 def train_together(members: Sequence[Member], shape: Shape, mesh: jax.sharding.Mesh) -> None:
     """Trains all members from where they are; then each has its `result`.
 
@@ -31,6 +64,11 @@ def train_together(members: Sequence[Member], shape: Shape, mesh: jax.sharding.M
     with jax.set_mesh(mesh), catching_sigterm() as terminated, contextlib.ExitStack() as folders:
         for member in members:
             folders.callback(member.close)
+        if jax.process_count() > 1:
+            raise UserError(
+                f"training is for one process, and jax.distributed has joined {jax.process_count()}: start "
+                "one alone, on the devices of one machine"
+            )
 
         # ---- the state, new or restored; if all have a checkpoint of one step, from the last such ----
         parts, held_out = program(shape, mesh), one.source.held_out()
@@ -86,28 +124,11 @@ def train_together(members: Sequence[Member], shape: Shape, mesh: jax.sharding.M
             return rows
 
         # ---- steps, a block in flight ----
-        stopwatch = facts.Stopwatch(one.run.data.tokens_per_step)
+        in_flight = InFlight(members, shape.block)
         saved_at, clock = time.perf_counter(), 0
-        in_flight: tuple[int, int, dict[str, jax.Array]] | None = None
-
-        def settle() -> None:
-            nonlocal in_flight
-            if in_flight is None:
-                return
-            (start, count, metrics), in_flight = in_flight, None
-            metrics = jax.device_get(metrics)
-            rate, axes = stopwatch.lap(count), (shape.block, len(members))
-            metrics = {name: np.reshape(x, axes).tolist() for name, x in metrics.items()}
-            for ahead in range(count):
-                for number, member in enumerate(members):
-                    if member.status == "running":
-                        row = {name: x[ahead][number] for name, x in metrics.items()}
-                        member.settle(member.first + start + ahead + 1, row, rate)
-                if one.run.execution.stopping.margin:
-                    stop_hopeless(member for member in members if member.status == "running")
 
         def end(member: Member, scores: dict[str, float]) -> None:
-            rate = stopwatch.tokens_per_second
+            rate = in_flight.stopwatch.tokens_per_second
             measured = {"members": len(members), "compile_seconds": compile_seconds}
             member.finish(scores, mesh, **measured, tokens_per_second=rate)
 
@@ -119,8 +140,8 @@ def train_together(members: Sequence[Member], shape: Shape, mesh: jax.sharding.M
             stopping = clock > 0 and terminated.is_set()
             saving = [m for m in running if late or stopping or m.saves(m.first + clock)]
             if ended or evaluating or saving:
-                settle()
-                stopwatch.restart()
+                in_flight.settle()
+                in_flight.stopwatch.restart()
             for member in members:
                 if member.status in ("diverged", "stopped") and member.result is None:
                     end(member, {})
@@ -144,6 +165,5 @@ def train_together(members: Sequence[Member], shape: Shape, mesh: jax.sharding.M
             count = min(shape.block, *(member.until_due(member.first + clock) for member in training))
             ahead = clock + np.arange(shape.block)
             state, metrics = step(state, load(ahead), hyper(ahead, count))
-            settle()
-            in_flight = clock, count, metrics
+            in_flight.put(clock, count, metrics)
             clock += count

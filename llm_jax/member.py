@@ -3,6 +3,8 @@
 import collections
 import dataclasses
 import math
+import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,9 +23,9 @@ from llm_jax.records import Record, load_run, metrics
 from llm_jax.run import Run, refuse_repeats
 from llm_jax.step import State
 
-# What counts as divergence: a training loss of so many times the first one, and a held-out loss of so many
-# times that of guessing evenly.
-DIVERGED, WORSE_THAN_GUESSING = 3.0, 1.5
+# What counts as divergence: a training loss of so many times the first one, and that of guessing evenly, in
+# the median of so many steps; a held-out loss of so many times that of guessing evenly.
+DIVERGED, DIVERGED_STEPS, WORSE_THAN_GUESSING = 3.0, 5, 1.5
 
 # Called with (steps done, parameters to evaluate) at every evaluation; what it returns is logged.
 Hook = Callable[[int, Params], dict[str, float]]
@@ -47,9 +49,10 @@ class Member:
         self.steps, self.first, self.done, self.status = run.steps, 0, 0, "running"
         self.result: dict[str, Any] | None = None
         self._why: dict[str, Any] = {}
+        self._guessing = math.log(max(run.data.vocabulary, 2))
         self.tables = optimizers.tables(run.optimizer, run.objective, self.steps)
         self._counts = facts.counts(run, source)
-        self._trunk = trunks.find(run, self.folder)
+        self._trunk = trunks.find(run, source, self.folder)
         self._record = Record(self.folder, writes=jax.process_index() == 0)
         keeps = run.execution.checkpoint
         self.checkpoints = Checkpoints(self.folder / "checkpoints", keeps.keep_last, keeps.keep_steps)
@@ -86,6 +89,7 @@ class Member:
         if self.result is not None:  # by another process, in the meantime
             self.status = self.result["status"]
             return
+        self._say_if_roundings_differ(parts.mesh)
         self._record.resume_at(self.first, *self._origin)
         if self._progress is not None:
             self._progress.begin(self.first)
@@ -94,11 +98,21 @@ class Member:
         earlier = metrics(self.folder)
         losses = earlier["loss"].dropna().tolist() if len(earlier) else []
         self._first_loss = losses[0] if losses else None
+        self._latest = collections.deque(losses, maxlen=DIVERGED_STEPS)
         self._recent = collections.deque(losses, maxlen=max(1, self.steps // 20))
         self._seconds_shared, self._seconds_before = (
             float(rows["seconds"].max()) if len(rows) else 0.0
             for rows in (earlier[earlier["step"] <= shared], earlier)
         )
+
+    def _say_if_roundings_differ(self, mesh: jax.sharding.Mesh) -> None:
+        """A line on stderr where the state was computed on another number of cores than are here."""
+        place = Path(self._origin[0]["folder"]) if self._origin else self.folder
+        starts = records.starts(place) if self.first else []
+        before, now = starts[-1]["facts"].get("cores") if starts else None, facts.cores()
+        if before not in (None, now) and mesh.devices.flat[0].platform == "cpu":
+            line = f"its state is of {before} cores, and here are {now}: sums are rounded in another order"
+            print(f"{self.folder}: {line}, so it won't be repeated bit for bit", file=sys.stderr, flush=True)
 
     def seconds(self) -> float:
         """Wall-clock time of this start and those before it, the trunk's too, as far as steps count."""
@@ -143,8 +157,9 @@ class Member:
         """Takes the metrics of its step number `step`, which may say that it has diverged."""
         loss, self.done = row["loss"], step
         self._recent.append(loss)
+        self._latest.append(loss)
         self._first_loss = loss if self._first_loss is None else self._first_loss
-        if not math.isfinite(loss) or loss > DIVERGED * self._first_loss > 0:
+        if has_diverged(self._latest, max(self._first_loss, self._guessing)):
             self.status = "diverged"
         last = step == self.steps or self.status == "diverged"
         if step == 1 or last or _every(self.run.execution.log_every_steps, step):
@@ -169,8 +184,7 @@ class Member:
 
     def finish(self, scores: Mapping[str, float], mesh: jax.sharding.Mesh, **measured: Any) -> None:
         """Writes the result: that of the last evaluation, unless the run has diverged."""
-        guessing = math.log(max(self.run.data.vocabulary, 2))
-        broken = scores.get("loss", 0.0) > WORSE_THAN_GUESSING * guessing
+        broken = scores.get("loss", 0.0) > WORSE_THAN_GUESSING * self._guessing
         if self.status == "running":
             finite = math.isfinite(scores.get("loss", 0.0))
             self.status = "diverged" if broken or not finite else "done"
@@ -201,6 +215,14 @@ class Member:
             self.checkpoints.close()
         finally:
             self._record.close()
+
+
+def has_diverged(latest: Sequence[float], level: float) -> bool:
+    """Whether the latest losses are beyond repair, seen from the `level` at the start.
+
+    Any that isn't a number is; of those too high it takes three, as one may be an odd batch's.
+    """
+    return not math.isfinite(latest[-1]) or statistics.median_low(latest) > DIVERGED * level
 
 
 def stop_hopeless(members: Iterable[Member]) -> None:

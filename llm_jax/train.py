@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from llm_jax.member import Hook, Member
 from llm_jax.process import prepare_xla
 from llm_jax.program import shape_of
 from llm_jax.progress import Progress
-from llm_jax.records import how_it_ended
+from llm_jax.records import how_it_ended, load_run
 from llm_jax.run import Run
 
 
@@ -31,7 +31,8 @@ def train(run: Run, folder: str | Path, hooks: Sequence[Hook] = (), progress: An
 
     progress: an object with begin(steps done) and update(steps done, loss, tokens per second).
     Raises UserError before anything is written if the run can't be done. On SIGTERM the state is saved and
-    SystemExit(143) raised. A loss that isn't finite, or grows past `DIVERGED`, ends the run as 'diverged'.
+    SystemExit(143) raised, also if the run has come to its end in the meantime. A loss that isn't finite, or
+    grows past what member.py says, ends the run as 'diverged'.
     """
     config.check(run)
     prepare_xla(run.execution.deterministic)
@@ -82,12 +83,19 @@ def main() -> None:
         ) as progress:
             result = train(run, folder, hooks_of(picked.module, run), progress)
     except SystemExit:
+        if not was_complete and (folder / "result.json").exists():  # asked to while it was scored
+            return show(load_run(folder)["result"], folder)
         saved = manifest.steps(folder / "checkpoints")
         what = f"saved in {folder}" if saved else "nothing was saved yet"
         print(f"stopped, and {what}; the same command continues")
         raise SystemExit(130 if interrupted.is_set() else 143) from None
     if was_complete:
         print(f"{folder} is complete; nothing was trained")
+    show(result, folder)
+
+
+def show(result: Mapping[str, Any], folder: Path) -> None:
+    """Prints what most ask for of a result."""
     shown = result | {"status": how_it_ended(result), "records": folder}
     if shown.get("held_out_documents") == 1:
         shown["loss_standard_error"] = "unknown: one document is held out"

@@ -20,6 +20,7 @@ import numpy as np
 from llm_jax import config, manifest, optimizers, records
 from llm_jax.checkpoints import Checkpoints
 from llm_jax.config import UserError
+from llm_jax.data import Source
 from llm_jax.run import Cell, Execution, NoSweep, Run
 from llm_jax.schedules import Constant
 
@@ -148,7 +149,7 @@ class Trunk:
         return step, state, entry | {"decay_steps": branch.steps - step}
 
 
-def find(run: Run, folder: Path) -> Trunk | None:
+def find(run: Run, source: Source, folder: Path) -> Trunk | None:
     """The trunk that `run` names; None if it names none, or has a result or a checkpoint in `folder`.
 
     Raises UserError if the named folder has no run, or one that shares no step with this one.
@@ -166,4 +167,5 @@ def find(run: Run, folder: Path) -> Trunk | None:
             f"execution.trunk: run {there['identity']} in {place} has no first step in common with this one; "
             "a trunk differs in tokens and schedule only, and its warm-up has as many steps"
         )
+    records.check_tokenizer(place, there, {"data": records.plain(source.record)})
     return Trunk(place, there["identity"], steps)

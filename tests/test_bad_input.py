@@ -12,6 +12,7 @@ import pytest
 
 from llm_jax import config
 from llm_jax.config import UserError
+from llm_jax.records import load_run
 from llm_jax.train import train
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -238,6 +239,37 @@ def test_a_run_that_continues_says_from_which_step(trained, command, place):
     code, out, err = command("llm_jax.train", ISOFLOP, *TINY, f"--folder={folder}")
     assert code is None and "status  done" in out
     assert f"{folder}: 4 steps of 512 tokens, continued from step 4\n" in err
+
+
+STOPPED = """
+import os, signal
+from llm_jax import config
+isoflop, _ = config.load_experiment(FILE)
+SCALES, get_config = isoflop.SCALES, isoflop.get_config
+
+def hooks(run):
+    def stop(step, params):
+        if step == int(os.environ["STOP_AT"]):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {}
+    return [stop]
+"""
+
+
+def test_asked_to_stop_a_run_says_what_is_saved_or_ends_if_only_its_scores_are_missing(
+    trained, command, place, monkeypatch
+):
+    (place / "stopped.py").write_text(STOPPED.replace("FILE", repr(str(ROOT / "experiments" / "isoflop.py"))))
+    arguments = f"--config={place / 'stopped.py'}:smoke", *TINY, "--config.execution.evaluate_every_steps=2"
+    monkeypatch.setenv("STOP_AT", "2")
+    folder = place / "asked"
+    code, out, _ = command("llm_jax.train", *arguments, f"--folder={folder}")
+    assert (code, out) == (143, f"stopped, and saved in {folder}; the same command continues\n")
+    monkeypatch.setenv("STOP_AT", "4")
+    code, out, _ = command("llm_jax.train", *arguments, f"--folder={folder}")
+    assert code is None and "stopped" not in out and "status  done" in out
+    result = load_run(folder)["result"]
+    assert result["loss"] == load_run(trained)["result"]["loss"]
 
 
 def test_a_folder_of_another_run_stays_as_it_is(trained, command):

@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import math
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +20,7 @@ from llm_jax import config, optimizers, records, sharding
 from llm_jax.config import UserError
 from llm_jax.data import HeldOut
 from llm_jax.held_out import score
+from llm_jax.member import has_diverged
 from llm_jax.models import Output, Role, Term
 from llm_jax.models.transformer import LayerNorm
 from llm_jax.step import State, accumulate, make_init, make_step, state_shardings
@@ -245,6 +249,15 @@ def test_a_run_whose_loss_grows_without_overflowing_has_diverged_too(tiny_run, t
     assert "loss" not in result
 
 
+def test_one_odd_batch_is_no_divergence_and_a_loss_that_stays_high_is():
+    usual, level = [5.6, 5.2, 4.9, 4.7, 4.5], 5.6
+    for place in range(5):
+        odd = [*usual[:place], 1e6, *usual[place + 1 :]]
+        assert not any(has_diverged(odd[: n + 1], level) for n in range(1, 5))
+    assert has_diverged([5.6, 5.2, 1e3, 1e4, 1e5], level)
+    assert has_diverged([5.6, math.nan], level) and has_diverged([math.inf], level)
+
+
 def test_weights_that_the_last_step_breaks_are_noticed(tiny_run, tmp_path):
     run = changed(tiny_run, optimizer__learning_rate=3e38, model__norm=LayerNorm(), tokens=8 * 32)
     run = changed(run, execution__mesh__data=1)
@@ -272,6 +285,18 @@ def test_evaluation_during_training_calls_hooks_and_is_logged(tiny_run, tmp_path
 
 
 # ---- killed and continued ----
+
+
+def test_a_run_that_continues_on_another_number_of_cores_says_so(finished, tiny_run, tmp_path, capfd):
+    run = changed(tiny_run, execution__mesh__data=1)
+    for cores, said in ((records.starts(finished[0])[0]["facts"]["cores"], 0), (97, 1)):
+        folder = shutil.copytree(finished[0], tmp_path / str(cores))
+        (folder / "result.json").unlink()
+        part = folder / "metrics" / "00000.jsonl"
+        part.write_text(re.sub(r'"cores": \d+', f'"cores": {cores}', part.read_text()))
+        train(run, folder)
+        assert capfd.readouterr().err.count("its state is of 97 cores, and here are ") == said
+
 
 SCRIPT = """
 import sys, json
@@ -342,6 +367,13 @@ def test_a_killed_run_continues_bit_for_bit(tiny_run, tmp_path):
 def test_what_can_not_be_done_is_refused_before_anything_is_written(tiny_run, tmp_path, fields, words):
     with pytest.raises(UserError, match=words):
         train(changed(tiny_run, **fields), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_of_several_processes_is_refused(tiny_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match=r"for one process, and jax\.distributed has joined 2"):
+        train(tiny_run, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
