@@ -1,5 +1,6 @@
 """Trunks and branches: steps that runs have in common are computed once, and nothing else changes by that."""
 
+import json
 import shutil
 import time
 
@@ -249,6 +250,15 @@ def test_a_trunk_of_another_run_is_refused_before_anything_is_written(forked, ws
         train(branch_of(forked[0] / "trunk", wsd(24, **fields)), tmp_path / "branch")
     with pytest.raises(UserError, match="no run here"):
         train(branch_of(tmp_path / "nowhere", wsd(24)), tmp_path / "branch")
+    assert not (tmp_path / "branch").exists()
+
+
+def test_a_trunk_whose_tokens_another_version_made_is_refused(trunk, wsd, tmp_path):
+    there = json.loads((trunk / "config.json").read_text())
+    there["data"]["tokenizer"]["library"] = "bytes 0.9"
+    (trunk / "config.json").write_text(json.dumps(there))
+    with pytest.raises(UserError, match=r"its tokens were made by bytes 0\.9"):
+        train(branch_of(trunk, wsd(24)), tmp_path / "branch")
     assert not (tmp_path / "branch").exists()
 
 
