@@ -1,7 +1,7 @@
 """How much faster does a sweep of small models train when its members are packed into one program?
 
-    python -m launch.local --config=experiments/packing.py:cpu        (8 minutes on 2 cores)
-    python -m launch.local --config=experiments/packing.py:smoke      (15 seconds)
+    python -m launch.local --config=experiments/packing.py:cpu        (2 cores; not run to its end yet)
+    python -m launch.local --config=experiments/packing.py:smoke      (seconds)
     python -m launch.local --config=experiments/packing.py:gpu        (one GPU; not run yet)
 
 A pack is the step of llm_jax/pack.py on one shared batch of made-up tokens, `block_steps` steps a dispatch,
