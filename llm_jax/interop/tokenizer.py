@@ -133,6 +133,8 @@ def of(codec: Any) -> Portable:
     tokenizer = tokenizers.Tokenizer.from_str(codec.data)
     name = tokenizer.id_to_token(codec.eot) or END
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False)])
+    if tokenizer.token_to_id(name) != codec.eot:
+        raise UserError(f"the tokenizer's ids have holes, so eot can't be {codec.eot} elsewhere: name one")
     return Portable(tokenizer.to_str(), {"eos_token": name}, (codec.eot,))
 
 

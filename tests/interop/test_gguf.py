@@ -1,0 +1,240 @@
+"""GGUF files: read as transformers reads them, written as llama.cpp and the gguf package want them."""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import re
+import subprocess
+
+import gguf as package
+import jax
+import numpy as np
+import pytest
+import reference
+import tokenizers
+from reference import FIXTURES
+from test_huggingface import TOLERANCE, logits
+from tiny import parameters
+from tokenizers import pre_tokenizers
+
+from llm_jax.config import UserError
+from llm_jax.data.tokenizers import Bytes, SentencePiece, SentencePieceCodec
+from llm_jax.interop import families, gguf, tokenizer
+from llm_jax.models.experts import Experts
+from llm_jax.models.positions import Linear, Llama3, Rotary
+from llm_jax.models.transformer import Attending, Transformer
+
+# How the fixtures' models must be changed to be what llama.cpp takes for granted of their families.
+LOCAL = Rotary(10_000.0)
+SAID = {
+    "gpt2": {},
+    "llama": {"head_width": 16, "positions": Rotary(5e5, Llama3(32.0))},
+    "qwen2": {"windows": (None,)},
+    "qwen3": {},
+    "gemma": {},
+    "gemma2": {"attention": Attending(softcap=2.0)},
+    "gemma3": {
+        "attention": Attending(),
+        "layers": 6,
+        "windows": (5, 5, 5, 5, 5, None),
+        "rotations": (LOCAL, LOCAL, LOCAL, LOCAL, LOCAL, Rotary(1000.0, Linear(2.0))),
+    },
+    "olmo2": {},
+    "smollm2": {},
+    "smollm3": {},
+    "mixtral": {},
+    "qwen3-moe": {"experts": Experts(5, 2, 14)},
+    "olmoe": {},
+}
+COMPARED = ("gpt2", "llama", "qwen2", "qwen3", "gemma", "gemma2")  # with llama.cpp
+TOKENIZER = tokenizer.of_bytes()
+
+
+def of_fixture(name):
+    facts = json.loads((FIXTURES / name / "config.json").read_text())
+    return families.of(facts).read(facts)
+
+
+@functools.cache
+def said(name):
+    """A model of the family that GGUF can say, and random parameters."""
+    config = dataclasses.replace(of_fixture(name), **SAID[name])
+    return families.canonical(config), parameters(config.build())
+
+
+def characters(size):
+    """A tokenizer of `size` single bytes."""
+    facts = json.loads(TOKENIZER.data)
+    facts["added_tokens"] = []
+    facts["model"]["vocab"] = {k: v for k, v in facts["model"]["vocab"].items() if v < size}
+    return tokenizer.Portable(json.dumps(facts))
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_what_is_written_is_read_again(name, tmp_path):
+    config, params = said(name)
+    gguf.save(tmp_path / "model.gguf", config, params, characters(config.vocabulary))
+    again = gguf.load(tmp_path / "model.gguf")
+    assert again.config == config
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), again.params, params)
+    assert again.tokenizer.encode("!!##").tolist() == [33, 33, 35, 35]
+
+
+@functools.cache
+def trained():
+    """A model of this house whose rows can be quantised."""
+    config = families.canonical(Transformer(layers=2, width=96, heads=3, kv_heads=1, vocabulary=257))
+    return config, parameters(config.build())
+
+
+@pytest.mark.parametrize(("kind", "error"), [("F16", 1e-3), ("Q8_0", 1e-2)])
+def test_half_and_quantised_files_hold_the_weights_to_their_precision(kind, error, tmp_path):
+    config, params = trained()
+    gguf.save(tmp_path / "model.gguf", config, params, Bytes(), kind)
+    types = {t.name: t.tensor_type.name for t in package.GGUFReader(tmp_path / "model.gguf").tensors}
+    assert types["blk.0.ffn_up.weight"] == kind and types["output_norm.weight"] == "F32"
+    again = gguf.load(tmp_path / "model.gguf")
+    for ours, theirs in zip(jax.tree.leaves(params), jax.tree.leaves(again.params), strict=True):
+        assert np.abs(ours - theirs).max() < error * np.abs(ours).max()
+
+
+def test_transformers_reads_the_weights_of_a_file_written_here(tmp_path):
+    pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    config, params = trained()
+    gguf.save(tmp_path / "model.gguf", config, params, Bytes())
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf")
+    tokens = np.random.default_rng(0).integers(0, 257, (2, 20))
+    expected = reference.logits(theirs.eval(), tokens)
+    np.testing.assert_allclose(logits(config, params, tokens), expected, rtol=0, atol=TOLERANCE)
+
+
+TEXTS = [" ".join(f"the {a} of {b}" for a in "abcdef") + "\nIt's 12 ☕." for b in "uvwxyz"]
+
+
+@pytest.mark.parametrize("algorithm", ["bpe", "unigram"])
+def test_a_sentencepiece_model_trained_here_encodes_the_same_as_a_tokenizer_json(algorithm):
+    config = SentencePiece(algorithm, vocabulary=285)
+    codec = SentencePieceCodec(config.train(iter(TEXTS)), cut=True)
+    portable = tokenizer.of(codec)
+    for text in [*TEXTS, " two  spaces", "naïve", ""]:
+        assert portable.encode(text).tolist() == codec.encode(text).tolist()
+        assert portable.decode(portable.encode(text)) == text
+    assert portable.stops == (codec.eot,) and portable.vocabulary == codec.vocabulary
+
+
+def test_what_cannot_be_read_or_written_is_one_clear_line(tmp_path):
+    config, params = trained()
+    file = tmp_path / "model.gguf"
+
+    def fails(says, act):
+        with pytest.raises(UserError, match=says) as error:
+            act()
+        assert "\n" not in str(error.value)
+        file.unlink(missing_ok=True)
+
+    fails("no file", lambda: gguf.load(file))
+    file.write_bytes(b"PK" + bytes(50))
+    fails("is not a GGUF file", lambda: gguf.load(file))
+    gguf.save(file, config, params, Bytes())
+    whole = file.read_bytes()
+    for length in (10, 500, len(whole) - 5000):
+        file.write_bytes(whole[:length])
+        fails("not a whole GGUF file", lambda: gguf.load(file))
+    writer = package.GGUFWriter(file, "mamba")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    fails("no architecture 'mamba' here; there are: llama, qwen2", lambda: gguf.load(file))
+    fails(
+        "no kind 'Q4_0' of GGUF; there are: F32",
+        lambda: gguf.save(file, config, params, Bytes(), "Q4_0"),
+    )
+    post = dataclasses.replace(config, norm_position="post")
+    fails("no architecture of GGUF is this model", lambda: gguf.save(file, post, params, Bytes()))
+    few = dataclasses.replace(config, vocabulary=100)
+    fails("has ids up to 256, and the model 100", lambda: gguf.save(file, few, params, Bytes()))
+    with pytest.raises(UserError, match=re.escape(f"{tmp_path} exists")):
+        gguf.save(tmp_path, config, params, Bytes())
+    assert not list(tmp_path.iterdir())
+
+
+# ---- llama.cpp, where node and the package stand ----
+
+
+def llama_cpp(files, ids, count, text):
+    """What llama.cpp makes of each file: its greedy continuation of ids, and the ids of a text."""
+    home = os.environ.get("LLM_JAX_LLAMA_CPP", "")
+    if not (pathlib.Path(home) / "node_modules" / "node-llama-cpp").is_dir():
+        pytest.skip("no node-llama-cpp in the folder that LLM_JAX_LLAMA_CPP names")
+    script = pathlib.Path(__file__).parent / "llama_cpp.mjs"
+    asked = {"home": home, "models": list(map(str, files)), "ids": ids, "count": count, "text": text}
+    run = subprocess.run(
+        ["node", script], input=json.dumps(asked), capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_llama_cpp_finds_the_same_greedy_tokens(tmp_path):
+    ids, files = [5, 7, 9, 1, 30, 2, 4, 4, 8, 20, 11, 3], []
+    for name in COMPARED:
+        config, params = said(name)
+        files.append(tmp_path / f"{name}.gguf")
+        gguf.save(files[-1], config, params, characters(config.vocabulary))
+    for name, answer in zip(COMPARED, llama_cpp(files, ids, 10, "!"), strict=True):
+        found = answer["continuation"]
+        scores = logits(*said(name), np.array([ids + found]))[0, len(ids) - 1 : -1]
+        missed = scores.max(-1) - np.take_along_axis(scores, np.array(found)[:, None], -1)[:, 0]
+        # The best each time, but for ties.
+        assert missed.max() < 2e-3 and (missed == 0).sum() >= 8, name
+
+
+TEXT = "the a of b\nIt's  12 cups ☕ naïve"
+
+
+def bpe_trained_elsewhere(*cut):
+    """A byte-level BPE of the `tokenizers` library."""
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.pre_tokenizer = pre_tokenizers.Sequence([*cut, level]) if cut else level
+    made.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=alphabet, special_tokens=["<s>", "</s>"], show_progress=False
+    )
+    made.train_from_iterator([TEXT] * 3, trainer)
+    return tokenizer.Portable(made.to_str(), {"bos_token": "<s>", "eos_token": "</s>"}, (1,))
+
+
+def test_llama_cpp_and_a_reader_here_cut_text_as_the_tokenizer_does(tmp_path):
+    spelled = SentencePiece("bpe", vocabulary=285).train(iter(TEXTS))
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    kinds = [
+        tokenizer.of_bytes(),
+        tokenizer.of_sentencepiece(spelled),
+        bpe_trained_elsewhere(),
+        bpe_trained_elsewhere(digits),
+    ]
+    files, text = [], TEXT
+    for kind in kinds:
+        config = dataclasses.replace(trained()[0], vocabulary=320)
+        files.append(tmp_path / f"{len(files)}.gguf")
+        gguf.save(files[-1], config, parameters(config.build()), kind)
+        again = gguf.load(files[-1]).tokenizer
+        assert again.encode(text).tolist() == kind.encode(text).tolist()
+        assert again.decode(again.encode(text)) == text and again.stops == kind.stops
+    with pytest.raises(UserError, match=r"llama\.cpp has no name for how this tokenizer cuts text"):
+        odd = bpe_trained_elsewhere(pre_tokenizers.Whitespace())
+        gguf.save(tmp_path / "odd.gguf", config, parameters(config.build()), odd)
+    with pytest.raises(UserError, match="a GGUF file holds a BPE tokenizer, and this is Unigram"):
+        unigram = SentencePiece("unigram", vocabulary=285).train(iter(TEXTS))
+        odd = tokenizer.of_sentencepiece(unigram)
+        gguf.save(tmp_path / "odd.gguf", config, parameters(config.build()), odd)
+    assert not (tmp_path / "odd.gguf").exists()
+    for kind, answer in zip(kinds, llama_cpp(files, [1, 2, 3], 1, text), strict=True):
+        assert answer["text"] == kind.encode(text).tolist()
