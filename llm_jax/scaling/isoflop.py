@@ -111,8 +111,8 @@ def fit_isoflop(
     vertex what a parabola through the same sizes misses of the law fitted to all runs: an isoFLOP curve is
     skewed wherever alpha and beta differ. window: sizes the parabola passes, half of them on each side of
     the lowest. Intervals: the minima are found again `bootstrap` times with the residuals of all parabolas,
-    scaled for the coefficients spent, drawn at random and added. Raises UserError where fewer than two
-    budgets have a minimum, with reasons.
+    scaled for the coefficients spent and for how few they are, drawn at random and added. Raises UserError
+    where fewer than two budgets have a minimum, with reasons.
     """
     if method not in METHODS:
         raise UserError(f"no method {method!r}; {nearest(method, METHODS)}")
@@ -153,10 +153,12 @@ def fit_isoflop(
         warnings.append("no intervals: every parabola has as many coefficients as sizes; add sizes a budget")
         bootstrap = 0
     freedom = max(len(noise) - 3 * len(accepted), 1)
+    # How large the noise is, few residuals tell: draws of Student's t, not of the residuals alone.
+    size = np.sqrt(freedom / generator.chisquare(freedom, (bootstrap, 1)))
     minima = np.full((bootstrap, len(curves), 3), np.nan)
     for index, curve in enumerate(curves):
         if bootstrap and not curve.refused:
-            scatter = generator.choice(noise, (bootstrap, len(curve.sizes)))
+            scatter = size * generator.choice(noise, (bootstrap, len(curve.sizes)))
             minima[:, index] = redraw(curve, scatter) + corrections[index]
     kept = minima[:, [not curve.refused for curve in curves]]
     draws = np.stack([lines_through(x, kept[:, :, i]) for i in range(3)], axis=1)

@@ -1,6 +1,5 @@
 """The laws, one class each, with what they were published as. `law(name)` finds them, and yours in a file."""
 
-import importlib.util
 import pathlib
 from collections.abc import Mapping
 from typing import ClassVar
@@ -19,6 +18,7 @@ from llm_jax.scaling.law import (
     exponent,
     logsumexp,
 )
+from llm_jax.scaling.own import load
 
 _RATES = (0.05, 0.2, 0.5)  # starts of small exponents
 
@@ -172,6 +172,46 @@ class PowerLaw(SumOfPowers):
     terms = (("E", ()), ("A", (("C", "a"),)))
 
 
+class PowerOfSize(PowerLaw):
+    """Loss of models trained to convergence: Kaplan et al. 2020, eq. 1.1, with E=0 and A = Nc^a."""
+
+    name = "power-n"
+    formula = "L = E + A/N^a"
+    inputs = ("N",)
+    terms = (("E", ()), ("A", (("N", "a"),)))
+
+
+class PowerOfData(PowerLaw):
+    """Loss of models that data alone limits: Hestness et al. 2017, eq. 1; Kaplan et al. 2020, eq. 1.2."""
+
+    name = "power-d"
+    formula = "L = E + A/D^a"
+    inputs = ("D",)
+    terms = (("E", ()), ("A", (("D", "a"),)))
+
+
+class OptimalSize(SumOfPowers):
+    """A list of optima: the best N (or batch, or rate, by --columns=N=batch) at every budget."""
+
+    name = "n-opt"
+    formula = "N = k C^a"
+    inputs = ("C",)
+    output = "N"
+    parameters = (
+        Parameter("k", tuple(np.arange(-30.0, 31, 10)), log=True, lower=-200.0, upper=300.0),
+        Parameter("a", (-0.5, 0.0, 0.5, 1.0), lower=-4.0, upper=4.0),
+    )
+    terms = (("k", (("C", "-a"),)),)
+
+
+class OptimalData(OptimalSize):
+    """The best D at every budget (Llama 3, section 3.2.1: k = 0.299, a = 0.537)."""
+
+    name = "d-opt"
+    formula = "D = k C^a"
+    output = "D"
+
+
 class DownstreamExponential(Law):
     """Gadre et al. 2024, eq. 5: a task's error from the loss [nats/token], saturating at eps."""
 
@@ -221,32 +261,7 @@ def law(name: str | Law) -> Law:
         return name
     place, colon, own = name.rpartition(":")
     if colon and place.endswith(".py"):
-        return _from_file(pathlib.Path(place), own)
+        return load(pathlib.Path(place), own)
     if name not in Law.members:
         raise UserError(f"no law {name!r}; {nearest(name, Law.members)}; yours is --law=FILE.py:Name")
     return Law.members[name]()
-
-
-def _from_file(path: pathlib.Path, name: str) -> Law:
-    if not path.is_file():
-        raise UserError(f"--law: no file {str(path)!r}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise UserError(f"--law: {path} can't be imported ({type(error).__name__}: {error})") from None
-    found = {
-        key: value
-        for key, value in vars(module).items()
-        if isinstance(value, type) and issubclass(value, Law)
-    }
-    if name not in found:
-        raise UserError(f"--law: {path} has no law {name!r}; {nearest(name, found)}")
-    cls = found[name]
-    lacking = [part for part in ("formula", "inputs", "parameters") if not hasattr(cls, part)]
-    if lacking:
-        raise UserError(
-            f"--law: {name} of {path} has no {', '.join(lacking)}; see CONTRIBUTING.md, Add a law"
-        )
-    return cls()

@@ -8,7 +8,7 @@ import numpy as np
 
 from llm_jax.config import UserError
 from llm_jax.scaling.law import Law
-from llm_jax.scaling.resampling import corrected, one_run
+from llm_jax.scaling.resampling import drawn_in, one_run
 from llm_jax.scaling.solver import Data, Problem
 from llm_jax.scaling.tables import Points
 
@@ -90,8 +90,8 @@ class Fit:
         best, draws = self.law.log_loss(self.theta[None], x)[0, 0], self.law.log_loss(self.draws, x)[:, 0]
         if len(draws) < 2 or self.freedom < 1:
             return estimate(float(np.exp(best)), draws[:0], self.level)
-        draws = corrected(best, draws) if self._corrects else draws
-        return estimate(float(np.exp(best)), np.exp(one_run(draws, self.noise, self.freedom)), self.level)
+        runs = one_run(self._around(best, draws), self.noise, self.freedom)
+        return estimate(float(np.exp(best)), np.exp(runs), self.level)
 
     def _inputs(self, given: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """The law's inputs as arrays [n], from those given; UserError where they don't determine them."""
@@ -128,12 +128,13 @@ class Fit:
         everything = {"N": np.log([N]), "D": np.log([D]), "C": np.log([C]), "M": np.log([D / N])}
         x = {name: everything[name] for name in self.law.inputs}
         best, draws = self.law.log_loss(self.theta[None], x)[0, 0], self.law.log_loss(self.draws, x)[:, 0]
-        return float(best), corrected(best, draws) if self._corrects else draws
+        return float(best), self._around(best, draws)
 
-    @property
-    def _corrects(self) -> bool:
-        """Whether percentiles are bias-corrected."""
-        return self.conventions["intervals"] == "runs"
+    def _around(self, value: Any, draws: np.ndarray) -> np.ndarray:
+        """The draws [S, ...] of a number whose percentiles are its interval."""
+        if self.conventions["intervals"] != "runs":
+            return draws
+        return drawn_in(value, draws, int(self.points.clusters.max()) + 1, self.free)
 
     @property
     def formula(self) -> str:
@@ -211,12 +212,7 @@ class Fit:
         return values | self.law.derived(values)
 
     def _estimate(self, value: Any, draws: np.ndarray) -> Estimate:
-        plain = estimate(value, draws, self.level)
-        if not self._corrects or len(draws) < 2:
-            return plain
-        return estimate(value, corrected(value, draws), self.level)._replace(
-            standard_error=plain.standard_error
-        )
+        return estimate(value, self._around(value, draws), self.level)
 
 
 def estimate(value: Any, draws: np.ndarray, level: float) -> Estimate:

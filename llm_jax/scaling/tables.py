@@ -19,6 +19,7 @@ from llm_jax.config import UserError, nearest
 # A cell beyond these is a slip, not a measurement.
 LIMITS = {"C": 1e60, "budget_flops": 1e60, "loss": 1e6, "error": 1e3}
 _LIMIT = 1e30  # of any other column
+DONE = ("done", "finished", "completed", "success")  # what trackers call a run that reached its end
 
 
 class Excluded(NamedTuple):
@@ -54,42 +55,44 @@ def check_points(
     """The rows of `frame` that can be fitted, with `needs` (inputs, then what is predicted) and the rest as
     columns.
 
-    columns: {"N": "params"} reads N from the column params. where: an expression such as "D > 20*N and
-    width < 512". weights: an expression such as "1/std**2". A missing C is flops_per_nd N D, a missing M is
-    D/N, and the third of N, D and C follows from two. A run whose status is not "done" is left out. curves:
-    the rows are training curves, many of one run, told apart by a column run (or name).
+    columns: {"N": "params"} reads N from the column params, {"D": "tokens_in_billions*1e9"} from an
+    expression of columns. where: an expression such as "D > 20*N and width < 512". weights: an expression
+    such as "1/std**2". A missing C is flops_per_nd N D, a missing M is D/N. A run whose status is none of
+    DONE is left out. curves: the rows are training curves, many of one run, told apart by a column run (or
+    name).
     Raises UserError for a missing column, a cell that is no positive number, and a repeated point.
     """
     frame = frame.copy()
     for name, source in (columns or {}).items():
-        _column(frame, source, f"the column for {name}")
-        frame[name] = frame[source]
+        if source not in frame and any(sign in source for sign in "+-*/"):
+            frame[name] = evaluate("columns", source, frame)
+        else:
+            frame[name] = _column(frame, source, f"the column for {name}")
     excluded, notes = [], list(frame.attrs.get("notes", ()))
     for name in needs:
         if name not in frame and (source := _like(frame, name)):
             notes.append(f"the column {source!r} is read as {name}")
             frame = frame.rename(columns={source: name})
     if "status" in frame:
-        for label in frame.index[frame["status"] != "done"]:
+        done = frame["status"].astype(str).str.lower().isin(DONE)
+        for label in frame.index[~done]:
             excluded.append(Excluded(name_of(frame, label), f"status {frame.at[label, 'status']}"))
-        frame = frame[frame["status"] == "done"]
-    if {"N", "D"} <= set(frame):
-        N, D = (_numbers(frame, name) for name in "ND")
-        for name, value, text in (
-            ("C", flops_per_nd * N * D, f"{flops_per_nd:g} N D"),
-            ("M", D / N, "D / N"),
-        ):
-            if name in needs and name not in frame:
-                notes.append(f"no column {name}: it is {text}")
-                frame[name] = value
+        frame = frame[done].copy()
+    notes += _derived(frame, needs, flops_per_nd)
     for name in needs:
-        _column(frame, name, f"the column {name}", f"; name yours with --columns={name}=YOURS")
+        other = {"N": "D", "D": "N"}.get(name)
+        hint = f" or --columns={name}=C/{flops_per_nd:g}/{other}" if {other, "C"} <= set(frame) else ""
+        _column(frame, name, f"the column {name}", f"; name yours with --columns={name}=YOURS{hint}")
     if where:
         kept = filter_rows(frame, where)
         notes.append(f"{int(kept.sum())} of {len(frame)} runs are where {where}")
         frame = frame[kept]
     if not len(frame):
-        why = f" where {where}" if where else f": the status of all {len(excluded)} is another than 'done'"
+        why = (
+            f" where {where}"
+            if where
+            else f": the status of all {len(excluded)} is none of {', '.join(DONE)}"
+        )
         raise UserError(f"no runs are left to fit{why}")
     for name in (*needs, "budget_flops") if "C" in needs and "budget_flops" in frame else needs:
         frame[name] = _numbers(frame, name)
@@ -100,6 +103,24 @@ def check_points(
         _refuse_repeats(frame, list(needs[:-1]))
     numbers = pd.factorize(frame[run])[0] if run else np.arange(len(frame))
     return Points(frame, _weights(frame, weights), numbers, tuple(excluded), tuple(notes))
+
+
+def _derived(frame: pd.DataFrame, needs: Sequence[str], flops_per_nd: float) -> list[str]:
+    """Adds C and M to `frame` where they are needed and N and D are there; returns a note of each.
+
+    Cells are checked later, those of rows that --where leaves out never.
+    """
+    if not {"N", "D"} <= set(frame):
+        return []
+    N, D = (pd.to_numeric(frame[name], errors="coerce").astype(float) for name in "ND")
+    notes = []
+    with np.errstate(all="ignore"):
+        rules = (("C", flops_per_nd * N * D, f"{flops_per_nd:g} N D"), ("M", D / N, "D / N"))
+    for name, value, text in rules:
+        if name in needs and name not in frame:
+            notes.append(f"no column {name}: it is {text}")
+            frame[name] = value
+    return notes
 
 
 def _weights(frame: pd.DataFrame, expression: str | None) -> np.ndarray:
@@ -126,8 +147,8 @@ def filter_rows(frame: pd.DataFrame, expression: str) -> np.ndarray:
 def evaluate(flag: str, expression: str, frame: pd.DataFrame) -> Any:
     """What `expression` of the columns of `frame` comes to; `flag` is named where it makes no sense."""
     try:
-        tree = ast.parse(expression, mode="eval").body
-    except SyntaxError:
+        tree = ast.parse(expression.strip(), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise UserError(
             f"--{flag}={expression!r} is no expression, such as 'D > 20*N and width < 512'"
         ) from None
@@ -135,6 +156,8 @@ def evaluate(flag: str, expression: str, frame: pd.DataFrame) -> Any:
         return _evaluate(tree, frame)
     except TypeError:
         raise UserError(f"--{flag}={expression!r} puts a number and a text together") from None
+    except (ArithmeticError, RecursionError):
+        raise UserError(f"--{flag}={expression!r} comes to no number") from None
 
 
 _binary = {
@@ -156,8 +179,10 @@ _unary = {ast.Not: np.logical_not, ast.USub: operator.neg}
 
 def _evaluate(node: ast.AST, frame: pd.DataFrame) -> Any:
     match node:
-        case ast.Constant(value=int() | float() | str() as value):
+        case ast.Constant(value=str() as value):
             return value
+        case ast.Constant(value=int() | float() as value):
+            return float(value)  # 9**9**9 then ends at once
         case ast.Name(id=name):
             return _column(frame, name, "an expression")
         case ast.UnaryOp(op=op, operand=operand) if type(op) in _unary:

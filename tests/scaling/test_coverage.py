@@ -6,7 +6,7 @@ from interval_coverage import measure
 
 @pytest.fixture(scope="module")
 def rows():
-    return measure(40, refits=150)
+    return list(measure(40, refits=150))
 
 
 @pytest.mark.slow

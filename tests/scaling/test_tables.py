@@ -114,5 +114,40 @@ def test_a_filter_is_never_run_as_python(expression, said):
 def test_a_filter_that_leaves_nothing_says_so():
     with pytest.raises(UserError, match="no runs are left to fit where N > 1e29"):
         check_points(sweep(), NEEDS, where="N > 1e29")
-    with pytest.raises(UserError, match="the status of all 35 is another than 'done'"):
-        check_points(sweep().assign(status="finished"), NEEDS)
+    with pytest.raises(UserError, match="the status of all 35 is none of done, finished"):
+        check_points(sweep().assign(status="crashed"), NEEDS)
+
+
+def test_n_or_d_of_a_table_with_c_is_asked_for_and_computed_if_told():
+    with pytest.raises(UserError, match=r"no column 'D'.* or --columns=D=C/6/N"):
+        check_points(sweep().drop(columns="D"), NEEDS)
+    frame = sweep().rename(columns={"N": "Model Size", "C": "Training FLOP"}).drop(columns="D")
+    points = check_points(frame, NEEDS, columns={"N": "Model Size", "C": "Training FLOP", "D": "C/6/N"})
+    assert np.allclose(points.frame["D"], sweep()["D"], rtol=1e-12)
+
+
+def test_columns_may_be_expressions_of_columns():
+    frame = pd.DataFrame({"N": [1.0, 2.0], "tokens in billions": [3.0, 4.0], "gigatokens": [3.0, 4.0]})
+    frame = frame.assign(accuracy=[0.4, 0.7], loss=[2.0, 3.0])
+    points = check_points(
+        frame, ("N", "D", "error"), columns={"D": "gigatokens*1e9", "error": "1 - accuracy"}
+    )
+    assert list(points.frame["D"]) == [3e9, 4e9] and np.allclose(points.frame["error"], [0.6, 0.3])
+    assert list(check_points(frame, NEEDS, columns={"D": "tokens in billions"}).frame["D"]) == [3.0, 4.0]
+    for source, said in (("tokens in billion", "did you mean 'tokens in billions'"), ("N +", "is no exp")):
+        with pytest.raises(UserError, match=said):
+            check_points(frame, NEEDS, columns={"D": source})
+
+
+def test_runs_that_a_filter_leaves_out_may_be_anything():
+    frame = sweep().assign(ok=1.0)
+    frame.loc[3, ["N", "ok"]] = [np.nan, 0.0]
+    frame.loc[4, ["D", "ok"]] = [-1.0, 0.0]
+    assert len(check_points(frame, ("N", "D", "C", "loss"), where="ok == 1").frame) == 33
+    assert len(check_points(frame.drop(columns="C"), ("N", "D", "C", "loss"), where="ok == 1").frame) == 33
+
+
+@pytest.mark.parametrize("expression", ["N > 9**9**9", "D < 10.0**400", "(" * 300 + "N" + ")" * 300 + " > 1"])
+def test_an_expression_that_comes_to_no_number_is_refused_at_once(expression):
+    with pytest.raises(UserError, match=r"comes to no number|is no expression"):
+        check_points(sweep(), NEEDS, where=expression)
