@@ -39,7 +39,7 @@ from llm_jax.scaling import figures, fits, grids, page, plots
 from llm_jax.scaling import forecast as forecasting
 from llm_jax.scaling.page import Answer, Drawing, Page, Table
 from llm_jax.scaling.report import fitted, too_small, verdict
-from llm_jax.scaling.results import Fit, estimate
+from llm_jax.scaling.results import Fit
 from llm_jax.scaling.style import power, short
 from llm_jax.schedules import Cosine
 
@@ -175,8 +175,8 @@ def report(base: Run, folder: Path, runs: pd.DataFrame, forecasts: Mapping[str, 
 def one_exponent(free: Fit) -> Answer:
     """Whether alpha and beta of the same runs may be equal, as the law has it."""
     drawn = free.values(free.draws)
-    gap = estimate(0.0, drawn["alpha"] - drawn["beta"], free.level)
     alpha, beta = (free.parameters[name].value for name in ("alpha", "beta"))
+    gap = free.with_interval(alpha - beta, drawn["alpha"] - drawn["beta"])
     good = bool(gap.low <= 0 <= gap.high)
     return Answer(
         f"One exponent is {'not ' * good}refuted: free, alpha is {alpha:.2f} and beta {beta:.2f}.",

@@ -20,7 +20,7 @@ from llm_jax.scaling.tables import check_points
 
 @dataclasses.dataclass(frozen=True)
 class EnvelopeFit(PowerLaws):
-    """Power laws through the envelope of training curves. frontier: its points, a table of C, N, D and
+    """Power laws through the envelope of training curves. frontier: its points, a table of run, C, N, D and
     loss.
     """
 
@@ -109,6 +109,7 @@ def fit_envelope(
         )
     table = pd.DataFrame(
         {
+            "run": best,
             "C": np.exp(log_c[used]),
             "N": np.exp(sizes[best]),
             "D": np.exp(tokens[best, used]),

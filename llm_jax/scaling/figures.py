@@ -4,6 +4,7 @@ All take `theme="light"` or `"dark"`. The conventions behind the numbers (what N
 minimised) stand below each; `style.png` and `style.svg` turn a figure into a file.
 """
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -11,9 +12,10 @@ import numpy as np
 import pandas as pd
 
 from llm_jax.scaling.curves import METHODS, Curve
+from llm_jax.scaling.envelope import EnvelopeFit
 from llm_jax.scaling.forecast import Outcome, fitted_flops
 from llm_jax.scaling.isoflop import IsoflopFit
-from llm_jax.scaling.results import Fit
+from llm_jax.scaling.results import Estimate, Fit
 from llm_jax.scaling.style import (
     MARKERS,
     Theme,
@@ -41,7 +43,9 @@ LABELS = {
     "U": "U, unique tokens",
     "M": "M, tokens a parameter",
     "loss": "loss [nats/token]",
+    "error": "error of the task",
 }
+TITLES = {"N": "size", "D": "data", "C": "compute", "U": "unique data", "M": "tokens a parameter"}
 
 
 @themed
@@ -149,9 +153,56 @@ def optima(isoflop: IsoflopFit | None, fit: Fit, *, look: Theme, reach: float = 
 
 
 @themed
+def curve(fit: Fit, *, look: Theme) -> "Figure":
+    """Runs and law against the one thing that the law depends on, with the law's interval."""
+    (name,), output = fit.law.inputs, fit.law.output
+    title = f"{TITLES.get(output, output)} against {TITLES.get(name, name)}"
+    figure, (axes,) = blank(title[0].upper() + title[1:], 4.0)
+    frame = fit.points.frame
+    _runs(axes, frame, name, frame[output].to_numpy(float), look)
+    low, high = frame[name].min(), frame[name].max()
+    x = np.geomspace(low, high, 200) if high > 10 * low else np.linspace(low, high, 200)
+    law = fit.predict(**{name: x})
+    band(axes, x, [Estimate(*each) for each in zip(*law, strict=True)], look.law, f"law ({fit.level:.0%})")
+    if high > 10 * low:
+        log_axis(axes.xaxis, power if name == "C" else short)
+    values = frame[output]
+    if output != "error" and values.max() > 10 * values.min():
+        log_axis(axes.yaxis)
+    elif output == "loss":
+        loss_axis(axes)
+    axes.set(xlabel=LABELS.get(name, name), ylabel=LABELS.get(output, output))
+    return finished(figure, conventions(fit))
+
+
+@themed
+def envelope(fit: EnvelopeFit, *, look: Theme) -> "Figure":
+    """Training curves and the lowest of them at each compute; below, the size that is lowest there."""
+    figure, (top, bottom) = blank("Envelope of training curves", 6.2, (3, 2))
+    for index, (_, run) in enumerate(fit.points.frame.groupby(fit.points.clusters)):
+        label = "training curves" if index == 0 else None
+        top.plot(run["C"], run["loss"], color=look.faint, linewidth=0.9, label=label)
+    frontier = fit.frontier
+    top.plot(frontier["C"], frontier["loss"], ".", color=look.forecast, markersize=3, label="envelope")
+    bottom.plot(frontier["C"], frontier["N"], ".", color=look.forecast, markersize=3)
+    budgets = np.geomspace(frontier["C"].min(), frontier["C"].max(), 40)
+    value, low, high, _ = fit.parameters["a"]
+    text = f"N ∝ C$^{{{value:.2f}}}$" + (f"  [{low:.2f}, {high:.2f}]" if np.isfinite(low) else "")
+    band(bottom, budgets, [fit.optimum(budget).N for budget in budgets], look.law, text)
+    for axes, label in ((top, LOSS), (bottom, SIZES)):
+        log_axis(axes.xaxis, power)
+        axes.set(ylabel=label)
+    loss_axis(top)
+    log_axis(bottom.yaxis)
+    bottom.set_xlabel(COMPUTE)
+    terms = fit.conventions
+    return finished(figure, f"N: {terms['N']}. C = {terms['flops_per_nd']:g} N D where the table has none.")
+
+
+@themed
 def residuals(fit: Fit, outcomes: Sequence[Outcome] = (), *, look: Theme) -> "Figure":
     """What the law leaves unexplained, against each of its inputs: a trend means that the law is wrong."""
-    names = [name for name in fit.law.inputs if name in LABELS]
+    names = fit.law.inputs
     figure, panels = blank("Residuals of the law", 1.1 + 1.9 * len(names), (1,) * len(names))
     left, spread = 100 * fit.residuals, 100 * np.sqrt(np.mean(fit.residuals**2))
     for axes, column in zip(panels, names, strict=True):
@@ -165,22 +216,27 @@ def residuals(fit: Fit, outcomes: Sequence[Outcome] = (), *, look: Theme) -> "Fi
                 axes.plot(place, error, "*", color=look.ink, markersize=11, label="hold-out")
         log_axis(axes.xaxis, power if column == "C" else short)
         bound = 1.15 * max(np.abs(axes.get_ylim()))
-        axes.set(xlabel=LABELS[column], ylabel="residual [%]", ylim=(-bound, bound))
+        axes.set(xlabel=LABELS.get(column, column), ylabel="residual [%]", ylim=(-bound, bound))
     return finished(figure, conventions(fit) + " Residual: ln measured − ln fitted.")
 
 
 def conventions(fit: Fit) -> str:
     """What a figure's numbers mean, in a line or two."""
-    terms = fit.conventions
-    law = f"{pretty(fit.law.formula)}, {terms['loss']} on {terms['on']}, {terms['reduction']}"
+    terms, inputs = fit.conventions, set(fit.law.inputs)
+    on = terms["on"].replace("the loss", {"loss": "the loss"}.get(fit.law.output, fit.law.output))
+    law = f"{pretty(fit.law.formula)}, {terms['loss']} on {on}, {terms['reduction']}"
+    best = f"; best N and D at C = {terms['flops_per_nd']:g} N D" if {"N", "D"} <= inputs else ""
+    counting = f"N: {terms['N']}. " if inputs & {"N", "C", "M"} else ""
     kept = f" Runs where {terms['where']}." if terms["where"] else ""
-    return f"N: {terms['N']}. {law}; best N and D at C = {terms['flops_per_nd']:g} N D.{kept}"
+    return f"{counting}{law}{best}.{kept}"
 
 
 def pretty(formula: str) -> str:
-    """A law's formula with its exponents raised, as plain text."""
-    for written, raised in (("^alpha", "ᵅ"), ("^beta", "ᵝ"), ("^a", "ᵃ")):
-        formula = formula.replace(written, raised)
+    """A law's formula with Greek letters and simple exponents raised, as plain text."""
+    for written, raised in (("alpha", "ᵅ"), ("beta", "ᵝ"), ("a", "ᵃ")):
+        formula = re.sub(rf"\^{written}\b", raised, formula)
+    for name, letter in (("alpha", "α"), ("beta", "β"), ("gamma", "γ"), ("eta", "η")):
+        formula = re.sub(rf"(?<![A-Za-z]){name}(?![A-Za-z])", letter, formula)
     return formula
 
 
@@ -191,7 +247,8 @@ def _cycled(count: int) -> list[str]:
 def _runs(axes: "Axes", points: pd.DataFrame, column: str, y: np.ndarray, look: Theme) -> None:
     """The fitted runs, a colour and a shape for each budget where the table tells budgets."""
     if "budget_flops" not in points or points["budget_flops"].isna().all():
-        axes.plot(points[column], y, "o", color=look.colours(1)[0], markersize=5, label="runs", zorder=3)
+        size = 5 if len(points) < 100 else 3
+        axes.plot(points[column], y, "o", color=look.colours(1)[0], markersize=size, label="runs", zorder=2)
         return
     budgets = np.unique(points["budget_flops"])
     for budget, colour, marker in zip(

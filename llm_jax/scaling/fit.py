@@ -23,6 +23,7 @@ from llm_jax.config import UserError, run_main
 from llm_jax.records import write_atomically
 from llm_jax.scaling import compare, sensitivity
 from llm_jax.scaling.curves import METHODS
+from llm_jax.scaling.envelope import EnvelopeFit
 from llm_jax.scaling.fits import AnyFit, fit
 from llm_jax.scaling.isoflop import IsoflopFit
 from llm_jax.scaling.law import Law
@@ -71,11 +72,10 @@ def define_flags() -> None:
 
 
 # What is asked of a fit whatever the approach; the other flags belong to some approaches only.
-COMMON = ("bootstrap", "level", "seed", "where", "counting")
+COMMON = ("bootstrap", "level", "seed", "where", "counting", "flops_per_nd")
 BELONGS = {
     **dict.fromkeys(("law", "loss", "on", "delta", "weights", "fix", "tie", "bounds", "intervals"), LAWS),
     **dict.fromkeys(("compare", "multiplier"), LAWS),
-    "flops_per_nd": ("1", *LAWS),
     "method": ("2",),
     "window": ("2",),
 }
@@ -128,16 +128,22 @@ def write(
     """fit.json and the figures as PNGs in `folder`; returns their paths."""
     from llm_jax.scaling import figures, style  # matplotlib, only where files are asked for
 
-    drawn = {}
     if isinstance(result, IsoflopFit):
         method, counting = result.conventions["method"], result.conventions["N"]
         drawn = {"isoflop": figures.isoflop_curves(result.curves, counting, method)}
-    elif isinstance(result, Fit):
+    elif isinstance(result, EnvelopeFit):
+        drawn = {"envelope": figures.envelope(result)}
+    else:
         drawn = {"residuals": figures.residuals(result)}
+        if len(result.law.inputs) == 1:
+            drawn |= {"curve": figures.curve(result)}
         if set(result.law.inputs) == {"N", "D"}:
             drawn |= {"frontier": figures.frontier(result), "optima": figures.optima(None, result)}
     predictions = [{"at": asked} | {k: e._asdict() for k, e in found.items()} for asked, found in answers]
     paths = [_write_json(str(folder), result.to_json() | dict(hangs_on) | {"predictions": predictions})]
+    if not isinstance(result, Fit):
+        paths.append(folder / "optima.csv")  # a table for --law=power, n-opt or d-opt
+        write_atomically(paths[-1], result.frontier.to_csv(index=False))
     for name, figure in drawn.items():
         paths.append(folder / f"{name}.png")
         paths[-1].write_bytes(style.png(figure))
@@ -188,7 +194,6 @@ def _options() -> dict[str, Any]:
     options = {name: f[name].value for name in COMMON} | {"columns": _pairs(f.columns, "columns")}
     if f.approach == "2":
         return options | {"method": f.method, "window": f.window}
-    options["flops_per_nd"] = f.flops_per_nd
     if f.approach == "1":
         return options
     return options | {

@@ -16,13 +16,13 @@ import pandas as pd
 from llm_jax.config import UserError
 from llm_jax.scaling import laws, projection, resampling, solver
 from llm_jax.scaling.envelope import EnvelopeFit, fit_envelope
-from llm_jax.scaling.isoflop import IsoflopFit, fit_isoflop
+from llm_jax.scaling.isoflop import IsoflopFit, fit_isoflop, off_budget
 from llm_jax.scaling.law import Law
 from llm_jax.scaling.objectives import LAD_DELTA, Objective, objective
-from llm_jax.scaling.posing import Choices, check_enough, judge, pose
+from llm_jax.scaling.posing import Choices, check_enough, far_runs, judge, pose
 from llm_jax.scaling.results import Fit
 from llm_jax.scaling.solver import Data, Problem, Solution
-from llm_jax.scaling.tables import check_points
+from llm_jax.scaling.tables import check_points, with_compute
 
 AnyFit = Fit | IsoflopFit | EnvelopeFit
 
@@ -96,6 +96,9 @@ def fit_law(
     draws = resampling.refits(problem, end.free, drawn, bootstrap)
     if len(draws) < bootstrap:
         warnings.append(f"{bootstrap - len(draws)} of {bootstrap} refits did not converge and are left out")
+    residuals = data.y[0] - law.log_loss(problem.theta(end.free), problem.x)[0]
+    remarks = far_runs(checked, residuals), off_budget(with_compute(checked.frame, flops_per_nd))
+    warnings += filter(None, remarks)
     doubts, condition, hit = judge(problem, end.free, draws, names, agree)
     return Fit(
         law=law,
@@ -109,9 +112,10 @@ def fit_law(
         agreement=float(agree.mean()),
         condition=condition,
         bounds_hit=hit,
-        residuals=data.y[0] - law.log_loss(problem.theta(end.free), problem.x)[0],
+        residuals=residuals,
         points=checked,
         level=level,
+        stretch=resampling.stretch(intervals, int(checked.clusters.max()) + 1, len(names)),
         fixed=choices.fixed,
         tied=choices.tied,
         conventions={

@@ -18,8 +18,9 @@ from llm_jax.scaling.curves import METHODS, Curve, curve_of, localised, redraw, 
 from llm_jax.scaling.powers import FORMULAS, PowerLaws, lines_through
 from llm_jax.scaling.results import Estimate, estimate, heading, plain, remarks, row
 from llm_jax.scaling.skew import skew
-from llm_jax.scaling.tables import check_points, name_of
+from llm_jax.scaling.tables import check_points, listed
 
+_ODD = 0.1
 _GAP = 0.05  # runs whose ln C differ by less are one budget: D is rounded to whole steps
 
 
@@ -104,8 +105,11 @@ def fit_isoflop(
     columns: Mapping[str, str] | None = None,
     where: str | None = None,
     counting: str = "as given in the table",
+    flops_per_nd: float = 6.0,
 ) -> IsoflopFit:
     """Approach 2 on a table with columns N, D, loss, C (or budget_flops, what a run was planned for).
+
+    A missing C is flops_per_nd N D.
 
     method: one of METHODS. The default passes a parabola through the sizes around the lowest and adds to its
     vertex what a parabola through the same sizes misses of the law fitted to all runs: an isoFLOP curve is
@@ -118,7 +122,7 @@ def fit_isoflop(
         raise UserError(f"no method {method!r}; {nearest(method, METHODS)}")
     if window < 3:
         raise UserError(f"--window={window}: a parabola needs 3 sizes")
-    checked = check_points(points, ("N", "D", "C", "loss"), columns, where)
+    checked = check_points(points, ("N", "D", "C", "loss"), columns, where, flops_per_nd=flops_per_nd)
     frame, notes = checked.frame, list(checked.notes)
     groups = [group for _, group in frame.groupby(budgets_of(frame), sort=True)]
     lone = [group for group in groups if group["N"].nunique() < 3]
@@ -169,10 +173,13 @@ def fit_isoflop(
         )
     if method == "full" and _misfit(accepted, window) > 3:
         warnings.append("these isoFLOP curves are no parabolas over their full range; use the local one")
-    if "budget_flops" in frame and (off := _off_budget(frame)):
-        warnings.append(f"off their budget by more than 10%: {off}")
+    if off := off_budget(frame):
+        warnings.append(off)
+    if odd := _above_neighbours(groups):
+        warnings.append(odd)
     conventions = {
         "N": counting,
+        "flops_per_nd": flops_per_nd,
         "method": method,
         "window": window if method in ("local", "parabola") else None,
         "on": "ln of the loss over ln N",
@@ -203,12 +210,29 @@ def fit_isoflop(
     )
 
 
-def _off_budget(frame: pd.DataFrame) -> str:
-    """Runs whose C is not what they were planned for by the same factor as the others, named."""
-    ratio = np.log(frame["C"] / frame["budget_flops"])
+def off_budget(frame: pd.DataFrame) -> str:
+    """Runs whose C is not what they were planned for by the same factor as the others, named; "" if none."""
+    if not {"budget_flops", "C"} <= set(frame):
+        return ""
+    ratio = np.log(frame["C"].astype(float) / frame["budget_flops"].astype(float))
     off = frame.index[np.abs(ratio - ratio.median()) > 0.1]
-    named = [f"{name_of(frame, label)} ({np.exp(ratio[label]) - 1:+.0%})" for label in off]
-    return ", ".join(named[:5]) + (f" and {len(named) - 5} more" if len(named) > 5 else "")
+    return listed("off their budget by more than 10%", frame, off, np.expm1(ratio))
+
+
+def _above_neighbours(groups: list[pd.DataFrame]) -> str:
+    """Runs far above the line between the next smaller and the next larger size: no isoFLOP curve has
+    them.
+    """
+    text = []
+    for group in groups:
+        means = np.log(group.groupby("N")["loss"].mean())
+        x, y = np.log(means.index.to_numpy(float)), means.to_numpy()
+        chord = y[:-2] + (y[2:] - y[:-2]) * (x[1:-1] - x[:-2]) / (x[2:] - x[:-2])
+        above = pd.Series(np.expm1(y[1:-1] - chord), index=means.index[1:-1])
+        odd = group.index[group["N"].map(above).fillna(0) > _ODD]
+        text.append(listed("", group, odd, group["N"].map(above)))
+    named = ", ".join(filter(None, text))
+    return f"above the sizes beside them by more than {_ODD:.0%}, perhaps diverged: {named}" if named else ""
 
 
 def budgets_of(frame: pd.DataFrame) -> np.ndarray:

@@ -235,7 +235,7 @@ class DownstreamSigmoid(Law):
     """A task's error from the loss [nats/token], between a floor and a top (Llama 3, section 3.2.1)."""
 
     name = "downstream-sigmoid"
-    formula = "error = floor + (top - floor) / (1 + exp(-k (loss - middle)))"
+    formula = "error = floor + rise / (1 + exp(-k (loss - middle)))"
     inputs = ("loss",)
     output = "error"
     parameters = (

@@ -5,12 +5,13 @@ import itertools
 from collections.abc import Mapping
 
 import numpy as np
+import pandas as pd
 
 from llm_jax.config import UserError, nearest
 from llm_jax.scaling.law import Law
 from llm_jax.scaling.objectives import Objective
 from llm_jax.scaling.solver import Data, Problem
-from llm_jax.scaling.tables import Points
+from llm_jax.scaling.tables import Points, listed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +89,9 @@ def pose(
     return problem, data, np.unique(np.clip(grid, lower, upper), axis=0), [p.name for p in free]
 
 
+_FAR = 6.0  # deviations of the noise, as the middle half of the runs shows it
+
+
 def check_enough(problem: Problem, names: list[str]) -> list[str]:
     """Refuses tables that can't determine the law; warns of those that barely can."""
     law = problem.law
@@ -104,6 +108,17 @@ def check_enough(problem: Problem, names: list[str]) -> list[str]:
     if n < len(names) + 2:
         return [f"under-identified: {n} points for {len(names)} parameters leave nothing to judge the fit by"]
     return []
+
+
+def far_runs(points: Points, residuals: np.ndarray) -> str:
+    """Runs that lie far from the law beside the others, named: diverged, or of another recipe."""
+    # The runs that the fit passes through tell nothing of the noise; 1.48 makes a median a deviation.
+    sizes = np.sort(np.abs(residuals))[min(5, len(residuals) // 3) :]
+    bound = max(_FAR * 1.48 * float(np.median(sizes)), 0.005)
+    by = pd.Series(residuals, index=points.frame.index)
+    far = by.abs().sort_values(ascending=False, kind="stable")
+    text = f"more than {bound:.1%} from the law, perhaps diverged or of another recipe"
+    return listed(text, points.frame, far.index[far > bound], np.expm1(by))
 
 
 def judge(

@@ -8,7 +8,7 @@ import numpy as np
 
 from llm_jax.config import UserError
 from llm_jax.scaling.law import Law
-from llm_jax.scaling.resampling import drawn_in, one_run
+from llm_jax.scaling.resampling import one_run
 from llm_jax.scaling.solver import Data, Problem
 from llm_jax.scaling.tables import Points
 
@@ -37,8 +37,8 @@ class Fit:
     theta [P] and draws [S, P] are in the solver's terms (logarithms of coefficients); best [1, F] are its
     free parameters, problem and data what was solved; residuals [n] are ln measured - ln fitted. agreement:
     share of the starts that end within 1e-6 of the best objective. condition: of the curvature, scaled to
-    unit diagonal. bounds_hit: {parameter: "lower" or "upper"}. conventions: what N counts, delta, the sum:
-    whatever a reader needs to repeat it.
+    unit diagonal. stretch: of the draws around the estimate (resampling.py). bounds_hit: {parameter: "lower"
+    or "upper"}. conventions: what N counts, delta, the sum: whatever a reader needs to repeat it.
     """
 
     law: Law
@@ -55,6 +55,7 @@ class Fit:
     residuals: np.ndarray
     points: Points
     level: float
+    stretch: float
     fixed: Mapping[str, float]
     tied: Mapping[str, str]
     conventions: Mapping[str, Any]
@@ -70,7 +71,7 @@ class Fit:
     def parameters(self) -> dict[str, Estimate]:
         """Every parameter and derived number in its natural units, with interval."""
         best, draws = self.values(self.theta[None]), self.values(self.draws)
-        return {name: self._estimate(best[name][0], draws[name]) for name in best}
+        return {name: self.with_interval(best[name][0], draws[name]) for name in best}
 
     def predict(self, **inputs: Any) -> Estimate:
         """The law's value at N=..., D=... (or C=...), scalars or arrays [n], and its interval.
@@ -80,7 +81,7 @@ class Fit:
         """
         x = {name: np.log(value) for name, value in self._inputs(inputs).items()}
         draws, best = self.law.log_loss(self.draws, x), self.law.log_loss(self.theta[None], x)[0]
-        predicted = self._estimate(np.exp(best), np.exp(draws))
+        predicted = self.with_interval(np.exp(best), np.exp(draws))
         scalar = all(np.ndim(value) == 0 for value in inputs.values())
         return Estimate(*(float(part[0]) for part in predicted)) if scalar else predicted
 
@@ -121,7 +122,7 @@ class Fit:
             return N, D, np.exp(self.law.log_loss(theta, x)[:, 0])
 
         best, draws = at(self.theta[None]), at(self.draws)
-        return Optimum(*(self._estimate(b[0], d) for b, d in zip(best, draws, strict=True)))
+        return Optimum(*(self.with_interval(b[0], d) for b, d in zip(best, draws, strict=True)))
 
     def extrapolate(self, N: float, D: float, C: float) -> tuple[float, np.ndarray]:
         """ln of the loss of one run, and its draws [S]."""
@@ -132,9 +133,7 @@ class Fit:
 
     def _around(self, value: Any, draws: np.ndarray) -> np.ndarray:
         """The draws [S, ...] of a number whose percentiles are its interval."""
-        if self.conventions["intervals"] != "runs":
-            return draws
-        return drawn_in(value, draws, int(self.points.clusters.max()) + 1, self.free)
+        return value + (draws - value) * self.stretch
 
     @property
     def formula(self) -> str:
@@ -178,6 +177,7 @@ class Fit:
                 "agreement": self.agreement,
                 "condition": self.condition,
                 "bootstrap": len(self.draws),
+                "stretch": self.stretch,
                 "points": len(self.points.frame),
                 "residual_rms": float(np.sqrt(np.mean(self.residuals**2))),
                 "excluded": [run._asdict() for run in self.points.excluded],
@@ -211,7 +211,10 @@ class Fit:
         values = {p.name: p.natural(theta[:, i]) for i, p in enumerate(self.law.parameters)}
         return values | self.law.derived(values)
 
-    def _estimate(self, value: Any, draws: np.ndarray) -> Estimate:
+    def with_interval(self, value: Any, draws: np.ndarray) -> Estimate:
+        """A number and what the refits make of it, as an estimate."""
+        if np.all(np.asarray(value) > 0) and np.all(draws > 0):  # whatever the stretch, it stays positive
+            return estimate(value, np.exp(self._around(np.log(value), np.log(draws))), self.level)
         return estimate(value, self._around(value, draws), self.level)
 
 

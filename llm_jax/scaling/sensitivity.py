@@ -11,6 +11,7 @@ from llm_jax.scaling.isoflop import budgets_of
 from llm_jax.scaling.objectives import objective
 from llm_jax.scaling.results import Fit
 from llm_jax.scaling.solver import Data, Problem
+from llm_jax.scaling.tables import with_compute
 
 _LOSSES = ("huber:1e-4", "huber:1e-3", "huber:1e-2", "lad", "l2")
 _WORST = 0.02  # share of the runs of highest loss that a row leaves out
@@ -38,16 +39,15 @@ class Variant(NamedTuple):
 def groups(fit: Fit) -> tuple[np.ndarray, np.ndarray]:
     """Each run's compute [n] (or the law's first input) and the number of its budget [n], in rising order.
 
-    Runs that stand at no common budgets are cut into fifths.
+    Runs that stand at no common budgets are cut into fifths, a hundred or more into tenths.
     """
-    frame = fit.points.frame
-    if not {"C", "budget_flops"} & set(frame) and {"N", "D"} <= set(frame):
-        frame = frame.assign(C=fit.conventions["flops_per_nd"] * frame["N"] * frame["D"])
+    frame = with_compute(fit.points.frame, fit.conventions["flops_per_nd"])
     column = next((name for name in ("budget_flops", "C") if name in frame), fit.law.inputs[0])
     compute = frame[column].to_numpy(float)
     labels = budgets_of(frame.assign(budget_flops=compute))
-    if labels.max() + 1 > len(labels) / 3 or labels.max() == 0:
-        labels = np.minimum(5 * np.argsort(np.argsort(compute, kind="stable")) // len(compute), 4)
+    if labels.max() + 1 > min(len(labels) / 3, 20) or labels.max() == 0:
+        parts = 5 if len(compute) < 100 else 10
+        labels = np.minimum(parts * np.argsort(np.argsort(compute, kind="stable")) // len(compute), parts - 1)
     return compute, labels
 
 

@@ -62,7 +62,7 @@ def check_points(
     name).
     Raises UserError for a missing column, a cell that is no positive number, and a repeated point.
     """
-    frame = frame.copy()
+    frame = frame.copy() if frame.index.is_unique else frame.reset_index(drop=True)
     for name, source in (columns or {}).items():
         if source not in frame and any(sign in source for sign in "+-*/"):
             frame[name] = evaluate("columns", source, frame)
@@ -218,6 +218,20 @@ def _like(frame: pd.DataFrame, name: str) -> str | None:
 def name_of(frame: pd.DataFrame, label: Any) -> str:
     """How a message calls a row: its name, or its line."""
     return str(frame.at[label, "name"]) if "name" in frame else f"{frame.index.name or 'row'} {label}"
+
+
+def with_compute(frame: pd.DataFrame, flops_per_nd: float) -> pd.DataFrame:
+    """The table with C = flops_per_nd N D where it has neither C nor budgets but N and D."""
+    if "C" in frame or not {"N", "D"} <= set(frame):
+        return frame
+    return frame.assign(C=flops_per_nd * frame["N"].astype(float) * frame["D"].astype(float))
+
+
+def listed(what: str, frame: pd.DataFrame, labels: pd.Index, by: pd.Series) -> str:
+    """The rows `labels` by name, each with its share `by`, five at most; "" if there are none."""
+    named = [f"{name_of(frame, label)} ({by[label]:+.0%})" for label in labels[:5]]
+    more = f" and {len(labels) - 5} more" if len(labels) > 5 else ""
+    return f"{what}{': ' * bool(what)}{', '.join(named)}{more}" if named else ""
 
 
 def _numbers(frame: pd.DataFrame, name: str) -> pd.Series:
