@@ -28,7 +28,6 @@ from llm_jax.scaling.fits import AnyFit, fit
 from llm_jax.scaling.isoflop import IsoflopFit
 from llm_jax.scaling.law import Law
 from llm_jax.scaling.reading import read_points
-from llm_jax.scaling.resampling import KINDS
 from llm_jax.scaling.results import Estimate, Fit, plain, row
 
 LAWS = ("3", "vp")
@@ -57,7 +56,6 @@ def define_flags() -> None:
     flags.DEFINE_integer(
         "bootstrap", 1000, "refits that the intervals come from, at least 100; 0: no intervals"
     )
-    flags.DEFINE_string("intervals", "runs", f"what a refit draws: {' or '.join(KINDS)}")
     flags.DEFINE_float("level", 0.9, "what share of the refits an interval holds", 0.01, 0.999)
     flags.DEFINE_integer("seed", 0, "of the bootstrap", lower_bound=0)
     flags.DEFINE_string("columns", "", "names of your columns, as in N=params,D=tokens,loss=final_loss")
@@ -74,7 +72,7 @@ def define_flags() -> None:
 # What is asked of a fit whatever the approach; the other flags belong to some approaches only.
 COMMON = ("bootstrap", "level", "seed", "where", "counting", "flops_per_nd")
 BELONGS = {
-    **dict.fromkeys(("law", "loss", "on", "delta", "weights", "fix", "tie", "bounds", "intervals"), LAWS),
+    **dict.fromkeys(("law", "loss", "on", "delta", "weights", "fix", "tie", "bounds"), LAWS),
     **dict.fromkeys(("compare", "multiplier"), LAWS),
     "method": ("2",),
     "window": ("2",),
@@ -205,7 +203,6 @@ def _options() -> dict[str, Any]:
         "fixed": _numbers(f.fix, "fix"),
         "tied": None if f.tie is None else _pairs(f.tie, "tie"),
         "bounds": _ranges(f.bounds),
-        "intervals": f.intervals,
     }
 
 

@@ -58,7 +58,6 @@ def fit_law(
     tied: Mapping[str, str] | None = None,
     bounds: Mapping[str, tuple[float, float]] | None = None,
     bootstrap: int = 1000,
-    intervals: str = "runs",
     level: float = 0.9,
     seed: int = 0,
     columns: Mapping[str, str] | None = None,
@@ -70,12 +69,11 @@ def fit_law(
 
     loss, on: what is minimised (objectives.py); vp is least squares of L itself. weights: a column or an
     expression of columns, such as "1/std**2". fixed, tied, bounds: see `Choices`; ties are the law's own
-    unless given. bootstrap, intervals: how many refits of which kind (resampling.py). counting,
+    unless given. bootstrap: how many refits the intervals come from (resampling.py). counting,
     flops_per_nd: what N counts and C / (N D), kept with the result. Raises UserError for a table or a
     question that can't be answered.
     """
     law, projecting = laws.law(law), approach == "vp"
-    resampling.check(intervals)
     if projecting:
         loss, on = "l2", "raw"
     aim = objective(loss, on)
@@ -92,7 +90,7 @@ def fit_law(
     end = solver.narrowed(problem, ends.free[best : best + 1], data)
     if not (ends.converged[best] and end.converged[0]):
         warnings.append("the descent to the optimum stopped before it converged")
-    drawn = resampling.draw(problem, end.free, data, checked.clusters, intervals, bootstrap, seed)
+    drawn = resampling.draw(data, checked.clusters, bootstrap, len(names), seed)
     draws = resampling.refits(problem, end.free, drawn, bootstrap)
     if len(draws) < bootstrap:
         warnings.append(f"{bootstrap - len(draws)} of {bootstrap} refits did not converge and are left out")
@@ -115,7 +113,7 @@ def fit_law(
         residuals=residuals,
         points=checked,
         level=level,
-        stretch=resampling.stretch(intervals, int(checked.clusters.max()) + 1, len(names)),
+        stretch=resampling.stretch(problem, end.free, data, int(checked.clusters.max()) + 1),
         fixed=choices.fixed,
         tied=choices.tied,
         conventions={
@@ -128,8 +126,7 @@ def fit_law(
             "reduction": f"sum over runs, each of weight {weights or 1}",
             "bounds": {name: list(ends) for name, ends in choices.bounds.items()},
             "ties": choices.tied,
-            "resampled": resampling.KINDS[intervals],
-            "intervals": intervals,
+            "resampled": resampling.METHOD,
             "columns": dict(columns or {}),
             "where": where,
             "weights": weights,

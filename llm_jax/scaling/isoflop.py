@@ -220,17 +220,19 @@ def off_budget(frame: pd.DataFrame) -> str:
 
 
 def _above_neighbours(groups: list[pd.DataFrame]) -> str:
-    """Runs far above the line between the next smaller and the next larger size: no isoFLOP curve has
-    them.
+    """Runs far above the line between the sizes beside them, which no isoFLOP curve has; "" if none.
+
+    The smallest and the largest have one beside them, and may rise three times as far.
     """
     text = []
     for group in groups:
         means = np.log(group.groupby("N")["loss"].mean())
         x, y = np.log(means.index.to_numpy(float)), means.to_numpy()
         chord = y[:-2] + (y[2:] - y[:-2]) * (x[1:-1] - x[:-2]) / (x[2:] - x[:-2])
-        above = pd.Series(np.expm1(y[1:-1] - chord), index=means.index[1:-1])
-        odd = group.index[group["N"].map(above).fillna(0) > _ODD]
-        text.append(listed("", group, odd, group["N"].map(above)))
+        above = np.array([y[0] - y[1], *(y[1:-1] - chord), y[-1] - y[-2]])
+        odd = means.index[above > _ODD * np.array([3, *np.ones(len(chord)), 3])]
+        shares = group["N"].map(pd.Series(np.expm1(above), index=means.index))
+        text.append(listed("", group, group.index[group["N"].isin(odd)], shares))
     named = ", ".join(filter(None, text))
     return f"above the sizes beside them by more than {_ODD:.0%}, perhaps diverged: {named}" if named else ""
 

@@ -213,9 +213,12 @@ class Fit:
 
     def with_interval(self, value: Any, draws: np.ndarray) -> Estimate:
         """A number and what the refits make of it, as an estimate."""
-        if np.all(np.asarray(value) > 0) and np.all(draws > 0):  # whatever the stretch, it stays positive
-            return estimate(value, np.exp(self._around(np.log(value), np.log(draws))), self.level)
-        return estimate(value, self._around(value, draws), self.level)
+        plain = estimate(value, draws, self.level)
+        if np.all(np.asarray(value) > 0) and np.all(draws > 0):
+            moved = np.exp(self._around(np.log(value), np.log(draws)))
+        else:
+            moved = self._around(value, draws)
+        return estimate(value, moved, self.level)._replace(standard_error=plain.standard_error)
 
 
 def estimate(value: Any, draws: np.ndarray, level: float) -> Estimate:

@@ -127,20 +127,25 @@ def test_counts_equal_every_row_of_the_published_table(name, reference_data):
 
 
 @pytest.mark.parametrize(
-    ("layers", "width", "heads", "flops"),
+    ("layers", "width", "heads", "N", "flops", "ratio"),
     [
-        (10, 640, 10, 929_877_196_800),
-        (20, 1024, 16, 4_135_248_199_680),
-        (24, 1280, 10, 7_353_453_772_800),
-        (26, 1792, 14, 14_670_316_437_504),
-        (28, 2048, 16, 20_220_437_594_112),
-        (40, 3584, 28, 83_021_046_743_040),
+        (10, 640, 10, 73_825_280, 929_877_196_800, 1.0250),
+        (20, 1024, 16, 305_707_008, 4_135_248_199_680, 1.1008),
+        (24, 1280, 10, 552_604_160, 7_353_453_772_800, 1.0829),
+        (26, 1792, 14, 1_143_453_696, 14_670_316_437_504, 1.0441),
+        (28, 2048, 16, 1_593_126_912, 20_220_437_594_112, 1.0329),
+        (40, 3584, 28, 6_796_274_688, 83_021_046_743_040, 0.9941),
     ],
 )
-def test_chinchilla_s_table_a4_is_reproduced(layers, width, heads, flops):
-    """FLOPs of a sequence of 2048 tokens (arXiv:2203.15556, table A4, unrounded)."""
-    config = dataclasses.replace(GPT2, vocabulary=32000, layers=layers, width=width, heads=heads)
-    assert closed_form(config, 2048)["flops_chinchilla_a4_per_token"] * 2048 == flops
+def test_chinchilla_s_table_a4_is_reproduced(layers, width, heads, N, flops, ratio):
+    """FLOPs of a sequence of 2048 tokens, and beside 6 N D (arXiv:2203.15556, table A4, unrounded)."""
+    config = dataclasses.replace(
+        GPT2, vocabulary=32000, layers=layers, width=width, heads=heads, positions=NoPositions()
+    )
+    counted = closed_form(config, 2048)
+    assert counted["flops_chinchilla_a4_per_token"] * 2048 == flops
+    assert counted["N_total"] + difference(config, 2048, "params_total") == N
+    assert flops / (6 * N * 2048) == pytest.approx(ratio, abs=5e-5)
 
 
 def test_known_models_have_their_known_sizes():
@@ -149,6 +154,8 @@ def test_known_models_have_their_known_sizes():
     assert sizes["gpt2-xl"] == 1_557_611_200
     assert sizes["llama3-8b"] == 8_030_261_248
     assert sizes["llama3.1-405b"] == 405_853_388_800
+    assert 6 * sizes["llama3.1-405b"] * 15.6e12 == pytest.approx(3.7988e25, rel=1e-5)
+    assert pytest.approx(5.88e23) == 6 * 70e9 * 1.4e12
 
 
 @pytest.mark.parametrize(

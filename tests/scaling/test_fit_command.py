@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from known_laws import TRUTH, sweep
+from test_options import curves
 
 from llm_jax.scaling.results import Estimate, row
 
@@ -52,6 +53,19 @@ def test_approach_2_prints_every_budget(points):
     )
     assert done.returncode == 0, done.stderr
     assert "N_opt = k_N C^a" in done.stdout and done.stdout.count("\n") > 10
+
+
+def test_an_envelope_becomes_a_figure_and_a_table_of_optima_that_is_fitted_in_turn(tmp_path):
+    table, out = tmp_path / "curves.csv", tmp_path / "out"
+    curves(8).to_csv(table, index=False)
+    done = run(f"--points={table}", "--approach=1", "--bootstrap=100", f"--out={out}")
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in out.iterdir()} == {"envelope.png", "fit.json", "optima.csv"}
+    law = run(f"--points={out / 'optima.csv'}", "--law=n-opt", "--bootstrap=0", f"--out={out / 'law'}")
+    assert law.returncode == 0, law.stderr
+    found = json.loads((out / "law" / "fit.json").read_text())["parameters"]["a"]["value"]
+    assert found == pytest.approx(TRUTH["beta"] / (TRUTH["alpha"] + TRUTH["beta"]), abs=0.03)
+    assert {path.name for path in (out / "law").iterdir()} == {"curve.png", "fit.json", "residuals.png"}
 
 
 @pytest.mark.parametrize(

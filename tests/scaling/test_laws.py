@@ -87,6 +87,10 @@ GRIDS = {
     "overtraining": pd.DataFrame(
         [dict(C=C, M=M) for C in np.geomspace(1e18, 1e21, 4) for M in np.geomspace(5, 640, 8)]
     ),
+    "power-n": sweep(),
+    "power-d": sweep(),
+    "n-opt": pd.DataFrame({"C": np.geomspace(6e18, 1e22, 10)}),
+    "d-opt": pd.DataFrame({"C": np.geomspace(6e18, 1e22, 10)}),
     "downstream-exponential": pd.DataFrame({"loss": np.linspace(2, 4, 12)}),
     "downstream-sigmoid": pd.DataFrame({"loss": np.linspace(2, 4, 12)}),
 }
@@ -95,6 +99,10 @@ PUBLISHED = {
     "kaplan": dict(Nc=6.4e13, alpha_N=0.076, Dc=1.8e13, alpha_D=0.103),
     "data-constrained": dict(E=1.87, A=521.0, alpha=0.3527, B=1488.0, beta=0.3527, R_D=15.39, R_N=5.31),
     "overtraining": dict(E=1.8, a=60.0, b=200.0, eta=0.12),
+    "power-n": dict(E=0.5, A=(8.8e13) ** 0.076, a=0.076),
+    "power-d": dict(E=0.5, A=(5.4e13) ** 0.095, a=0.095),
+    "n-opt": dict(k=0.09, a=0.49),
+    "d-opt": dict(k=0.299, a=0.537),
     "downstream-exponential": dict(eps=0.85, k=2.1, gamma=0.7),
     "downstream-sigmoid": dict(floor=0.1, rise=0.65, k=3.0, middle=2.9),
 }
@@ -165,6 +173,47 @@ def test_a_law_in_a_file_is_found_by_its_name(tmp_path):
         law(f"{file}:DataOnly")
     with pytest.raises(UserError, match="no file"):
         law(f"{tmp_path}/absent.py:DataOnly")
+
+
+MISTAKES = {
+    "return 1 / 0": "ZeroDivisionError: division by zero",
+    "return theta[:, 0]": r"has the shape \(2,\), not \(2, 3\)",
+    "return np.nan * (theta[..., :1] - x['D'])": "finite at none of its starts",
+    "return np.abs(theta[..., :1] + 0 * x['D'])": "changes with no parameter",
+    "return unknown": "NameError: name 'unknown' is not defined",
+}
+
+
+@pytest.mark.parametrize("body", MISTAKES)
+def test_a_users_law_that_no_fit_can_use_is_refused_with_the_reason(tmp_path, body):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "import numpy as np\nfrom llm_jax.scaling.laws import Law, Parameter\n\n\n"
+        "class Mine(Law):\n    formula = 'L = B'\n    inputs = ('D',)\n"
+        "    parameters = (Parameter('B', (1.0, 5.0), log=True),)\n\n"
+        f"    def log_loss(self, theta, x):\n        {body}\n"
+    )
+    with pytest.raises(UserError, match=MISTAKES[body]) as error:
+        law(f"{file}:Mine")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("class Mine(:\n", "can't be imported .SyntaxError"),
+        ("import sys\nsys.exit(3)\n", "can't be imported .SystemExit: 3"),
+        (
+            "from llm_jax.scaling.laws import Law\n\n\nclass Mine(Law):\n"
+            "    formula, inputs, parameters = 'L = B', ('D',), ('B',)\n",
+            "are a tuple of Parameter",
+        ),
+    ],
+)
+def test_a_file_without_a_law_in_it_ends_nothing_but_the_fit(tmp_path, text, said):
+    (tmp_path / "mine.py").write_text(text)
+    with pytest.raises(UserError, match=said):
+        law(f"{tmp_path}/mine.py:Mine")
 
 
 def test_a_law_of_compute_has_no_optimum():

@@ -180,6 +180,12 @@ def test_a_recipe_that_saves_compute_shows_its_multiplier(law):
         compare.multiplier(table[table["rule"] == "adam"], law, "rule")
 
 
+def test_runs_without_common_budgets_are_left_out_by_fifths_or_tenths(chinchilla_points):
+    fitted = fit_law(chinchilla_points, few_starts(), where="excluded_by_epoch == 0", bootstrap=0)
+    left = [v.runs for v in sensitivity.variants(fitted) if v.change.startswith("without C=")]
+    assert left == [216] * 10
+
+
 def curves(sizes: int = 30) -> pd.DataFrame:
     """Training curves under the known law."""
     parts = []

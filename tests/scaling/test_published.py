@@ -5,6 +5,8 @@ import pandas as pd
 import pytest
 from known_laws import few_starts
 
+from llm_jax.models.counting import closed_form
+from llm_jax.models.transformer import Transformer
 from llm_jax.scaling.fits import fit_law
 from llm_jax.scaling.isoflop import fit_isoflop
 from llm_jax.scaling.laws import Chinchilla
@@ -52,6 +54,22 @@ def test_the_printed_constants_are_the_absolute_deviations_to_their_digits(chinc
     assert {name: lad[name].value for name in "ABE"} == pytest.approx(
         {n: printed[n] for n in "ABE"}, rel=4e-6
     )
+
+
+def test_a_huber_loss_of_4_7e_9_is_the_absolute_deviation_that_was_published(chinchilla_points):
+    """Their free scale went to exp(-12.27), delta to 4.7e-9; their own descent stopped short of 1e-3's."""
+    options = dict(where="excluded_by_epoch == 0", bootstrap=0)
+    narrow, lad = (
+        fit_law(chinchilla_points, few_starts(), loss=loss, **options) for loss in ("huber:4.7e-9", "lad")
+    )
+    assert 1e-3 * np.exp(-12.27) == pytest.approx(4.7e-9, abs=5e-11)
+    for name in ("A", "B", "E", "alpha", "beta"):
+        assert narrow.parameters[name].value == pytest.approx(lad.parameters[name].value, rel=1e-6)
+    best = fit_law(chinchilla_points, few_starts(), **options)
+    theirs = dict(A=477.842, B=2143.864, E=1.817236, alpha=0.347313, beta=0.367183)
+    free = np.array([[p.inner(theirs[p.name]) for p in Chinchilla.parameters]])
+    assert best.problem.evaluate(free, best.data).objective[0] == pytest.approx(0.0010182740346, rel=1e-7)
+    assert best.objective < 0.0010182740346
 
 
 def test_rounding_the_constants_of_2022_biases_predictions():
@@ -118,6 +136,36 @@ def test_porians_lines_of_size_and_of_data(porian, config):
     assert pairs["multiplier"].to_numpy() == pytest.approx(
         (pairs["flops"] / 6 / pairs["n"] ** 2).to_numpy(), rel=1e-6
     )
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_list_of_optima_is_a_table_like_any_other(porian, nanochat, config):
+    """The published lines by the law n-opt, with the weights as an expression of a column."""
+    published = porian["published_fits"].query("config == @config").iloc[0]
+    options = dict(columns={"C": "flops", "N": "n"}, where=f"config == '{config}'", loss="l2", bootstrap=0)
+    for kind, weights in (("bs_median", None), ("bs_median_weighted", "1/n_star_std**2")):
+        line = fit_law(porian["optimal_pairs"], "n-opt", weights=weights, **options).parameters
+        assert line["a"].value == pytest.approx(published[f"{kind}.n_exponent"], abs=1e-6)
+        assert line["k"].value == pytest.approx(published[f"{kind}.n_coef"], rel=2e-4)
+    options = dict(columns={"C": "flops", "D": "D_opt"}, where="param_count == 'all_params'")
+    assert fit_law(nanochat, "d-opt", loss="l2", bootstrap=0, **options).parameters[
+        "a"
+    ].value == pytest.approx(0.4901, abs=5e-5)
+
+
+@pytest.mark.parametrize(
+    "width, layers, body, standard",
+    [(96, 3, 331_776, 5_173_248), (128, 4, 1_048_576, 7_503_872), (160, 5, 1_740_800, 9_809_920)],
+)
+def test_porians_sizes_are_ours_by_both_counts(porian, width, layers, body, standard):
+    """Their d_ff is 256 * ((int(8 w / 3) + 255) // 256), their head one 50,432 x w matrix."""
+    mlp = 256 * ((int(8 * width / 3) + 255) // 256)
+    model = Transformer(vocabulary=50432, width=width, layers=layers, heads=width // 32, mlp_width=mlp)
+    counted = closed_form(model, 2048)
+    assert (counted["N_body_matmul"], counted["N_matmul"]) == (body, standard)
+    assert counted["flops_maxtext_per_token"] == 6 * standard + 6 * 2048 * width * layers  # their "attention"
+    sizes = porian["isoflop_points"].groupby("config")["N"].agg(set)
+    assert body in sizes[CONFIGS[0]] and standard in sizes[CONFIGS[1]]
 
 
 @pytest.mark.parametrize("config, exponent", list(zip(CONFIGS, (1.98, 0.569, 0.516), strict=True)))

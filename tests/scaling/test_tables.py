@@ -7,6 +7,7 @@ from known_laws import few_starts, sweep
 
 from llm_jax.config import UserError
 from llm_jax.scaling.fits import fit_law
+from llm_jax.scaling.isoflop import fit_isoflop
 from llm_jax.scaling.tables import check_points, filter_rows
 
 NEEDS = ("N", "D", "loss")
@@ -109,6 +110,19 @@ def test_filters_select_what_they_say(expression, kept):
 def test_a_filter_is_never_run_as_python(expression, said):
     with pytest.raises(UserError, match=said):
         filter_rows(sweep(), expression)
+
+
+def test_runs_far_from_the_law_and_off_their_budget_are_named():
+    frame = sweep(noise=0.003).assign(name=[f"run{i}" for i in range(35)], budget_flops=lambda f: f["C"])
+    assert not fit_law(frame, few_starts(), bootstrap=0).warnings
+    frame.loc[9, "loss"] = 11.0
+    frame.loc[20, "C"] *= 1.5
+    text = " ".join(fit_law(frame, few_starts(), bootstrap=0).warnings)
+    assert "from the law, perhaps diverged or of another recipe: run9 (+" in text
+    assert "off their budget by more than 10%: run20 (+50%)" in text
+    assert "above the sizes beside them by more than 10%, perhaps diverged: run9" in " ".join(
+        fit_isoflop(frame, bootstrap=0).warnings
+    )
 
 
 def test_a_filter_that_leaves_nothing_says_so():
