@@ -112,3 +112,9 @@ def test_ten_thousand_points_are_planned_in_two_seconds():
     grid = grids.isoflop(candidates, budgets, grids.ratio_optimum(candidates), sizes=100, span=8.0)
     plan.price(grid, "H100")
     assert len(grid.cells) == 10_000 and time.process_time() - start < 2
+    candidates = candidates.iloc[::3].assign(tokens_per_step=4096)
+    start = time.process_time()
+    limits = grids.Limits(minimum_steps=10)
+    wide = tuple(np.geomspace(1, 400, 100))
+    assert plan.propose(candidates, 1e19, LAW, THETA, TARGET, limits, ratios=wide).flops <= 1e19
+    assert time.process_time() - start < 2
