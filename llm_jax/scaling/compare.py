@@ -37,6 +37,9 @@ def compare(points: pd.DataFrame, names: Sequence[str], **options: Any) -> list[
     """Every law of `names` fitted to the same table, best held-out first; UserError unless there are two."""
     if len(names) < 2:
         raise UserError("--compare takes two laws or more, as in --compare=chinchilla,kaplan")
+    if len(outputs := {laws.law(name).output for name in names}) > 1:
+        both = " and of ".join(sorted(outputs))
+        raise UserError(f"--compare: laws of {both} can't be held against each other")
     fits = [fit_law(points, name, **(options | {"bootstrap": 0})) for name in names]
     return sorted((_judged(fit) for fit in fits), key=lambda row: row.largest)
 

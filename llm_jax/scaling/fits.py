@@ -7,6 +7,7 @@ checks that L-BFGS finds nothing lower. Convergence is judged relative to the ob
 and below: absolute tolerances stop early there (Besiroglu et al. 2024).
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +24,8 @@ from llm_jax.scaling.posing import Choices, check_enough, far_runs, judge, pose
 from llm_jax.scaling.results import Fit
 from llm_jax.scaling.solver import Data, Problem, Solution
 from llm_jax.scaling.tables import check_points, with_compute
+
+_FEW, _KEPT = 300, 20
 
 AnyFit = Fit | IsoflopFit | EnvelopeFit
 
@@ -148,7 +151,16 @@ def refit(fit: Fit, problem: Problem, data: Data) -> np.ndarray:
 
 
 def _from_grid(problem: Problem, grid: np.ndarray, data: Data) -> Solution:
-    """Where every start of the grid ends; slow ones that may be the best are followed to their end."""
+    """Where every start of the grid ends; slow ones that may be the best are followed to their end.
+
+    Thousands of runs are more than thousands of starts need: those are led by `_FEW` of the runs, evenly
+    chosen, and the best `_KEPT` of their ends by all.
+    """
+    if data.y.shape[1] > 10 * _FEW and len(grid) > _KEPT:
+        few = np.linspace(0, data.y.shape[1] - 1, _FEW).astype(int)
+        part = dataclasses.replace(problem, x={name: values[few] for name, values in problem.x.items()})
+        led = solver.minimise(solver.widened(part), grid, Data(*(each[:, few] for each in data)))
+        grid = led.free[np.argsort(led.objective, kind="stable")[:_KEPT]]
     wide = solver.widened(problem)
     ends = solver.minimise(wide, grid, data)
     return solver.resume(wide, ends, data, ~ends.converged & (ends.objective < 1.01 * ends.objective.min()))

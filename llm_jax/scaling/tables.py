@@ -262,7 +262,8 @@ def _refuse_repeats(frame: pd.DataFrame, inputs: list[str]) -> None:
         same = frame.index[(frame[keys] == frame.loc[first, keys]).all(axis=1)]
         point = ", ".join(f"{key}={frame.at[first, key]:g}" for key in inputs)
         lines = " and ".join(f"{label}" for label in same[:3])
+        best = "keep the best at each (as optima.csv of --approach=2 --out=DIR has)"
         raise UserError(
             f"{frame.index.name or 'row'}s {lines} repeat the point {point}; "
-            "keep one, or tell them apart by a column seed"
+            f"{best if inputs == ['C'] else 'keep one'}, or tell them apart by a column seed"
         )

@@ -262,6 +262,18 @@ def test_bent_steps_end_as_low_as_straight_ones_after_a_fraction_of_their_number
     assert bent.objective[slow].sum() < 1.001 * straight.objective.sum()
 
 
+def test_thousands_of_runs_are_fitted_in_seconds():
+    generator = np.random.default_rng(0)
+    N = np.exp(generator.uniform(16, 23, 6000))
+    points = pd.DataFrame({"N": N, "D": N * np.exp(generator.uniform(1, 6, 6000))})
+    made = TRUTH["E"] + TRUTH["A"] / N ** TRUTH["alpha"] + TRUTH["B"] / points["D"] ** TRUTH["beta"]
+    known = {"alpha": TRUTH["alpha"], "beta": TRUTH["beta"]}
+    start = time.process_time()
+    fit = fit_law(points.assign(loss=made), fixed=known, bootstrap=0)
+    assert values(fit) == pytest.approx([TRUTH[name] for name in NAMES], rel=1e-6) and fit.starts == 20
+    assert time.process_time() - start < 10
+
+
 def test_all_parameters_fixed_leaves_nothing_to_fit():
     with pytest.raises(UserError, match="nothing is left to fit"):
         fit_law(sweep(), few_starts(), fixed=TRUTH)

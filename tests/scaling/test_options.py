@@ -156,6 +156,10 @@ def test_the_right_law_wins_the_comparison():
     assert rows[0].largest < rows[1].largest and "kaplan" in compare.compared_table(rows)
     with pytest.raises(UserError, match="two laws or more"):
         compare.compare(sweep(), ["chinchilla"])
+    with pytest.raises(UserError, match="laws of N and of loss can't be held against each other"):
+        compare.compare(sweep(), ["chinchilla", "n-opt"])
+    with pytest.raises(UserError, match="keep the best at each"):
+        compare.compare(sweep(), ["chinchilla", "power"])
 
 
 @pytest.mark.parametrize("law", [few_starts(), "power"])
