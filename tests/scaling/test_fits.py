@@ -45,7 +45,8 @@ def test_the_five_worst_runs_move_the_exponent_of_the_data(chinchilla_points):
 def test_the_full_grid_agrees_with_few_starts_and_says_how_many_arrive(chinchilla_points):
     fit = fit_law(chinchilla_points, "chinchilla", where="excluded_by_epoch == 0", bootstrap=0)
     assert values(fit) == pytest.approx(PUBLISHED["huber:1e-3"][:5], rel=1e-6)
-    assert fit.starts == 4500 and 0.25 < fit.agreement < 0.9 and not fit.warnings
+    assert fit.starts == 4500 and 0.25 < fit.agreement < 0.9
+    assert [warning[:23] for warning in fit.warnings] == ["more than 2.9% from the"]  # three runs
 
 
 def test_lbfgs_finds_nothing_lower(chinchilla_points):
