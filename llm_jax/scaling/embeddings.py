@@ -14,8 +14,7 @@ import pandas as pd
 
 from llm_jax.scaling import fits
 from llm_jax.scaling.powers import power_law
-from llm_jax.scaling.resampling import corrected
-from llm_jax.scaling.results import Estimate, Fit, estimate
+from llm_jax.scaling.results import Estimate, Fit
 
 # Their fit to Chinchilla's models, N_total = N + 47491 N^(1/3), whose vocabulary is 32,000.
 OMEGA_PER_TOKEN = 47491 / 32000
@@ -57,7 +56,7 @@ class Recount:
         count = min(len(fit.draws) for fit in (self.total, self.body))
         total, body = (fit.values(fit.draws[:count])["a"] for fit in (self.total, self.body))
         moved = self.body.parameters["a"].value - self.total.parameters["a"].value
-        return estimate(moved, corrected(moved, body - total), self.total.level)
+        return self.total.with_interval(moved, body - total)
 
     @property
     def predicted_shift(self) -> float:
