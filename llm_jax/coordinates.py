@@ -34,9 +34,8 @@ def movements(run: Run, steps: int) -> dict[str, float]:
         raise UserError(f"model={run.model.kind} doesn't show its activations, so nothing can be checked")
 
     @jax.jit
-    def moved(before: Params, after: Params, batch: Batch) -> dict[str, jax.Array]:
-        change = jax.tree.map(jnp.subtract, model.activations(after, batch), model.activations(before, batch))
-        return jax.tree.map(lambda x: jnp.sqrt(jnp.mean(jnp.square(x[-1].astype(jnp.float32)))), change)
+    def last(params: Params, batch: Batch) -> dict[str, jax.Array]:
+        return {name: x[-1].astype(jnp.float32) for name, x in model.activations(params, batch).items()}
 
     with jax.set_mesh(mesh):
         parts = program(dataclasses.replace(shape_of(run, source), block=1), mesh)
@@ -46,11 +45,12 @@ def movements(run: Run, steps: int) -> dict[str, float]:
             return sharding.load_rows(lambda chosen: source.rows(run.order, start + chosen), parts.batch)
 
         state = parts.init(jax.random.PRNGKey(run.seed), run.initial_scale)
-        before = jax.tree.map(jnp.copy, state.trained)  # the step takes its state's memory
+        before = last(state.trained, rows(0))
         for step in range(steps):
             hyper = {name: table[step] for name, table in tables.items()}
             state, _ = parts.step(state, rows(step), hyper)
-        return {name: float(value) for name, value in moved(before, state.trained, rows(0)).items()}
+        after = last(state.trained, rows(0))
+        return {name: float(np.sqrt(np.mean(np.square(after[name] - before[name])))) for name in after}
 
 
 def growth(sizes: Sequence[float], moved: Sequence[Mapping[str, float]]) -> dict[str, float]:
