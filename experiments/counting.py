@@ -13,9 +13,9 @@ losses there, without noise, are fitted with the other N.
 Cost: smoke 20 seconds on 2 CPU cores, cpu 10 CPU minutes; not run, estimated: gpu an hour on one H100, full a
 day on a pod.
 
-Result (cpu, 2026-11-22), 90% intervals: without embeddings a moves by +0.21 (-0.24 to +0.66) at a vocabulary
-of 4,096 and +0.31 (+0.08 to +0.53) at 8,192; predicted are +0.48 and +0.42. With bytes it moves by +0.29
-(+0.19 to +0.49). So it moves as they say, but 20 runs of each vocabulary are too few to test by how much.
+Result (cpu, 2026-11-22), 90% intervals: without embeddings a moves by +0.21 (+0.12 to +0.39) at a vocabulary
+of 4,096 and +0.31 (+0.15 to +0.46) at 8,192; predicted are +0.48 and +0.42. With bytes it moves by +0.29
+(+0.18 to +0.37). So it moves as they say; by how much, 20 runs of each vocabulary are too few to settle.
 
 The page also gives their local exponent in the middle of this sweep's sizes (scaling/embeddings.py), and what
 it is for Chinchilla's models of 5 million parameters: 0.52, 0.61 and 0.94 at a vocabulary of 256, 4,096 and
