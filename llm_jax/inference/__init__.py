@@ -1,0 +1,1 @@
+"""Generation: opening a model, sampling, decoding in batches, chat."""

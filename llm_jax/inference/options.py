@@ -1,0 +1,35 @@
+"""The flags that generate and chat share."""
+
+from absl import flags
+
+from llm_jax.config import UserError
+from llm_jax.inference.sampling import Sampling
+
+
+def define(temperature: float = 0.0, max_tokens: int = 128) -> None:
+    """Defines --model, --dtype and a flag for each field of `Sampling`."""
+    flags.DEFINE_string("model", None, "a directory in Hugging Face's format, a .gguf file or a run's folder")
+    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "weights and computing; default: as stored")
+    flags.DEFINE_integer("max_tokens", max_tokens, "the longest answer, in tokens")
+    flags.DEFINE_multi_string("stop", [], "a text that ends the answer; may be given several times")
+    flags.DEFINE_float("temperature", temperature, "0 takes the most probable token")
+    flags.DEFINE_integer("top_k", 0, "sample from so many tokens at most (0: all)")
+    flags.DEFINE_float("top_p", 1.0, "sample from the fewest tokens that together have this probability")
+    flags.DEFINE_float("min_p", 0.0, "sample from tokens at least so many times as probable as the first")
+    flags.DEFINE_float("repetition_penalty", 1.0, "divides the positive logits of tokens that were there")
+    flags.DEFINE_list("logit_bias", [], "ID:BIAS, separated by commas")
+    flags.DEFINE_integer("seed", 0, "the same seed gives the same samples")
+
+
+def sampling() -> Sampling:
+    """What the flags ask for."""
+    f = flags.FLAGS
+    bias = {}
+    for item in f.logit_bias:
+        token, _, value = item.partition(":")
+        try:
+            bias[int(token)] = float(value)
+        except ValueError:
+            raise UserError(f"--logit_bias: {item!r} is not ID:BIAS, such as 42:-100") from None
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+    return Sampling(**{name: getattr(f, name) for name in names}, logit_bias=bias)
