@@ -1,4 +1,4 @@
-"""The flags that generate and chat share."""
+"""The flags that score, generate and chat share."""
 
 from absl import flags
 
@@ -6,13 +6,18 @@ from llm_jax.config import UserError
 from llm_jax.inference.sampling import Sampling
 
 
-def define(temperature: float = 0.0, max_tokens: int = 128) -> None:
-    """Defines --model, --dtype and a flag for each field of `Sampling`."""
+def define_model() -> None:
+    """Defines --model and --dtype."""
     flags.DEFINE_string("model", None, "a directory in Hugging Face's format, a .gguf file or a run's folder")
     flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "weights and computing; default: as stored")
+
+
+def define(max_tokens: int = 128) -> None:
+    """Defines those of a model, of where an answer ends, and one for each field of `Sampling`."""
+    define_model()
     flags.DEFINE_integer("max_tokens", max_tokens, "the longest answer, in tokens")
     flags.DEFINE_multi_string("stop", [], "a text that ends the answer; may be given several times")
-    flags.DEFINE_float("temperature", temperature, "0 takes the most probable token")
+    flags.DEFINE_float("temperature", 0.0, "0 takes the most probable token")
     flags.DEFINE_integer("top_k", 0, "sample from so many tokens at most (0: all)")
     flags.DEFINE_float("top_p", 1.0, "sample from the fewest tokens that together have this probability")
     flags.DEFINE_float("min_p", 0.0, "sample from tokens at least so many times as probable as the first")

@@ -1,0 +1,216 @@
+"""A chat in the terminal, with one model or with two at once.
+
+python -m llm_jax.chat --model=DIR|FILE.gguf|RUN --compare=OTHER --temperature=0.7
+
+The models keep nothing: each turn sends the whole conversation, which /context shows as they see it.
+"""
+
+import dataclasses
+import shutil
+import sys
+import textwrap
+from collections.abc import Sequence
+from typing import TextIO
+
+from absl import flags
+
+from llm_jax import config, values
+from llm_jax.config import UserError, nearest
+from llm_jax.inference import options
+from llm_jax.inference.conversation import Reply, Speaker
+from llm_jax.inference.opening import open_model
+from llm_jax.inference.sampling import Sampling
+
+HELP = """\
+/system TEXT      what the models are told first; without TEXT, nothing
+/set NAME=VALUE   sampling: temperature, top_k, top_p, min_p, repetition_penalty, seed, max_tokens
+/context          exactly what the next turn sends
+/retry            answers the last turn again
+/reset            forgets the conversation
+/quit             or ctrl-D; ctrl-C ends an answer"""
+
+
+class Chat:
+    """A conversation with each of the speakers, who hear the same and see their own answers."""
+
+    def __init__(
+        self,
+        speakers: Sequence[Speaker],
+        sampling: Sampling = Sampling(),
+        max_tokens: int = 512,
+        stops: Sequence[str] = (),
+        system: str = "",
+        out: TextIO = sys.stdout,
+    ) -> None:
+        self.speakers, self.sampling, self.max_tokens, self.stops = speakers, sampling, max_tokens, stops
+        self.system, self.out = system, out
+        self.turns: list[tuple[str, list[str]]] = []  # what was said, and each speaker's answer
+
+    def messages(self, number: int, said: str | None = None) -> list[dict[str, str]]:
+        """The conversation as one speaker sees it, and then `said`."""
+        found = [{"role": "system", "content": self.system}] if self.system else []
+        for user, answers in self.turns:
+            found += [{"role": "user", "content": user}, {"role": "assistant", "content": answers[number]}]
+        return found + ([{"role": "user", "content": said}] if said is not None else [])
+
+    def say(self, said: str) -> None:
+        """A turn; raises UserError, and leaves the conversation as it was, where it can't be answered."""
+        replies: list[Reply] = []
+        try:
+            for number, speaker in enumerate(self.speakers):
+                messages = self.messages(number, said)
+                replies.append(speaker.reply(messages, self.sampling, self.max_tokens, self.stops))
+            self._show(replies)
+        except KeyboardInterrupt:
+            self._write("\n(interrupted)\n")
+        finally:
+            for reply in replies:
+                reply.close()
+        self.turns.append((said, [reply.answer.text.strip() for reply in replies]))
+        for speaker, reply in zip(self.speakers, replies, strict=True):
+            self._write(f"[{speaker.name}: {reply}]\n")
+
+    def command(self, line: str) -> bool:
+        """A line that begins with a slash; False ends the chat."""
+        name, _, rest = line[1:].partition(" ")
+        commands = {
+            "system": lambda: setattr(self, "system", rest.strip()),
+            "set": lambda: self._set(rest.strip()),
+            "context": self._context,
+            "retry": self._retry,
+            "reset": self.turns.clear,
+            "help": lambda: self._write(HELP + "\n"),
+        }
+        if name in ("quit", "exit"):
+            return False
+        if name not in commands:
+            raise UserError(f"no command /{name}; {nearest('/' + name, ['/' + known for known in commands])}")
+        commands[name]()
+        return True
+
+    # ---- commands ----
+
+    def _set(self, text: str) -> None:
+        kinds = values.hints(Sampling) | {"max_tokens": int}
+        kinds.pop("logit_bias")
+        name, equals, value = text.partition("=")
+        if text and (not equals or name not in kinds):
+            raise UserError(f"/set {text}: write NAME=VALUE; {nearest(name, kinds)}")
+        if name == "max_tokens":
+            self.max_tokens = values.parse(int, value, name)
+        elif text:
+            changed = dataclasses.replace(self.sampling, **{name: values.parse(kinds[name], value, name)})
+            changed.check(self.speakers[0].opened.config.vocabulary)
+            self.sampling = changed
+        now = {name: getattr(self.sampling, name, self.max_tokens) for name in kinds}
+        self._write("  ".join(f"{name}={value}" for name, value in now.items()) + "\n")
+
+    def _context(self) -> None:
+        for number, speaker in enumerate(self.speakers):
+            messages = self.messages(number, "…")
+            self._write(
+                f"--- {speaker.name}: {len(speaker.ids(messages)):,} tokens, … is what you say next\n"
+            )
+            self._write(f"{speaker.text(messages)}\n---\n")
+
+    def _retry(self) -> None:
+        if not self.turns:
+            raise UserError("/retry: nothing has been said yet")
+        said, answers = self.turns.pop()
+        try:
+            self.say(said)
+        except UserError:
+            self.turns.append((said, answers))
+            raise
+
+    # ---- what is shown ----
+
+    def _show(self, replies: list[Reply]) -> None:
+        if len(replies) == 1:
+            for piece in replies[0]:
+                self._write(piece)
+            self._write("\n")
+            return
+        names = [speaker.name for speaker in self.speakers]
+        streams, drawn = [iter(reply) for reply in replies], 0
+        width, height = shutil.get_terminal_size()
+        live = self.out.isatty()
+        while streams:
+            streams = [stream for stream in streams if next(stream, None) is not None]
+            if live:
+                rows = beside(names, [reply.answer.text for reply in replies], width)
+                drawn = self._draw(rows[:1] + rows[1:][-(height - 3) :], drawn)
+        self._draw(beside(names, [reply.answer.text for reply in replies], width), drawn)
+
+    def _draw(self, rows: list[str], before: int) -> int:
+        """Rows in the place of those drawn before."""
+        self._write(f"\x1b[{before}A\x1b[J" * (before > 0) + "".join(f"{row}\n" for row in rows))
+        return len(rows)
+
+    def _write(self, text: str) -> None:
+        self.out.write(text)
+        self.out.flush()
+
+
+def beside(names: Sequence[str], texts: Sequence[str], width: int) -> list[str]:
+    """Rows of `width` characters with the texts in columns under their names."""
+    each = (width - 3 * (len(texts) - 1)) // len(texts)
+    columns = [
+        [
+            name[:each],
+            *(row for line in text.strip().splitlines() for row in textwrap.wrap(line, each) or [""]),
+        ]
+        for name, text in zip(names, texts, strict=True)
+    ]
+    height = max(map(len, columns))
+    filled = [[*column, *[""] * (height - len(column))] for column in columns]
+    return [" | ".join(cell.ljust(each) for cell in row).rstrip() for row in zip(*filled, strict=True)]
+
+
+def talk(chat: Chat, ask: TextIO) -> None:
+    """Reads lines until the end; a mistake is one line, and the chat goes on."""
+    asking = ask.isatty()
+    while True:
+        try:
+            line = input("> ") if asking else ask.readline()
+            if not asking and not line:
+                return
+            line = line.strip()
+            if line.startswith("/"):
+                if not chat.command(line):
+                    return
+            elif line:
+                chat.say(line)
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            print()
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+
+
+def main() -> None:
+    f = flags.FLAGS
+    if not f.model:
+        raise UserError(
+            "--model is missing: a directory in Hugging Face's format, a .gguf file or a run's folder"
+        )
+    speakers = [Speaker(open_model(path, f.dtype)) for path in (f.model, f.compare) if path]
+    sampling = options.sampling()
+    for speaker in speakers:
+        if speaker.opened.tokenizer is None:
+            raise UserError(f"{speaker.name} has no tokenizer: it can't be talked to")
+        sampling.check(speaker.opened.config.vocabulary)
+    chat = Chat(speakers, sampling, f.max_tokens, tuple(f.stop), f.system)
+    if sys.stdin.isatty():
+        import readline  # noqa: F401 (input() then edits and remembers lines)
+
+        print(f"{' and '.join(speaker.name for speaker in speakers)}; /help lists the commands")
+    talk(chat, sys.stdin)
+
+
+if __name__ == "__main__":
+    options.define(max_tokens=512)
+    flags.DEFINE_string("compare", None, "another model, which answers beside the first")
+    flags.DEFINE_string("system", "", "what the models are told first")
+    config.run_main(main)

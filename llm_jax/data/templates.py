@@ -1,0 +1,86 @@
+"""Conversations as text: the Jinja templates of tokenizers, in a sandbox, rendered as transformers does."""
+
+import datetime
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from llm_jax.config import UserError
+
+Message = Mapping[str, Any]  # at least {"role": "system" | "user" | "assistant", "content": text}
+
+# For a model that was never shown conversations: a transcript, which it goes on with.
+TRANSCRIPT = """\
+{%- for message in messages -%}
+{{ message.role | capitalize ~ ': ' if message.role != 'system' }}{{ message.content ~ '\n' }}
+{%- endfor -%}
+{{ 'Assistant:' if add_generation_prompt }}"""
+TRANSCRIPT_STOPS = ("\nUser:",)
+
+
+class _Generation(jinja2.ext.Extension):
+    """{% generation %}: what the assistant says itself. The text is the same with it and without."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja2 asks for it)
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("_said"), [], [], body).set_lineno(line)
+
+    def _said(self, caller: Any) -> str:
+        return caller()
+
+
+def render(
+    template: str, messages: Sequence[Message], special: Mapping[str, str], answer: bool = True, **facts: Any
+) -> str:
+    """The text of a conversation; answer: it ends where the assistant's next turn begins.
+
+    special: tokens by role (bos_token, …). facts: whatever else the template asks for, such as tools.
+    Raises UserError where the template is broken or refuses the messages.
+    """
+    try:
+        return _compiled(template).render(
+            messages=messages, add_generation_prompt=answer, **{"tools": None, **special, **facts}
+        )
+    except (jinja2.TemplateError, TypeError) as error:
+        raise UserError(f"the chat template: {error}") from None
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled(template: str) -> jinja2.Template:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals |= {"raise_exception": _refuse, "strftime_now": _now}
+    return environment.from_string(template)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Plain JSON: jinja2's own filter also escapes what HTML would misread."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _refuse(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _now(pattern: str) -> str:
+    return datetime.datetime.now().strftime(pattern)

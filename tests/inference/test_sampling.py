@@ -1,0 +1,107 @@
+"""What is sampled from is what transformers' logits processors leave, row by row."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from llm_jax.config import UserError
+from llm_jax.inference.sampling import Sampling, Settings, processed, sample
+
+V = 29
+LOGITS = np.random.default_rng(0).normal(size=V).astype(np.float32) * 2
+TEXT = np.array([3, 7, 7, 20])
+ROWS = [
+    Sampling(temperature=1.0),
+    Sampling(temperature=0.7, top_k=5),
+    Sampling(temperature=1.3, top_p=0.6),
+    Sampling(temperature=1.0, top_p=1e-6),
+    Sampling(temperature=0.8, min_p=0.2),
+    Sampling(temperature=0.9, top_k=8, top_p=0.7, min_p=0.05),
+    Sampling(temperature=0.9, top_k=100, repetition_penalty=1.4),
+    Sampling(temperature=1.1, top_k=4, repetition_penalty=0.7, logit_bias={7: 4.0, 3: -100.0}),
+    Sampling(repetition_penalty=2.5, logit_bias={0: 1.5}),
+]
+
+
+def batch(rows):
+    logits = np.repeat(LOGITS[None], len(rows), 0)
+    seen = np.zeros((len(rows), V), bool)
+    seen[:, TEXT] = True
+    return logits, Settings.of(rows, V), seen
+
+
+def test_rows_of_a_batch_are_processed_as_by_transformers_one_by_one():
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+
+    def theirs(row):
+        t = transformers
+        chain = t.LogitsProcessorList()
+        if row.logit_bias:
+            bias = {(token,): value for token, value in row.logit_bias.items()}
+            chain.append(t.SequenceBiasLogitsProcessor(bias))
+        if row.repetition_penalty != 1:
+            chain.append(t.RepetitionPenaltyLogitsProcessor(row.repetition_penalty))
+        if row.temperature:
+            chain.append(t.TemperatureLogitsWarper(row.temperature))
+            if row.top_k:
+                chain.append(t.TopKLogitsWarper(row.top_k))
+            if row.top_p < 1:
+                chain.append(t.TopPLogitsWarper(row.top_p))
+            if row.min_p:
+                chain.append(t.MinPLogitsWarper(row.min_p))
+        return chain(torch.from_numpy(TEXT)[None], torch.from_numpy(LOGITS)[None].clone())[0].numpy()
+
+    ours = np.asarray(jax.jit(processed)(*batch(ROWS)))
+    for row, found in zip(ROWS, ours, strict=True):
+        np.testing.assert_allclose(found, theirs(row), rtol=1e-5, atol=1e-6, err_msg=str(row))
+
+
+def test_what_is_cut_is_what_the_definitions_say():
+    ours = np.asarray(jax.jit(processed)(*batch(ROWS)))
+    kept = np.isfinite(ours)
+    probable = np.exp(LOGITS / 1.3) / np.exp(LOGITS / 1.3).sum()
+    order = np.argsort(-probable)
+    nucleus = order[: 1 + np.searchsorted(np.cumsum(probable[order]), 0.6)]
+    assert set(np.flatnonzero(kept[2])) == set(nucleus)
+    assert kept[1].sum() == 5 and kept[3].sum() == 1 and kept[0].all()
+    ratio = np.exp((LOGITS - LOGITS.max()) / 0.8)
+    np.testing.assert_array_equal(kept[4], ratio >= 0.2)
+
+
+def test_tokens_are_drawn_as_often_as_they_are_probable_and_the_same_for_the_same_key():
+    count = 4000
+    rows = [dataclasses.replace(ROWS[5], temperature=0.9)] * count + [Sampling()]
+    keys = jax.random.split(jax.random.key(1), len(rows))
+    draw = jax.jit(sample)
+    logits, settings, seen = batch(rows)
+    tokens = np.asarray(draw(logits, settings, seen, keys))
+    assert tokens[-1] == LOGITS.argmax()
+    # Alone, a row draws what it draws in company.
+    again = np.asarray(draw(logits, settings, seen, keys[::-1]))[::-1]
+    np.testing.assert_array_equal(tokens[1:-1], again[1:-1])
+    left = np.asarray(jax.jit(processed)(*batch(ROWS)))[5]
+    expected = np.exp(left) / np.exp(left).sum()
+    found = np.bincount(tokens[:-1], minlength=V) / count
+    assert np.all(found[expected == 0] == 0)
+    assert np.abs(found - expected).max() < 4 * np.sqrt(0.25 / count)
+
+
+@pytest.mark.parametrize(
+    ("setting", "names"),
+    [
+        ({"temperature": -1.0}, "temperature is -1.0; it is a number of at least 0"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"top_k": -1}, "top_k is -1"),
+        ({"top_p": 0.0}, "top_p is 0.0; it is above 0 and at most 1"),
+        ({"min_p": 1.5}, "min_p is 1.5"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0"),
+        ({"logit_bias": {V: 1.0}}, f"ids lie in 0 .. {V - 1}"),
+        ({"seed": -1}, "seed is -1"),
+    ],
+)
+def test_a_setting_that_means_nothing_is_refused_by_name(setting, names):
+    with pytest.raises(UserError, match=names.replace("..", r"\.\.")):
+        Sampling(**setting).check(V)
