@@ -14,6 +14,7 @@ from llm_jax import config as configs
 from llm_jax.checkpoints import Checkpoints
 from llm_jax.config import UserError
 from llm_jax.data import DataConfig, SentencePiece
+from llm_jax.inference.quantising import quantise
 from llm_jax.interop import huggingface
 from llm_jax.interop import tokenizer as tokenizers
 from llm_jax.interop.tokenizer import Portable
@@ -21,7 +22,7 @@ from llm_jax.models import ModelConfig, Params
 from llm_jax.records import check_tokenizer, load_run
 from llm_jax.sharding import MeshConfig, make_mesh, shardings
 
-Dtype = Literal["float32", "bfloat16"]
+Dtype = Literal["float32", "bfloat16", "int8"]
 
 
 class Opened(NamedTuple):
@@ -69,7 +70,9 @@ def open_model(path: str, dtype: Dtype | None = None, mesh: Mesh | None = None) 
 
 
 def cast(opened: Opened, dtype: Dtype) -> Opened:
-    """The same model with parameters and computing in `dtype`."""
+    """The same model with parameters and computing in `dtype`; int8 is for matrices only, computing stays."""
+    if dtype == "int8":
+        return opened._replace(params=jax.jit(quantise)(opened.params))
     params = jax.tree.map(lambda leaf: leaf.astype(dtype), opened.params)
     return opened._replace(params=params, config=dataclasses.replace(opened.config, dtype=dtype))
 

@@ -9,7 +9,7 @@ from llm_jax.inference.sampling import Sampling
 def define_model() -> None:
     """Defines --model and --dtype."""
     flags.DEFINE_string("model", None, "a directory in Hugging Face's format, a .gguf file or a run's folder")
-    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "weights and computing; default: as stored")
+    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16", "int8"], "of weights; default: as stored")
 
 
 def define(max_tokens: int = 128) -> None:

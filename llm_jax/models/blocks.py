@@ -11,6 +11,7 @@ from flax import linen as nn
 
 from llm_jax.kernels.attention import attend
 from llm_jax.models import cache
+from llm_jax.models.int8 import Int8
 from llm_jax.models.positions import Rotary, rotate
 from llm_jax.models.roles import parameter
 from llm_jax.sharding import constrain
@@ -38,15 +39,21 @@ class Context:
     attention: str = "auto"
 
 
-def linear(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None, inputs: int = 1) -> jax.Array:
+def linear(
+    x: jax.Array, weight: jax.Array | Int8, bias: jax.Array | None = None, inputs: int = 1
+) -> jax.Array:
     """x [..., *I] times weight [*I, *O] plus bias [*O], in x's dtype; `inputs` is the number of dimensions I.
 
     As one product of two plain matrices: left to einsum, the weight's gradient sums over two dimensions, and
     XLA on a CPU copies both factors transposed for that (2.7 times slower).
     """
-    lead, size = x.shape[: x.ndim - inputs], math.prod(weight.shape[:inputs])
-    y = x.reshape(-1, size) @ weight.reshape(size, -1).astype(x.dtype)
-    y = y.reshape(*lead, *weight.shape[inputs:])
+    lead, size = x.shape[: x.ndim - inputs], math.prod(x.shape[x.ndim - inputs :])
+    if isinstance(weight, Int8):
+        y, outputs = weight.product(x.reshape(-1, size)), weight.outputs
+    else:
+        y = x.reshape(-1, size) @ weight.reshape(size, -1).astype(x.dtype)
+        outputs = weight.shape[inputs:]
+    y = y.reshape(*lead, *outputs)
     return y if bias is None else y + bias.astype(x.dtype)
 
 

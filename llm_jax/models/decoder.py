@@ -15,6 +15,7 @@ from flax import linen as nn
 
 from llm_jax.models import Batch, Layout, Model, Output, Params, cache
 from llm_jax.models.blocks import Block, Context, Norm, dropout
+from llm_jax.models.int8 import Int8
 from llm_jax.models.parametrization import Scaling
 from llm_jax.models.positions import Learned, Positions, Sinusoidal, rotation, sinusoids
 from llm_jax.models.roles import draw, parameter, roles
@@ -37,7 +38,10 @@ class Embed(nn.Module):
 
     def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
         # A gather from a table whose width is spread over devices would first be replicated.
-        x_BTD = constrain(self.embedding, "vocabulary", None)[tokens_BT]
+        if isinstance(self.embedding, Int8):
+            x_BTD = self.embedding.rows(tokens_BT)
+        else:
+            x_BTD = constrain(self.embedding, "vocabulary", None)[tokens_BT]
         if isinstance(self.positions, Learned):
             x_BTD += constrain(self.position, None, None)[positions_BT]
         elif isinstance(self.positions, Sinusoidal):
@@ -250,9 +254,13 @@ class Decoder:
 
     def unembed(self, params: Params, hidden: jax.Array) -> jax.Array:
         """Float32 logits [..., V] of hidden states [..., D], capped as softcap * tanh(logits / softcap)."""
-        table_DV = params["embed"]["embedding"].T if self.head is None else params["head"]["head"]
+        table = params["embed"]["embedding"] if self.head is None else params["head"]["head"]
         rows = self.scaling.output * hidden.reshape(-1, hidden.shape[-1])
-        logits = jnp.matmul(rows, table_DV.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        if isinstance(table, Int8):
+            logits = table.product(rows.astype(jnp.float32))
+        else:
+            table_DV = (table.T if self.head is None else table).astype(hidden.dtype)
+            logits = jnp.matmul(rows, table_DV, preferred_element_type=jnp.float32)
         logits = logits.reshape(*hidden.shape[:-1], -1)
         return logits if self.softcap is None else self.softcap * jnp.tanh(logits / self.softcap)
 

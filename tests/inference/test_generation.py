@@ -1,5 +1,6 @@
 """Greedy tokens are those of transformers; who decodes beside a row changes nothing of it."""
 
+import dataclasses
 import functools
 import json
 
@@ -14,10 +15,12 @@ from llm_jax.config import UserError
 from llm_jax.inference.batching import Batcher, Request, complete
 from llm_jax.inference.generation import Engine
 from llm_jax.inference.opening import open_model
+from llm_jax.inference.quantising import quantise
 from llm_jax.inference.sampling import Sampling
 from llm_jax.inference.text import TextStream
 from llm_jax.interop import tokenizer as tokenizers
 from llm_jax.models import Layout
+from llm_jax.models.int8 import Int8
 from llm_jax.models.transformer import Transformer
 from llm_jax.sharding import MeshConfig, make_mesh, shardings
 
@@ -25,7 +28,7 @@ SCAN = Layout(unroll=False, attention="reference")  # the least to compile
 TINY = Transformer(layers=3, width=16, heads=4, kv_heads=2, vocabulary=257, windows=(20, None))
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma3", "qwen3-moe"])
+@pytest.mark.parametrize("name", greedy.NAMES)
 def test_greedy_tokens_are_those_of_transformers_with_and_without_a_cache(name):
     expected = json.loads((greedy.HERE / "fixtures" / "greedy.json").read_text())["tokens"][name]
     opened = open_model(greedy.MODELS / name)
@@ -170,3 +173,33 @@ def test_an_answer_ends_at_a_stop_token_a_stop_text_its_length_or_the_context():
     assert (free.finish, stopped.finish, full.finish) == ("length", "stop", "length")
     assert stopped.ids == free.ids[: free.ids.index(free.ids[3])]
     assert full.ids == free.ids[:5]
+
+
+def test_int8_weights_compute_what_their_values_say_in_a_quarter_of_the_memory():
+    wide = dataclasses.replace(TINY, width=64, tied=False, windows=(None,))
+    params = parameters(wide.build(SCAN))
+    small = jax.jit(quantise)(params)
+    assert bytes_of(small) < 0.3 * bytes_of(params)
+
+    def widened(leaf, shape):
+        if not isinstance(leaf, Int8):
+            return leaf
+        matrix = leaf.values * leaf.scales[..., None]
+        return (matrix if matrix.shape == shape.shape else jnp.swapaxes(matrix, -1, -2)).reshape(shape.shape)
+
+    same = jax.tree.map(widened, small, params, is_leaf=lambda leaf: isinstance(leaf, Int8))
+    model, tokens = wide.build(SCAN), jnp.asarray([[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]])
+    whole = jax.jit(lambda p, t: model.unembed(p, model.apply(p, {"tokens": t}).hidden))
+    np.testing.assert_allclose(whole(small, tokens), whole(same, tokens), atol=1e-3)
+    few = tokens[:, :4]  # summed instead of multiplied
+    np.testing.assert_allclose(whole(small, few), whole(same, few), atol=1e-3)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=0.5 / 127 * np.abs(b).max()), same, params
+    )
+    request = Request(np.asarray(tokens[0]), max_tokens=6)
+    answers = [complete(Batcher(Engine(wide, p, layout=SCAN), 1), [request])[0].ids for p in (small, same)]
+    assert answers[0] == answers[1]
+
+
+def bytes_of(tree):
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,172 @@
+"""The chat sends its whole context, shows it, and goes on after mistakes; the commands around it."""
+
+import dataclasses
+import io
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from tiny import parameters
+
+from llm_jax.chat import Chat, beside, talk
+from llm_jax.config import UserError, replace
+from llm_jax.inference.conversation import Speaker
+from llm_jax.inference.opening import open_model
+from llm_jax.interop import huggingface
+from llm_jax.interop import tokenizer as tokenizers
+from llm_jax.models.transformer import Transformer
+from llm_jax.score import read_ids, score
+
+TEMPLATE = "{% for m in messages %}[{{ m.role[0] }}]{{ m.content }}{% endfor %}[a]"
+MODEL = Transformer(layers=1, width=16, heads=2, vocabulary=257)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny model that has learned nothing, with a tokenizer, a chat template and a context of 96 bytes."""
+    place = tmp_path_factory.mktemp("models") / "tiny"
+    letters = dataclasses.replace(tokenizers.of_bytes(), chat_template=TEMPLATE, context=96)
+    huggingface.save(place, MODEL, parameters(MODEL.build()), letters)
+    return place
+
+
+@pytest.fixture(scope="module")
+def speaker(folder):
+    return Speaker(open_model(folder))
+
+
+@pytest.fixture(scope="module")
+def run(tiny_run, tmp_path_factory):
+    """The folder of two steps of a run."""
+    from llm_jax.train import train
+
+    place = tmp_path_factory.mktemp("runs") / "mine"
+    train(replace(replace(tiny_run, "tokens", 2 * 8 * 32), "execution.mesh.data", 1), place)
+    return place
+
+
+def talked(speakers, lines, **options):
+    chat = Chat(speakers, max_tokens=5, out=io.StringIO(), **options)
+    talk(chat, io.StringIO("".join(f"{line}\n" for line in lines)))
+    return chat, chat.out.getvalue()
+
+
+def test_each_turn_sends_the_whole_conversation_and_context_shows_it(speaker):
+    chat, shown = talked([speaker], ["/system Be", "hi", "more", "/context", "/quit", "never"])
+    (first, [one]), (second, [two]) = chat.turns
+    assert (first, second) == ("hi", "more")
+    sent = f"[s]Be[u]hi[a]{one}[u]more[a]{two}[u]…[a]"
+    assert speaker.text(chat.messages(0, "…")) == sent and sent in shown
+    assert speaker.opened.tokenizer.decode(speaker.ids(chat.messages(0, "…"))) == sent
+    assert "5 tokens" in shown and "tokens/s" in shown
+
+
+def test_settings_change_and_an_answer_is_the_same_for_the_same_seed(speaker):
+    lines = ["/set temperature=1.5", "/set seed=4", "hi", "/retry", "/reset", "hi", "/set seed=5", "hi"]
+    chat, shown = talked([speaker], lines)
+    assert chat.sampling.temperature == 1.5 and chat.sampling.seed == 5
+    assert len(chat.turns) == 2 and "temperature=1.5" in shown
+
+
+def test_a_mistake_is_one_line_and_the_chat_goes_on(speaker, capsys):
+    lines = ["/retyr", "/set top_p=3", "/set topp=1", "/set top_k=x", "/retry", "x" * 200, "hi"]
+    chat, _ = talked([speaker], lines)
+    errors = capsys.readouterr().err.splitlines()
+    assert [said for said, _ in chat.turns] == ["hi"] and len(errors) == 6
+    assert "did you mean '/retry'" in errors[0] and "top_p is 3" in errors[1] and "'top_p'" in errors[2]
+    assert "the model's context is 96" in errors[5]
+
+
+def test_two_models_answer_side_by_side_each_with_its_own_past(speaker, run):
+    base = Speaker(open_model(run))
+    chat, shown = talked([speaker, base], ["hi", "/context"])
+    ((_, answers),) = chat.turns
+    assert base.template is None and base.text(chat.messages(1, "x")).startswith("User: hi\nAssistant: ")
+    assert answers[1] in base.text(chat.messages(1)) and answers[0] in speaker.text(chat.messages(0))
+    assert "tiny" in shown and "mine" in shown and " | " in shown
+
+
+def test_columns_keep_their_width():
+    rows = beside(["one", "two"], ["a long text that is wrapped", "short\n\nlines"], 23)
+    assert rows[0] == "one        | two" and max(map(len, rows)) <= 23 and rows[1] == "a long     | short"
+
+
+def test_a_run_is_opened_with_its_newest_parameters_and_its_tokenizer(run, tiny_run):
+    opened = open_model(run)
+    assert opened.context == 32 and opened.encode("ab").tolist() == [256, 97, 98]
+    shapes = jax.eval_shape(opened.config.build().init, jax.random.key(0))
+    jax.tree.map(lambda x, y: np.testing.assert_equal(x.shape, y.shape), opened.params, shapes)
+    narrow = open_model(run, "bfloat16")
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(narrow.params)} == {"bfloat16"}
+    wide, scores = (score(one, np.array([[256, 97, 98]])) for one in (opened, narrow))
+    np.testing.assert_allclose(scores.logprobs[:, 1:], wide.logprobs[:, 1:], atol=0.05)
+    assert narrow.config.dtype == "bfloat16" and scores.logits.dtype == np.float32
+
+
+def test_what_is_no_model_or_no_text_is_refused(folder, tmp_path):
+    with pytest.raises(UserError, match="no model at"):
+        open_model(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="not JSON"):
+        open_model(tmp_path)
+    opened = open_model(folder)
+    for ids, message in [
+        (np.zeros((1, 97), int), "97 tokens, and the model's context is 96"),
+        (np.array([[300]]), "ids lie in 0"),
+        (np.zeros((1, 0), int), "nothing to score"),
+        (np.zeros((1, 2)), "they are integers"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            score(opened, ids)
+    with pytest.raises(UserError, match="no tokenizer"):
+        opened._replace(tokenizer=None).encode("x")
+    (tmp_path / "ids.npy").write_bytes(b"\x93NUMPY")
+    np.save(tmp_path / "cube.npy", np.zeros((1, 2, 3)))
+    for name in ("ids.npy", "cube.npy", "none.npy"):
+        with pytest.raises(UserError, match=name):
+            read_ids(str(tmp_path / name))
+
+
+def command(name, *arguments, text=""):
+    program = [sys.executable, "-m", f"llm_jax.{name}", *map(str, arguments)]
+    return subprocess.run(program, input=text, capture_output=True, text=True)
+
+
+def test_the_commands_score_generate_and_chat(folder, tmp_path):
+    opened, out = open_model(folder), tmp_path / "out.npz"
+    np.save(tmp_path / "ids.npy", np.array([[104, 105, 33], [1, 2, 3]]))
+    done = command("score", f"--model={folder}", f"--ids={tmp_path / 'ids.npy'}", f"--out={out}")
+    assert done.returncode == 0, done.stderr
+    saved, here = np.load(out), score(opened, np.load(tmp_path / "ids.npy"))
+    assert saved["logits"].shape == (2, 3, 257) and saved["logits"].dtype == np.float32
+    np.testing.assert_allclose(saved["logprobs"], here.logprobs, atol=1e-6)
+    np.testing.assert_allclose(
+        saved["logprobs"][0, 1], jax.nn.log_softmax(saved["logits"][0, 0])[105], atol=1e-6
+    )
+    assert "'i'" in done.stdout and "nats a token over 2" in done.stdout
+
+    flags = ["--prompt=hi", "--n=2", "--temperature=1", "--max_tokens=4", "--candidates=2", "--json"]
+    done = command("generate", f"--model={folder}", *flags)
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert done.returncode == 0 and len(answers) == 2, done.stderr
+    assert all(len(token["top"]) == 2 for answer in answers for token in answer["tokens"])
+
+    done = command("chat", f"--model={folder}", "--max_tokens=3", text="hi\n/context\n")
+    assert done.returncode == 0 and "[u]hi[a]" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "message"),
+    [
+        ("generate", ["--prompt=x", "--top_p=7"], "top_p is 7.0; it is above 0 and at most 1"),
+        ("score", ["--text=x", "--out=/nowhere/x.npz"], "there is no folder /nowhere"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(folder, name, flags, message):
+    done = command(name, f"--model={folder}", *flags)
+    assert done.returncode == 2 and done.stderr == f"error: {done.stderr[7:].rstrip()}\n"
+    assert message in done.stderr and not pathlib.Path("/nowhere").exists()
