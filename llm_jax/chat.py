@@ -20,6 +20,7 @@ from llm_jax.inference import options
 from llm_jax.inference.conversation import Reply, Speaker
 from llm_jax.inference.opening import open_model
 from llm_jax.inference.sampling import Sampling
+from llm_jax.process import prepare_xla
 
 HELP = """\
 /system TEXT      what the models are told first; without TEXT, nothing
@@ -191,6 +192,7 @@ def talk(chat: Chat, ask: TextIO) -> None:
 
 def main() -> None:
     f = flags.FLAGS
+    prepare_xla(deterministic=False)
     if not f.model:
         raise UserError(
             "--model is missing: a directory in Hugging Face's format, a .gguf file or a run's folder"

@@ -14,10 +14,12 @@ from llm_jax.inference import options
 from llm_jax.inference.batching import Batcher, Request
 from llm_jax.inference.generation import Engine
 from llm_jax.inference.opening import open_model
+from llm_jax.process import prepare_xla
 
 
 def main() -> None:
     f = flags.FLAGS
+    prepare_xla(deterministic=False)
     if not f.model or not f.prompt:
         raise UserError("--model and --prompt are needed, for example --model=runs/mine --prompt='Once upon'")
     if f.n < 1:

@@ -19,6 +19,7 @@ from llm_jax.config import UserError
 from llm_jax.inference import options
 from llm_jax.inference.opening import Opened, open_model
 from llm_jax.models import ModelConfig, Params
+from llm_jax.process import prepare_xla
 
 
 class Scores(NamedTuple):
@@ -103,6 +104,7 @@ def table(opened: Opened, scores: Scores, row: int, candidates: int) -> list[str
 
 def main() -> None:
     f = flags.FLAGS
+    prepare_xla(deterministic=False)
     if not f.model or (f.text is None) == (f.ids is None):
         raise UserError(
             "--model and one of --text and --ids are needed, for example --text='Once upon a time'"

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import pathlib
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llm_jax import config as configs
+from llm_jax import links, optimizers
 from llm_jax.checkpoints import Checkpoints
 from llm_jax.config import UserError
 from llm_jax.data import DataConfig, SentencePiece
@@ -19,6 +20,7 @@ from llm_jax.interop import huggingface
 from llm_jax.interop import tokenizer as tokenizers
 from llm_jax.interop.tokenizer import Portable
 from llm_jax.models import ModelConfig, Params
+from llm_jax.optimizers import Optimizer
 from llm_jax.records import check_tokenizer, load_run
 from llm_jax.sharding import MeshConfig, make_mesh, shardings
 
@@ -110,11 +112,27 @@ def _of_run(place: pathlib.Path, mesh: Mesh | None) -> Opened:
     check_tokenizer(place, facts, {"data": {"tokenizer": before | now} if before else {}})
     model = config.build()
     shapes = jax.eval_shape(model.init, jax.random.key(0))
-    axes = jax.tree.map(lambda role: role.axes, model.roles(shapes))
+    roles = model.roles(shapes)
+    axes = jax.tree.map(lambda role: role.axes, roles)
     places = shardings(shapes, axes, mesh or make_mesh(MeshConfig(data=1), jax.local_devices()[:1]))
     target = jax.tree.map(
         lambda x, at: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=at), shapes, places
     )
-    params = Checkpoints(place / "checkpoints").restore_params(target)
+    optimizer = optimizers.structure(configs.from_json(Optimizer, facts["config"]["optimizer"], "optimizer"))
+    part = _published(jax.eval_shape(lambda params: optimizers.init(optimizer, roles, params), shapes))
+    params = Checkpoints(place / "checkpoints").restore_params(target, part)
     context = _limit(config, data.sequence_length)
     return Opened(place.name, config, params, tokenizers.of(codec), context, (codec.eot,))
+
+
+def _published(optimizer_state: Any) -> str:
+    """Where in a run's state the parameters to use are: the average where the optimizer keeps one."""
+    flat = jax.tree_util.tree_leaves_with_path(optimizer_state, is_leaf=_is_averaged)
+    for path, link in flat:
+        if _is_averaged(link):
+            return f"optimizer/{jax.tree_util.keystr(path, simple=True, separator='/')}/average"
+    return "trained"
+
+
+def _is_averaged(link: Any) -> bool:
+    return isinstance(link, links.Averaged)

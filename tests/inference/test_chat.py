@@ -13,6 +13,7 @@ import pytest
 from tiny import parameters
 
 from llm_jax.chat import Chat, beside, talk
+from llm_jax.checkpoints import Checkpoints
 from llm_jax.config import UserError, replace
 from llm_jax.inference.conversation import Speaker
 from llm_jax.inference.opening import open_model
@@ -45,7 +46,8 @@ def run(tiny_run, tmp_path_factory):
     from llm_jax.train import train
 
     place = tmp_path_factory.mktemp("runs") / "mine"
-    train(replace(replace(tiny_run, "tokens", 2 * 8 * 32), "execution.mesh.data", 1), place)
+    two = replace(replace(tiny_run, "tokens", 2 * 8 * 32), "execution.mesh.data", 1)
+    train(replace(two, "optimizer.average", 0.5), place)
     return place
 
 
@@ -100,6 +102,10 @@ def test_a_run_is_opened_with_its_newest_parameters_and_its_tokenizer(run, tiny_
     assert opened.context == 32 and opened.encode("ab").tolist() == [256, 97, 98]
     shapes = jax.eval_shape(opened.config.build().init, jax.random.key(0))
     jax.tree.map(lambda x, y: np.testing.assert_equal(x.shape, y.shape), opened.params, shapes)
+    stored = Checkpoints(run / "checkpoints")
+    average = stored.restore_params(shapes, "optimizer/3/average")
+    jax.tree.map(np.testing.assert_array_equal, opened.params, average)  # what was evaluated
+    assert not np.array_equal(average["norm"]["scale"], stored.restore_params(shapes)["norm"]["scale"])
     narrow = open_model(run, "bfloat16")
     assert {leaf.dtype.name for leaf in jax.tree.leaves(narrow.params)} == {"bfloat16"}
     wide, scores = (score(one, np.array([[256, 97, 98]])) for one in (opened, narrow))
