@@ -240,7 +240,7 @@ class Decoder:
             return jax.lax.scan(step, x_BTD, layers)
         params, state, keys = layers
         news = []
-        for i, layer_params in enumerate(unstack(params)):
+        for i, layer_params in enumerate(params if isinstance(params, list) else unstack(params)):
             here = jax.tree.map(lambda leaf, i=i: leaf[i], (state, keys))
             x_BTD, new = step(x_BTD, (layer_params, *here))
             news.append(new)
