@@ -16,7 +16,7 @@ class Speaker:
     """A model that answers. Without a chat template (a base model) it goes on with a plain transcript."""
 
     def __init__(self, opened: Opened) -> None:
-        self.opened = opened
+        self.opened = opened._replace(params=None)  # the engine has them
         self.template = opened.tokenizer.chat_template if opened.tokenizer else None
         self._batcher = Batcher(Engine(opened.config, opened.params), 1, opened.context, opened.tokenizer)
 

@@ -70,10 +70,10 @@ class Engine:
         layout: Layout | None = None,
     ) -> None:
         self.model: Model = config.build(layout or Layout())
-        self.params, self.mesh = params, mesh
+        self.params, self.mesh = jax.jit(self.model.apart)(params), mesh
         self.vocabulary, self.candidates = config.vocabulary, min(candidates, config.vocabulary)
         self._width = jax.eval_shape(
-            lambda p: self.model.apply(p, {"tokens": jnp.zeros((1, 1), jnp.int32)}, None).hidden, params
+            lambda p: self.model.apply(p, {"tokens": jnp.zeros((1, 1), jnp.int32)}, None).hidden, self.params
         )
         self._read = jax.jit(self._read, donate_argnums=(1, 2))
         self._join = jax.jit(self._join, donate_argnums=(1, 2))

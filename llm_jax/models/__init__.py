@@ -83,7 +83,8 @@ class Model:
     unembed_params(params) returns, so that a chunked loss differentiates through nothing else.
     roles(params) -> tree of Role. A model that generates brings init_state(batch_size, length) -> state,
     decode(params, state, tokens, positions, lengths) -> (hidden, state) and state_axes(state), the tree of
-    logical axes of its state. activations(params, batch) -> {name: array [L, B, T, ...]} is for a look at
+    logical axes of its state. apart(params) are the same parameters as they are read fastest where nothing
+    trains; apply, decode and unembed take both. activations(params, batch) -> {name: array [L, B, T, ...]} is for a look at
     what stands in every layer.
     """
 
@@ -96,6 +97,7 @@ class Model:
     decode: Callable[..., tuple[jax.Array, Any]] | None = None
     state_axes: Callable[[Any], Any] | None = None
     activations: Callable[[Params, Batch], dict[str, jax.Array]] | None = None
+    apart: Callable[[Params], Params] = lambda params: params
 
 
 @dataclasses.dataclass(frozen=True)

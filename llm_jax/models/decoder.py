@@ -109,6 +109,7 @@ class Decoder:
             decode=self.decode,
             state_axes=self.state_axes,
             activations=self.activations,
+            apart=self.apart,
         )
 
     def groups(self) -> list[tuple[str, tuple[Block, ...], int]]:
@@ -263,6 +264,15 @@ class Decoder:
             logits = jnp.matmul(rows, table_DV, preferred_element_type=jnp.float32)
         logits = logits.reshape(*hidden.shape[:-1], -1)
         return logits if self.softcap is None else self.softcap * jnp.tanh(logits / self.softcap)
+
+    def apart(self, params: Params) -> Params:
+        """Where layers run as straight code: each layer's parameters as arrays of their own.
+
+        XLA on a CPU copies a layer out of its stack before it multiplies by it, at every step.
+        """
+        if not self.unrolled:
+            return params
+        return params | {name: unstack(params[name]) for name, _, _ in self.groups()}
 
     def init_state(self, batch: int, length: int) -> Any:
         """Empty state for `batch` rows of up to `length` tokens, stacked as the parameters are."""

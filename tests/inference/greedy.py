@@ -16,6 +16,7 @@ MODELS = HERE.parent / "interop" / "fixtures"
 NAMES = "gpt2", "llama", "gemma3", "qwen3-moe"
 PROMPTS = 5, 9  # tokens
 LONGEST = 64
+EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
 
 
 def prompts(name: str) -> list[np.ndarray]:
@@ -29,7 +30,7 @@ def main() -> None:
 
     found = {}
     for folder in (MODELS / name for name in NAMES):
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, **EAGER).eval()
         model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
         most = getattr(model.config, "n_positions", 1 << 20)
         found[folder.name] = []

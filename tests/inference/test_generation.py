@@ -12,6 +12,7 @@ import pytest
 from tiny import parameters
 
 from llm_jax.config import UserError
+from llm_jax.inference import generation
 from llm_jax.inference.batching import Batcher, Request, complete
 from llm_jax.inference.generation import Engine
 from llm_jax.inference.opening import open_model
@@ -25,14 +26,14 @@ from llm_jax.models.transformer import Transformer
 from llm_jax.sharding import MeshConfig, make_mesh, shardings
 
 SCAN = Layout(unroll=False, attention="reference")  # the least to compile
-TINY = Transformer(layers=3, width=16, heads=4, kv_heads=2, vocabulary=257, windows=(20, None))
+TINY = Transformer(layers=2, width=16, heads=4, kv_heads=2, vocabulary=257, windows=(20, None))
 
 
 @pytest.mark.parametrize("name", greedy.NAMES)
 def test_greedy_tokens_are_those_of_transformers_with_and_without_a_cache(name):
     expected = json.loads((greedy.HERE / "fixtures" / "greedy.json").read_text())["tokens"][name]
     opened = open_model(greedy.MODELS / name)
-    engine = Engine(opened.config, opened.params, layout=SCAN)
+    engine = Engine(opened.config, opened.params, layout=Layout(unroll=True, attention="reference"))
     requests = [Request(prompt, max_tokens=greedy.LONGEST) for prompt in greedy.prompts(name)]
     answers = complete(Batcher(engine, 2, opened.context), requests)
     assert [answer.ids for answer in answers] == expected
@@ -43,7 +44,7 @@ def test_greedy_tokens_are_those_of_transformers_with_and_without_a_cache(name):
     for row, answer in enumerate(answers):
         text = [*answer.request.prompt, *answer.ids]
         rows[row, : len(text)] = text
-    for answer, following in zip(answers, np.asarray(whole(opened.params, rows)), strict=True):
+    for answer, following in zip(answers, np.asarray(whole(engine.params, rows)), strict=True):
         first = len(answer.request.prompt) - 1
         assert following[first : first + len(answer.ids)].tolist() == answer.ids
 
@@ -58,9 +59,9 @@ def requests():
     samplings = [Sampling(), Sampling(1.0, seed=3), Sampling(0.9, top_k=9, top_p=0.8, repetition_penalty=1.2)]
     return [
         Request(
-            random.integers(0, 257, random.integers(1, 60)).astype(np.int32),
+            random.integers(0, 257, random.integers(1, 32)).astype(np.int32),
             samplings[number % 3],
-            max_tokens=int(random.integers(1, 40)),
+            max_tokens=int(random.integers(1, 50)),
             number=number,
         )
         for number in range(9)
@@ -84,6 +85,13 @@ def test_requests_that_come_and_go_at_random_are_answered_as_one_at_a_time():
         for _ in range(random.integers(1, 12)):
             batcher.step()
     assert [answers[number].ids for number in range(9)] == alone()
+
+
+def test_a_prompt_read_in_pieces_is_continued_as_one_read_at_once(monkeypatch):
+    monkeypatch.setattr(generation, "PIECE", 8)
+    answers = complete(Batcher(engine(), 4), requests()[:4])
+    assert max(len(answer.request.prompt) for answer in answers) > 16
+    assert [answer.ids for answer in answers] == alone()[:4]
 
 
 def test_a_cancelled_request_gives_its_slot_to_the_next():
