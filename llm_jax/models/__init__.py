@@ -84,8 +84,8 @@ class Model:
     roles(params) -> tree of Role. A model that generates brings init_state(batch_size, length) -> state,
     decode(params, state, tokens, positions, lengths) -> (hidden, state) and state_axes(state), the tree of
     logical axes of its state. apart(params) are the same parameters as they are read fastest where nothing
-    trains; apply, decode and unembed take both. activations(params, batch) -> {name: array [L, B, T, ...]} is for a look at
-    what stands in every layer.
+    trains; apply, decode and unembed take both. activations(params, batch) -> {name: array [L, B, T, ...]} is
+    for a look at what stands in every layer.
     """
 
     init: Callable[[jax.Array], Params]
