@@ -5,8 +5,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-FEW = 8  # rows up to which a product waits for the weights, not for arithmetic
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -23,11 +21,11 @@ class Int8:
     def product(self, x_NI: jax.Array) -> jax.Array:
         """x [N, I] times the matrix, [N, O], summed in x's dtype.
 
-        XLA on a CPU converts a whole weight before a product but not before a sum.
+        XLA on a CPU writes a converted weight down before a product but not before a sum.
         """
         weight = self.values.astype(x_NI.dtype)
-        if len(x_NI) <= FEW and jax.default_backend() == "cpu":
-            y_NO = jnp.sum(x_NI[:, None, :] * weight, axis=-1)
+        if len(x_NI) == 1 and jax.default_backend() == "cpu":
+            y_NO = jnp.sum(weight * x_NI[0], axis=-1)[None]
         else:
             y_NO = x_NI @ weight.T
         return y_NO * self.scales.astype(x_NI.dtype)

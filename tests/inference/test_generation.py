@@ -199,7 +199,7 @@ def test_int8_weights_compute_what_their_values_say_in_a_quarter_of_the_memory()
     model, tokens = wide.build(SCAN), jnp.asarray([[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]])
     whole = jax.jit(lambda p, t: model.unembed(p, model.apply(p, {"tokens": t}).hidden))
     np.testing.assert_allclose(whole(small, tokens), whole(same, tokens), atol=1e-3)
-    few = tokens[:, :4]  # summed instead of multiplied
+    few = tokens[:, :1]  # summed instead of multiplied
     np.testing.assert_allclose(whole(small, few), whole(same, few), atol=1e-3)
     for found, weight in zip(jax.tree.leaves(same), jax.tree.leaves(params), strict=True):
         np.testing.assert_allclose(found, weight, atol=0.51 / 127 * np.abs(weight).max())
