@@ -3,7 +3,6 @@
 import dataclasses
 import io
 import json
-import pathlib
 import subprocess
 import sys
 
@@ -168,14 +167,7 @@ def test_the_commands_score_generate_and_chat(folder, tmp_path):
     assert done.returncode == 0 and "[u]hi[a]" in done.stdout, done.stderr
 
 
-@pytest.mark.parametrize(
-    ("name", "flags", "message"),
-    [
-        ("generate", ["--prompt=x", "--top_p=7"], "top_p is 7.0; it is above 0 and at most 1"),
-        ("score", ["--text=x", "--out=/nowhere/x.npz"], "there is no folder /nowhere"),
-    ],
-)
-def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(folder, name, flags, message):
-    done = command(name, f"--model={folder}", *flags)
-    assert done.returncode == 2 and done.stderr == f"error: {done.stderr[7:].rstrip()}\n"
-    assert message in done.stderr and not pathlib.Path("/nowhere").exists()
+def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(folder):
+    done = command("generate", f"--model={folder}", "--prompt=x", "--top_p=7")
+    assert done.returncode == 2
+    assert done.stderr == "error: top_p is 7.0; it is above 0 and at most 1\n"
