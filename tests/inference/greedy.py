@@ -13,7 +13,7 @@ import numpy as np
 
 HERE = pathlib.Path(__file__).parent
 MODELS = HERE.parent / "interop" / "fixtures"
-NAMES = ("gpt2",)
+NAMES = "gpt2", "llama"
 PROMPTS = 5, 9  # tokens
 LONGEST = 64
 EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
