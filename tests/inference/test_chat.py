@@ -17,7 +17,7 @@ from llm_jax.checkpoints import Checkpoints
 from llm_jax.config import UserError, replace
 from llm_jax.inference.conversation import Speaker
 from llm_jax.inference.opening import open_model
-from llm_jax.interop import huggingface
+from llm_jax.interop import gguf, huggingface
 from llm_jax.interop import tokenizer as tokenizers
 from llm_jax.models.transformer import Transformer
 from llm_jax.score import read_ids, score
@@ -113,6 +113,15 @@ def test_a_run_is_opened_with_its_newest_parameters_and_its_tokenizer(run, tiny_
     wide, scores = (score(one, np.array([[256, 97, 98]])) for one in (opened, narrow))
     np.testing.assert_allclose(scores.logprobs[:, 1:], wide.logprobs[:, 1:], atol=0.05)
     assert narrow.config.dtype == "bfloat16" and scores.logits.dtype == np.float32
+
+
+def test_a_gguf_file_is_opened_as_what_it_was_written_from(folder, tmp_path):
+    here = open_model(folder)
+    gguf.save(tmp_path / "tiny.gguf", here.config, here.params, here.tokenizer, kind="F32")
+    opened = open_model(tmp_path / "tiny.gguf")
+    assert opened.context == 96 and opened.encode("ab").tolist() == here.encode("ab").tolist()
+    assert opened.tokenizer.chat_template == TEMPLATE
+    jax.tree.map(np.testing.assert_array_equal, opened.params, here.params)
 
 
 def test_what_is_no_model_or_no_text_is_refused(folder, tmp_path):
