@@ -10,10 +10,10 @@ gradients at two batch sizes as the runs pass those losses.
 
 Cost: smoke 15 seconds, cpu 3 minutes on 2 CPU cores; gpu and full not run.
 
-Result (cpu, 2026-11-22), 90% intervals: at 2.6, 2.5 and 2.4 nats/token the critical batch is 1,350 (1,100 to
-1,680), 1,740 (1,380 to 2,070) and 2,020 (1,600 to 2,500) tokens, the noise scale 1,320 (980 to 1,760), 1,450
-(1,310 to 1,610) and 1,700 (1,560 to 1,870). A free power of B is 0.90 (0.75 to 1.07), 1.02 (0.84 to 1.17) and
-1.04 (0.86 to 1.22), so the form holds. The best rate grows with the batch up to the critical one, then stays.
+Result (cpu, 2026-11-22), 90% intervals: at 2.6, 2.5 and 2.4 nats/token the critical batch is 1,350 (1,060 to
+1,730), 1,740 (1,370 to 2,160) and 2,020 (1,590 to 2,640) tokens, the noise scale 1,320 (980 to 1,760), 1,450
+(1,310 to 1,610) and 1,700 (1,560 to 1,870). A free power of B is 0.90 (0.69 to 1.10), 1.02 (0.82 to 1.29) and
+1.04 (0.83 to 1.30), so the form holds. The best rate grows with the batch up to the critical one, then stays.
 """
 
 import dataclasses

@@ -14,8 +14,8 @@ number of fresh tokens that gave the same loss.
 Cost: smoke 15 seconds, cpu 6 CPU minutes; not run, estimated: gpu an hour on one H100, full some days on a
 pod.
 
-Result (cpu, 2026-11-22): R_D is 9.8 (90% interval 4.4 to 24), near the published 15.4; R_N isn't determined
-(1.4 to 500). 16,384 tokens helped 4.1k parameters up to 16 epochs, 12.3k and 34.8k up to 8. After that the
+Result (cpu, 2026-11-22): R_D is 9.8 (90% interval 3.8 to 15.5), near the published 15.4; R_N isn't determined
+(2.6 to 4,500). 16,384 tokens helped 4.1k parameters up to 16 epochs, 12.3k and 34.8k up to 8. After that the
 loss of the largest rises fast (2.41 at 8 epochs, 4.68 at 64), that of the smallest doesn't. Four epochs are
 worth 3.6, 3.0 and 2.8 fresh ones, smallest model first.
 """

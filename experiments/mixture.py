@@ -12,7 +12,7 @@ Cost: smoke 10 seconds, cpu a minute on 2 CPU cores; gpu and full not run.
 Result (cpu, 2026-11-22), negative: the exponential form is too flat at both ends. It misses the whole loss of
 an unseen mixture of 27% Python by 1.8% (measured 2.718, forecast 2.630 to 2.714 with 90%), that of 2% by 0.8%
 (2.909; 2.838 to 2.932), but the loss on Python there by 3.0%. Mixtures predicted from the others miss by 1.5%
-and 1.8% (a power of the share: 1.2% and 0.8%). The mean of both losses is lowest at a share of 0.50 (0.47 to
+and 1.8% (a power of the share: 1.2% and 0.8%). The mean of both losses is lowest at a share of 0.50 (0.46 to
 0.54) of Python.
 """
 

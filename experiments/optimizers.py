@@ -9,8 +9,8 @@ is the compute multiplier: with C FLOPs it reaches what AdamW reaches with multi
 
 Cost: smoke 15 seconds, cpu 4 minutes on 2 CPU cores; gpu and full not run.
 
-Result (cpu, 2026-11-22), 90% intervals: schedule-free AdamW reaches with C what AdamW does with 1.60 C (1.39
-to 2.13), Lion with 1.08 C (0.95 to 1.38), Muon with 0.89 C (0.76 to 1.04). Widths of 12 to 32 and 96 to 400
+Result (cpu, 2026-11-22), 90% intervals: schedule-free AdamW reaches with C what AdamW does with 1.60 C (1.30
+to 1.79), Lion with 1.08 C (0.93 to 1.22), Muon with 0.89 C (0.81 to 0.97). Widths of 12 to 32 and 96 to 400
 steps say nothing of larger runs; ones so short favour what needs no decay.
 
 FLOPs are 6 N D for all: what an optimizer's own arithmetic costs shows in the column of its speed.

@@ -12,9 +12,9 @@ Cost: smoke 15 seconds, cpu 5 CPU minutes; not run, estimated: gpu half an hour 
 on a pod.
 
 Result (cpu, 2026-11-22), negative: inside the sweep the law holds to 1.1% and the best ratio is 24 tokens a
-parameter (90% interval 18 to 31), but at ten times its largest budget and M = 480 it forecast 2.013 (1.947
-to 2.093), and the run reached 1.929. eta is 0.27 (0.15 to 0.35), E 1.68 (1.21 to 1.85): 24 runs this small
-leave the asymptote open. One exponent isn't refuted: alpha - beta is -0.03 to 0.61.
+parameter (90% interval 19 to 29), but at ten times its largest budget and M = 480 it forecast 2.013 (1.947
+to 2.093), and the run reached 1.929. eta is 0.27 (0.17 to 0.33), E 1.68 (1.32 to 1.81): 24 runs this small
+leave the asymptote open. One exponent is barely refuted: alpha - beta is 0.03 to 0.51.
 
 With C = 6 N D the law is Chinchilla's with alpha = beta = 2 eta; that law with both free is fitted too, and
 says whether the exponents may be one.

@@ -12,7 +12,7 @@ Cost: smoke 20 s, cpu 6 minutes, each on 2 CPU cores; gpu 20 minutes on one H100
 a pod, on a corpus of yours (not run). What was not run is estimated.
 
 Result (cpu, 2026-11-22), 90% intervals: trunks cost 1.08e12 FLOPs and independent runs 1.73e12, 37% saved.
-N_opt ~ C^0.52 (0.20 to 0.65) from trunks, C^0.47 (0.10 to 0.56) from cosine runs: not told apart. At the
+N_opt ~ C^0.52 (0.35 to 0.66) from trunks, C^0.47 (0.35 to 0.63) from cosine runs: not told apart. At the
 same N and D branches have 1.2% less loss in the mean (-2.7% to +0.8%). Neither law determines E: for that the
 sweep is too small.
 
