@@ -13,7 +13,7 @@ import numpy as np
 
 HERE = pathlib.Path(__file__).parent
 MODELS = HERE.parent / "interop" / "fixtures"
-NAMES = "gpt2", "llama"
+NAMES = "gpt2", "llama", "gemma3", "qwen3-moe"
 PROMPTS = 5, 9  # tokens
 LONGEST = 64
 EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
