@@ -41,6 +41,8 @@ def test_a_tree_shows_of_each_branch_its_own_steps_only(runs, tmp_path):
     begins = [float(np.min(series.x)) / 512 for series in rates.series]
     assert begins == pytest.approx([1, 640, 320], abs=50) and begins[1] >= 640 and begins[2] >= 320
     # The fall of the first fiftieth would hide the rest.
-    hidden = [rate.x[~np.isin(rate.x, loss.x)] for rate, loss in zip(rates.series, losses.series, strict=True)]
+    hidden = [
+        rate.x[~np.isin(rate.x, loss.x)] for rate, loss in zip(rates.series, losses.series, strict=True)
+    ]
     assert [len(x) for x in hidden] == [1, 0, 0] and hidden[0].max() / 512 < 1600 / 50
     plots.draw("tree", [rates, losses])
