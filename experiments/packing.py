@@ -1,6 +1,6 @@
 """How much faster does a sweep of small models train when its members are packed into one program?
 
-    python -m launch.local --config=experiments/packing.py:cpu        (2 cores; not run to its end yet)
+    python -m launch.local --config=experiments/packing.py:cpu        (2 cores; run with widths to 8)
     python -m launch.local --config=experiments/packing.py:smoke      (seconds)
     python -m launch.local --config=experiments/packing.py:gpu        (one GPU; not run yet)
 
