@@ -226,8 +226,8 @@ def test_help_exits_0_with_the_flags_and_where_all_fields_are_listed(command, mo
     assert "--config.help lists all fields" in " ".join(out.split())
     code, out, err = command(module, f"--config={ISOFLOP}", "--config.model.help")
     assert (code, err) == (0, "")
-    listed = {row.split("=")[0] for row in out.splitlines()}
-    assert listed >= {f"--config.model.{field.name}" for field in dataclasses.fields(Transformer)}
+    listed = {row.split("=")[0].removeprefix("--config.model.").split(".")[0] for row in out.splitlines()}
+    assert listed >= {field.name for field in dataclasses.fields(Transformer)}
 
 
 def test_help_lists_fields_and_kinds_after_the_overrides(tmp_path):

@@ -19,7 +19,7 @@ def test_every_source_of_a_mixture_has_a_loss_and_the_whole_is_their_mean_over_t
     }
     held_out = HeldOut(lambda rows: iter([dict(batch)]), 5, 100, 3, (("0:one", 2), ("1:other", 1)))
     mesh = sharding.make_mesh(MeshConfig(data=1))
-    found = score(lambda params, rows: rows["tokens"].astype(float), {}, held_out, 2, mesh)
+    (found,) = score(lambda params, rows: rows["tokens"].astype(float), {}, held_out, 2, mesh)
     assert (found["loss/0:one"], found["loss/1:other"]) == (3, 15)
     assert (found["held_out_tokens/0:one"], found["held_out_tokens/1:other"]) == (3, 2)
     assert found["loss"] == pytest.approx((3 * 3 + 2 * 15) / 5)
