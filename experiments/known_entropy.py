@@ -92,7 +92,7 @@ def sample_entropy(base: Run) -> tuple[float, float]:
         return base.data.corpus.nats(np.asarray(batch["tokens"]), np.asarray(batch["targets"]))
 
     held_out, mesh = base.data.open().held_out(), sharding.make_mesh(sharding.MeshConfig(data=1))
-    found = score(nats, None, held_out, 512, mesh)
+    (found,) = score(nats, None, held_out, 512, mesh)
     return found["loss"], found["loss_standard_error"]
 
 
