@@ -47,6 +47,7 @@ def main() -> int:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, terminate)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin without it
     try:
         if hasattr(experiment.module, "measure"):
             return measure(experiment, folder)
