@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from changes import changed
 
 from llm_jax import config, optimizers, records
 from llm_jax.config import UserError
@@ -27,12 +28,6 @@ from llm_jax.step import make_init, make_step, over_members
 from llm_jax.train import train
 
 BATCH = 8 * 32
-
-
-def changed(run, **fields):
-    for path, value in fields.items():
-        run = config.replace(run, path.replace("__", "."), value)
-    return run
 
 
 @pytest.fixture(scope="module")

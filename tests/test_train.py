@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from changes import changed
 
 from llm_jax import config, optimizers, records, sharding
 from llm_jax.config import UserError
@@ -29,12 +30,6 @@ from llm_jax.train import train
 
 def losses(folder):
     return records.metrics(folder)["loss"].to_numpy()
-
-
-def changed(run, **fields):
-    for path, value in fields.items():
-        run = config.replace(run, path.replace("__", "."), value)
-    return run
 
 
 @pytest.fixture(scope="module")

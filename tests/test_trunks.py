@@ -7,8 +7,9 @@ import time
 import jax
 import numpy as np
 import pytest
+from changes import changed
 
-from llm_jax import config, manifest, records, sharding, trunks
+from llm_jax import manifest, records, sharding, trunks
 from llm_jax.checkpoints import Checkpoints
 from llm_jax.config import UserError
 from llm_jax.program import program, shape_of
@@ -16,12 +17,6 @@ from llm_jax.schedules import WSD, Constant, Cosine
 from llm_jax.train import train
 
 BATCH = 8 * 32
-
-
-def changed(run, **fields):
-    for path, value in fields.items():
-        run = config.replace(run, path.replace("__", "."), value)
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -54,9 +54,7 @@ class MixtureFit:
 
     def logs(self, name: str, share: Any) -> tuple[np.ndarray, np.ndarray]:
         """ln of a source's loss at its shares [n], and its draws [S, n]."""
-        fit = self.fits[name]
-        x = {FORMS[self.form][1]: np.log(np.atleast_1d(share))}
-        return fit.law.log_loss(fit.theta[None], x)[0], fit.law.log_loss(fit.draws, x)
+        return self.fits[name].logs({FORMS[self.form][1]: np.log(np.atleast_1d(share))})
 
     def predict(self, name: str, share: Any) -> Estimate:
         """A source's loss at its share or shares, with the law's interval."""

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llm_jax.config import UserError
-from llm_jax.scaling.law import Law
+from llm_jax.scaling.law import Inputs, Law
 from llm_jax.scaling.resampling import one_run
 from llm_jax.scaling.solver import Data, Problem
 from llm_jax.scaling.tables import Points
@@ -87,12 +87,18 @@ class Fit:
 
     def one_run(self, **inputs: float) -> Estimate:
         """The value that one more run is expected to measure there: the law's interval and a run's noise."""
-        x = {name: np.log(value) for name, value in self._inputs(inputs).items()}
-        best, draws = self.law.log_loss(self.theta[None], x)[0, 0], self.law.log_loss(self.draws, x)[:, 0]
+        (best,), draws = self.logs({name: np.log(value) for name, value in self._inputs(inputs).items()})
         if len(draws) < 2 or self.freedom < 1:
-            return estimate(float(np.exp(best)), draws[:0], self.level)
-        runs = one_run(self._around(best, draws), self.noise, self.freedom)
+            return estimate(float(np.exp(best)), draws[:0, 0], self.level)
+        runs = one_run(draws[:, 0], self.noise, self.freedom)
         return estimate(float(np.exp(best)), np.exp(runs), self.level)
+
+    def logs(self, x: Inputs) -> tuple[np.ndarray, np.ndarray]:
+        """ln of what the law gives at x, logarithms of its inputs [n]: [n], and draws [S, n] whose
+        percentiles are its interval.
+        """
+        best = self.law.log_loss(self.theta[None], x)[0]
+        return best, self._around(best, self.law.log_loss(self.draws, x))
 
     def _inputs(self, given: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """The law's inputs as arrays [n], from those given; UserError where they don't determine them."""
@@ -127,9 +133,8 @@ class Fit:
     def extrapolate(self, N: float, D: float, C: float) -> tuple[float, np.ndarray]:
         """ln of the loss of one run, and its draws [S]."""
         everything = {"N": np.log([N]), "D": np.log([D]), "C": np.log([C]), "M": np.log([D / N])}
-        x = {name: everything[name] for name in self.law.inputs}
-        best, draws = self.law.log_loss(self.theta[None], x)[0, 0], self.law.log_loss(self.draws, x)[:, 0]
-        return float(best), self._around(best, draws)
+        (best,), draws = self.logs({name: everything[name] for name in self.law.inputs})
+        return float(best), draws[:, 0]
 
     def _around(self, value: Any, draws: np.ndarray) -> np.ndarray:
         """The draws [S, ...] of a number whose percentiles are its interval."""

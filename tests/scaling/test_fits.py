@@ -143,6 +143,17 @@ def test_predictions_and_optima_carry_intervals_around_the_truth():
         fit.predict(N=1e9)
 
 
+def test_the_draws_of_a_prediction_have_its_interval_as_percentiles():
+    fit = fit_law(sweep(noise=0.01, sizes=4), few_starts(), bootstrap=100)
+    assert fit.stretch < 0.95  # so that draws taken as they are would have another
+    at = {"N": np.array([1e9, 3e9]), "D": np.array([2e10, 6e10])}
+    best, draws = fit.logs({name: np.log(value) for name, value in at.items()})
+    expected = fit.predict(**at)
+    assert np.exp(best) == pytest.approx(expected.value)
+    assert np.exp(np.quantile(draws, 0.05, axis=0)) == pytest.approx(expected.low, rel=1e-4)
+    assert np.exp(np.quantile(draws, 0.95, axis=0)) == pytest.approx(expected.high, rel=1e-4)
+
+
 def test_tied_exponents_stay_equal_and_fixed_parameters_stay():
     tied = fit_law(sweep(noise=0.003), few_starts(TiedChinchilla), bootstrap=20)
     assert tied.theta[2] == tied.theta[4] and (tied.draws[:, 2] == tied.draws[:, 4]).all()
