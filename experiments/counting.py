@@ -32,16 +32,14 @@ import pandas as pd
 
 from llm_jax.config import UserError
 from llm_jax.data import Bytes, SentencePiece, Tokenizer
-from llm_jax.ladder import Shapes, octaves, rectangle, text
+from llm_jax.ladder import OPTIMIZER, Shapes, octaves, rectangle, text
 from llm_jax.models.transformer import Transformer
-from llm_jax.optimizers import AdamW
 from llm_jax.run import Run, Sweep
 from llm_jax.scaling import page, plots
 from llm_jax.scaling.embeddings import OMEGA_PER_TOKEN, Recount, local_exponent, recount
 from llm_jax.scaling.page import Answer, Drawing, Page, Table, ranged
 from llm_jax.scaling.report import fitted, too_small
 from llm_jax.scaling.results import Fit
-from llm_jax.schedules import Cosine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +83,7 @@ def get_config(scale: str) -> Run:
     return Run(
         model=Transformer(activation="gelu"),  # matrices of 12 x layers x width^2, as the prediction has it
         data=data,
-        optimizer=AdamW(learning_rate=6e-3, schedule=Cosine(warmup_fraction=0.05, final_fraction=0.0)),
+        optimizer=OPTIMIZER,
         name=f"counting-{scale}",
         sweep=SCALES[scale],
     )

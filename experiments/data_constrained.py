@@ -32,7 +32,6 @@ from llm_jax import ladder
 from llm_jax.config import UserError
 from llm_jax.ladder import COUNTING, Shapes, octaves, points, rectangle, shapes
 from llm_jax.models.transformer import Transformer
-from llm_jax.optimizers import AdamW
 from llm_jax.run import Run, Sweep
 from llm_jax.scaling import fits, page, plots
 from llm_jax.scaling.page import Answer, Drawing, Page, Table
@@ -40,7 +39,6 @@ from llm_jax.scaling.repeats import Repeats, helpful, repeats, seed_noise
 from llm_jax.scaling.report import fitted, too_small
 from llm_jax.scaling.results import Fit
 from llm_jax.scaling.style import short
-from llm_jax.schedules import Cosine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +74,7 @@ def get_config(scale: str) -> Run:
     return Run(
         model=Transformer(),
         data=ladder.text(scale),
-        optimizer=AdamW(learning_rate=6e-3, schedule=Cosine(warmup_fraction=0.05, final_fraction=0.0)),
+        optimizer=ladder.OPTIMIZER,
         name=f"data-constrained-{scale}",
         sweep=SCALES[scale],
     )

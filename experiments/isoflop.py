@@ -30,13 +30,11 @@ from llm_jax import ladder
 from llm_jax.config import UserError
 from llm_jax.ladder import Shapes, shapes
 from llm_jax.models.transformer import Transformer
-from llm_jax.optimizers import AdamW
 from llm_jax.run import Run, Sweep
 from llm_jax.scaling import fits, grids
 from llm_jax.scaling import forecast as forecasting
 from llm_jax.scaling import report as reports
 from llm_jax.scaling.rates import RateCheck, check_rates
-from llm_jax.schedules import Cosine
 from llm_jax.values import check_least, write
 
 
@@ -114,7 +112,7 @@ def get_config(scale: str) -> Run:
     return Run(
         model=Transformer(layers=3, width=64, heads=4),
         data=ladder.text(scale),
-        optimizer=AdamW(learning_rate=6e-3, schedule=Cosine(warmup_fraction=0.05, final_fraction=0.0)),
+        optimizer=ladder.OPTIMIZER,
         tokens=2**19,
         name=f"isoflop-{scale}",
         sweep=SCALES[scale],

@@ -28,14 +28,12 @@ from llm_jax import sharding
 from llm_jax.config import UserError
 from llm_jax.data import Bytes, Markov, Text
 from llm_jax.held_out import score
-from llm_jax.ladder import COUNTING, Shapes, octaves, points, rectangle, shapes
+from llm_jax.ladder import COUNTING, OPTIMIZER, Shapes, octaves, points, rectangle, shapes
 from llm_jax.models.transformer import Transformer
-from llm_jax.optimizers import AdamW
 from llm_jax.run import Run, Sweep
 from llm_jax.scaling import figures, fits, page, plots
 from llm_jax.scaling.page import Answer, Drawing, Page, Table, Tile
 from llm_jax.scaling.report import fitted, too_small
-from llm_jax.schedules import Cosine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +69,7 @@ def get_config(scale: str) -> Run:
     return Run(
         model=Transformer(),
         data=Text(CHAINS.get(scale, SMALL), sequence_length=64, batch_size=rows, held_out_bytes=held_out),
-        optimizer=AdamW(learning_rate=6e-3, schedule=Cosine(warmup_fraction=0.05, final_fraction=0.0)),
+        optimizer=OPTIMIZER,
         name=f"known-entropy-{scale}",
         sweep=SCALES[scale],
     )

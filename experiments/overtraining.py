@@ -33,7 +33,6 @@ from llm_jax import ladder
 from llm_jax.config import UserError
 from llm_jax.ladder import COUNTING, Shapes, candidates, epoch_note, epoch_tokens, points, run_of, shapes
 from llm_jax.models.transformer import Transformer
-from llm_jax.optimizers import AdamW
 from llm_jax.run import Run, Sweep
 from llm_jax.scaling import figures, fits, grids, page, plots
 from llm_jax.scaling import forecast as forecasting
@@ -41,7 +40,6 @@ from llm_jax.scaling.page import Answer, Drawing, Page, Table
 from llm_jax.scaling.report import fitted, too_small, verdict
 from llm_jax.scaling.results import Fit
 from llm_jax.scaling.style import power, short
-from llm_jax.schedules import Cosine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +85,7 @@ def get_config(scale: str) -> Run:
     return Run(
         model=Transformer(),
         data=ladder.text(scale),
-        optimizer=AdamW(learning_rate=6e-3, schedule=Cosine(warmup_fraction=0.05, final_fraction=0.0)),
+        optimizer=ladder.OPTIMIZER,
         name=f"overtraining-{scale}",
         sweep=SCALES[scale],
     )

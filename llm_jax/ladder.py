@@ -13,7 +13,9 @@ from llm_jax.config import UserError
 from llm_jax.data import Python, SentencePiece, Text
 from llm_jax.models import counting
 from llm_jax.models.transformer import Transformer
+from llm_jax.optimizers import AdamW
 from llm_jax.run import Cell, Run
+from llm_jax.schedules import Cosine
 from llm_jax.values import write
 
 if TYPE_CHECKING:
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
 
 COUNTING = "matrices of the body and of the logits (norms and the input table don't count)"
 MULTIPLES, RATE = (0.5, 1.0, 2.0), "optimizer.learning_rate"
+
+# The rate is that of width 64; `rate` says what other widths get.
+OPTIMIZER = AdamW(learning_rate=6e-3, schedule=Cosine(warmup_fraction=0.05, final_fraction=0.0))
 
 SMALL = Text(Python(), sequence_length=128, batch_size=4, held_out_bytes=2**18)
 DATA = {
