@@ -178,7 +178,7 @@ def report(base: Run, folder: Path, runs: pd.DataFrame, forecasts: Mapping[str, 
         "noise scale [tokens]",
     ]
     sizes = [row * base.data.sequence_length for row in base.sweep.batch_sizes]
-    drawing = Drawing("tradeoff", "What each batch costs.", lambda theme: tradeoff(fitted, theme))
+    drawing = Drawing("tradeoff", "What each batch costs.", tradeoff(fitted))
     result = Page(
         title=f"Critical batch size: {base.name}",
         question=__doc__.splitlines()[0],
@@ -196,7 +196,7 @@ def report(base: Run, folder: Path, runs: pd.DataFrame, forecasts: Mapping[str, 
     return {"losses": [each.to_json() for each in every], "warnings": list(result.warnings)}
 
 
-def tradeoff(fitted: Sequence[batches.AtLoss], theme: str) -> Any:
+def tradeoff(fitted: Sequence[batches.AtLoss]) -> Any:
     """Steps and tokens against the batch, with their fits."""
     steps, tokens = [], []
     for each in fitted:
@@ -207,6 +207,4 @@ def tradeoff(fitted: Sequence[batches.AtLoss], theme: str) -> Any:
             series.append(Series(label, points["B"], points["steps"] * by, group=label))
             series.append(Series(None, B, S.value * along, S.low * along, S.high * along, "-", label))
     panels = [Panel("B, batch [tokens]", "S, steps", steps), Panel("B, batch [tokens]", "E, tokens", tokens)]
-    return plots.draw(
-        "What a batch costs", panels, "Each batch at its best rate; a point a seed.", theme=theme
-    )
+    return plots.draw("What a batch costs", panels, "Each batch at its best rate; a point a seed.")

@@ -23,7 +23,7 @@ it is for Chinchilla's models of 5 million parameters: 0.52, 0.61 and 0.94 at a 
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +180,7 @@ def compared(found: Mapping[int, Recount]) -> Table:
     return Table(columns, rows)
 
 
-def drawing(found: Mapping[int, Recount]) -> Callable[[str], Any]:
+def drawing(found: Mapping[int, Recount]) -> Any:
     """Draws the exponents over the vocabulary."""
     V, series = np.array(list(found)), []
     laws = {"all": [r.total for r in found.values()], "without embeddings": [r.body for r in found.values()]}
@@ -191,4 +191,4 @@ def drawing(found: Mapping[int, Recount]) -> Callable[[str], Any]:
     predicted = [r.total.parameters["a"].value + r.predicted_shift for r in found.values()]
     series.append(plots.Series("predicted from all", V, predicted, mark="--", group=1))
     panel = plots.Panel("V, vocabulary", "a in N_opt ~ C^a", series, log="x")
-    return lambda theme: plots.draw("The exponent and what N counts", [panel], theme=theme)
+    return plots.draw("The exponent and what N counts", [panel])

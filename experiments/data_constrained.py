@@ -21,7 +21,7 @@ worth 3.6, 3.0 and 2.8 fresh ones, smallest model first.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +162,7 @@ def worth(found: list[Repeats]) -> Table:
     return Table(["N", "unique tokens", "epochs", "loss", "worth, in fresh epochs"], rows)
 
 
-def drawing(runs: pd.DataFrame, law: Fit) -> Callable[[str], Any]:
+def drawing(runs: pd.DataFrame, law: Fit) -> Any:
     """A panel for each size: loss over tokens, fresh and repeated, with the law."""
     panels = []
     for N, model in runs.groupby("N"):
@@ -180,6 +180,4 @@ def drawing(runs: pd.DataFrame, law: Fit) -> Callable[[str], Any]:
                 )
             )
         panels.append(plots.Panel(f"D, tokens seen by N = {short(N)}", "loss [nats/token]", series, log="x"))
-    return lambda theme: plots.draw(
-        "Repeated and fresh tokens", panels, f"N: {COUNTING}. Lines: the law.", theme=theme
-    )
+    return plots.draw("Repeated and fresh tokens", panels, f"N: {COUNTING}. Lines: the law.")

@@ -131,7 +131,7 @@ def report(base: Run, folder: Path, runs: pd.DataFrame, _: Mapping[str, Any]) ->
         warnings=law.warnings,
         figures=[
             Drawing("excess", "Every run's loss above the entropy; lines: the law.", excess(law, sample)),
-            Drawing("residuals", "What the law leaves.", lambda theme: figures.residuals(law, theme=theme)),
+            Drawing("residuals", "What the law leaves.", figures.residuals(law)),
         ],
         fits=[fitted(law), fitted(told)._replace(heading=f"With E fixed at the truth, {sample:.4f}")],
         tables=[("Loss above the entropy [nats/token], width by tokens", square(grid, sample))],
@@ -160,4 +160,4 @@ def excess(law: fits.Fit, sample: float) -> Any:
         series.append(plots.Series(f"N = {N:,.0f}", runs["D"], runs["loss"] - sample, group=group))
         series.append(plots.Series(None, D, np.where(line > 0, line, np.nan), mark="-", group=group))
     panel = plots.Panel("D, training tokens", "loss - entropy [nats/token]", series)
-    return lambda theme: plots.draw("Loss above the entropy", [panel], f"N: {COUNTING}.", theme=theme)
+    return plots.draw("Loss above the entropy", [panel], f"N: {COUNTING}.")

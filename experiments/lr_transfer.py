@@ -340,7 +340,7 @@ def drawings(
 
 
 def drawing(name: str, title: str, caption: str, panels: list[Panel]) -> pages.Drawing:
-    return pages.Drawing(name, caption, lambda theme: plots.draw(title, panels, theme=theme))
+    return pages.Drawing(name, caption, plots.draw(title, panels))
 
 
 def losses(name: Name, found: Drift) -> Iterator[Series]:

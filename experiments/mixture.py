@@ -163,9 +163,7 @@ def report(base: Run, folder: Path, runs: pd.DataFrame, forecasts: Mapping[str, 
         errors = [f"{np.log(each['measured'] / each[form].value):+.2%}" for form in every]
         said = ranged(each["exponential"], ".4f")
         rows.append([f"{each['share']:.2f}", each["source"], said, f"{each['measured']:.4f}", *errors])
-    drawing = Drawing(
-        "mixture", "Loss on each source by its share.", lambda theme: by_share(law, table, theme)
-    )
+    drawing = Drawing("mixture", "Loss on each source by its share.", by_share(law, table))
     result = Page(
         title=f"Mixtures: {base.name}",
         question=__doc__.splitlines()[0],
@@ -197,7 +195,7 @@ def parameters(name: str, each: Any) -> Fitted:
     return Fitted(f"{name}: {each.law.formula}", Table(header, rows), note)
 
 
-def by_share(law: mixing.MixtureFit, table: pd.DataFrame, theme: str) -> Any:
+def by_share(law: mixing.MixtureFit, table: pd.DataFrame) -> Any:
     """Each source's loss against its own share: runs, law, and the mixtures that were forecast."""
     grid, held, panels = law.points, table[table["role"] == "holdout"], []
     for name in law.fits:
@@ -209,4 +207,4 @@ def by_share(law: mixing.MixtureFit, table: pd.DataFrame, theme: str) -> Any:
             Series("unseen mixtures", held[f"share/{name}"], held[f"loss/{name}"], group="held"),
         ]
         panels.append(Panel(f"share of {name}", f"loss on {name} [nats/token]", series, log="x"))
-    return plots.draw("Loss by mixture", panels, "c + k exp(t r), r the source's own share.", theme=theme)
+    return plots.draw("Loss by mixture", panels, "c + k exp(t r), r the source's own share.")

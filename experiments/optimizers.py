@@ -188,7 +188,7 @@ def report(base: Run, folder: Path, runs: pd.DataFrame, forecasts: Mapping[str, 
         relative = f"{speed[kind] / speed[kinds[0]]:.2f}"
         rows.append([kind, "1" if kind == kinds[0] else number, alone, losses, rates, relative])
     header = ["optimizer", "compute multiplier", "rung by rung", "losses", "best rates", "tokens/s, relative"]
-    drawing = Drawing("multipliers", "Loss by compute.", lambda theme: by_compute(points, fits, theme))
+    drawing = Drawing("multipliers", "Loss by compute.", by_compute(points, fits))
     result = Page(
         title=f"Optimizers: {base.name}",
         question=__doc__.splitlines()[0],
@@ -209,7 +209,7 @@ def report(base: Run, folder: Path, runs: pd.DataFrame, forecasts: Mapping[str, 
     }
 
 
-def by_compute(points: pd.DataFrame, fits: Mapping[str, Fit], theme: str) -> Any:
+def by_compute(points: pd.DataFrame, fits: Mapping[str, Fit]) -> Any:
     """Loss against compute: each optimizer's runs at the best rate, and the law shared with AdamW."""
     series, C = [], np.geomspace(points["C"].min(), points["C"].max(), 60)
     for kind, mine in points.groupby("optimizer", sort=False):
@@ -218,4 +218,4 @@ def by_compute(points: pd.DataFrame, fits: Mapping[str, Fit], theme: str) -> Any
             told = fit.predict(C=C, recipe=np.full_like(C, np.e if kind in fits else 1.0))
             series.append(Series(None, C, told.value, told.low, told.high, "-", kind))
     panel = Panel("C, training compute [FLOPs]", "held-out loss [nats/token]", series)
-    return plots.draw("Loss by compute", [panel], "Lines: E and exponent shared with the first.", theme=theme)
+    return plots.draw("Loss by compute", [panel], "Lines: E and exponent shared with the first.")

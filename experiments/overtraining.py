@@ -22,7 +22,7 @@ says whether the exponents may be one.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +158,7 @@ def report(base: Run, folder: Path, runs: pd.DataFrame, forecasts: Mapping[str, 
         warnings=law.warnings,
         figures=[
             Drawing("ratios", "Loss by tokens a parameter at each budget, and the law.", drawing(law, table)),
-            Drawing("residuals", "What the law leaves.", lambda t: figures.residuals(law, outcomes, theme=t)),
+            Drawing("residuals", "What the law leaves.", figures.residuals(law, outcomes)),
         ],
         fits=[fitted(law), fitted(free)],
         tables=[("Runs", runs_table(table, law))],
@@ -194,7 +194,7 @@ def runs_table(runs: pd.DataFrame, law: Fit) -> Table:
     return Table(["run", "N", "D", "M", "loss", "vs law"], rows)
 
 
-def drawing(law: Fit, runs: pd.DataFrame) -> Callable[[str], Any]:
+def drawing(law: Fit, runs: pd.DataFrame) -> Any:
     """Draws loss over M at each budget, the hold-out's too."""
     runs = runs.assign(M=runs["D"] / runs["N"])
     lowest, series = runs["M"].min(), []
@@ -207,4 +207,4 @@ def drawing(law: Fit, runs: pd.DataFrame) -> Callable[[str], Any]:
         series.append(plots.Series(None, M, line, mark="--" if held else "-", group=group))
     panel = plots.Panel("M, tokens a parameter", "held-out loss [nats/token]", series, log="x")
     note = f"Dashed: the law beyond what it was fitted to. N: {COUNTING}."
-    return lambda theme: plots.draw("Loss by tokens a parameter", [panel], note, theme=theme)
+    return plots.draw("Loss by tokens a parameter", [panel], note)

@@ -231,7 +231,7 @@ def report(result: dict[str, Any]) -> Page:
         "Packed sweeps",
         __doc__.splitlines()[0],
         tiles=[best(row["name"], result["speedup"][row["name"]]) for row in result["rows"]],
-        figures=[Drawing("packing", "Speed-up by pack width", lambda theme: figure(result, theme=theme))],
+        figures=[Drawing("packing", "Speed-up by pack width", figure(result))],
         tables=tables,
         notes=[machine],
     )
@@ -260,7 +260,7 @@ def table(row: dict[str, Any], speedup: dict[str, Any], result: dict[str, Any]) 
     return Table([*header, "memory MB", "compile s"], rows)
 
 
-def figure(result: dict[str, Any], theme: str) -> Any:
+def figure(result: dict[str, Any]) -> Any:
     """Speed-up against width, one line a shape."""
 
     def series(baseline: str) -> list[plots.Series]:
@@ -277,4 +277,4 @@ def figure(result: dict[str, Any], theme: str) -> Any:
         plots.Panel("members packed", "times one after another", series("one_after_another"), level=1.0),
         plots.Panel("members packed", "times processes at once", series("at_once"), level=1.0),
     ]
-    return plots.draw("Packed sweeps", panels, "medians and ranges over the rounds", theme=theme)
+    return plots.draw("Packed sweeps", panels, "medians and ranges over the rounds")

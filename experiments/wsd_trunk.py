@@ -213,12 +213,12 @@ def report(base: Run, folder: Path, runs: pd.DataFrame, forecasts: Mapping[str, 
             Drawing(
                 "laws",
                 "Loss by D at every size: points of both ways, lines of both laws.",
-                lambda theme: plots.draw("Two laws", law_panels(named), note(laws), theme=theme),
+                plots.draw("Two laws", law_panels(named), note(laws)),
             ),
             Drawing(
                 "tree",
                 "The middle size: its trunk, and what each branch trained itself.",
-                lambda theme: plots.draw("A trunk and its branches", panels, theme=theme),
+                plots.draw("A trunk and its branches", panels),
             ),
         ],
         fits=[

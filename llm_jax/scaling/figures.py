@@ -1,7 +1,7 @@
 """The report's figures: each function takes fits and forecasts and returns a matplotlib Figure.
 
-All take `theme="light"` or `"dark"`. The conventions behind the numbers (what N counts, the loss that was
-minimised) stand below each; `style.png` and `style.svg` turn a figure into a file.
+The conventions behind the numbers (what N counts, the loss that was minimised) stand below each; `style.png`
+and `style.svg` turn a figure into a file.
 """
 
 import re
@@ -17,8 +17,8 @@ from llm_jax.scaling.forecast import Outcome, fitted_flops
 from llm_jax.scaling.isoflop import IsoflopFit
 from llm_jax.scaling.results import Estimate, Fit
 from llm_jax.scaling.style import (
+    LOOK,
     MARKERS,
-    Theme,
     band,
     blank,
     finished,
@@ -27,7 +27,7 @@ from llm_jax.scaling.style import (
     padded,
     power,
     short,
-    themed,
+    styled,
 )
 
 if TYPE_CHECKING:
@@ -48,8 +48,8 @@ LABELS = {
 TITLES = {"N": "size", "D": "data", "C": "compute", "U": "unique data", "M": "tokens a parameter"}
 
 
-@themed
-def isoflop_curves(curves: Sequence[Curve], counting: str, method: str, *, look: Theme) -> "Figure":
+@styled
+def isoflop_curves(curves: Sequence[Curve], counting: str, method: str) -> "Figure":
     """Loss against size at each budget, the curve through it and its minimum.
 
     counting: what N counts. method: how the curves were drawn, one of `curves.METHODS`.
@@ -58,20 +58,20 @@ def isoflop_curves(curves: Sequence[Curve], counting: str, method: str, *, look:
     """
     figure, (axes,) = blank("IsoFLOP curves", 4.6)
     curves = sorted(curves, key=lambda curve: curve.C)
-    colours = look.colours(len(curves))
+    colours = LOOK.colours(len(curves))
     for curve, colour, marker in zip(curves, colours, _cycled(len(curves)), strict=True):
         shape = dict(color=colour, markersize=5, linestyle="none", zorder=3)
         label = f"{power(curve.C)} FLOPs" + (", refused" if curve.refused else "")
         axes.plot(curve.sizes[curve.used], curve.losses[curve.used], marker, label=label, **shape)
-        axes.plot(curve.sizes[~curve.used], curve.losses[~curve.used], marker, mfc=look.paper, **shape)
+        axes.plot(curve.sizes[~curve.used], curve.losses[~curve.used], marker, mfc=LOOK.paper, **shape)
         if curve.refused:
             order = np.argsort(curve.sizes)
             axes.plot(curve.sizes[order], curve.losses[order], ":", color=colour, linewidth=1.2)
             continue
         sizes = np.geomspace(curve.sizes.min(), curve.sizes.max(), 200)
         axes.plot(sizes, curve.predict(sizes), color=colour, linewidth=1.4)
-        axes.plot(curve.N, curve.loss, "+", color=look.law, markersize=12, mew=2, zorder=4)
-    axes.plot([], [], "+", color=look.law, markersize=10, mew=2, label="minimum")
+        axes.plot(curve.N, curve.loss, "+", color=LOOK.law, markersize=12, mew=2, zorder=4)
+    axes.plot([], [], "+", color=LOOK.law, markersize=10, mew=2, label="minimum")
     log_axis(axes.xaxis)
     loss_axis(axes)
     axes.set(xlabel=SIZES, ylabel=LOSS)
@@ -82,10 +82,8 @@ def isoflop_curves(curves: Sequence[Curve], counting: str, method: str, *, look:
     return finished(figure, " ".join([f"N: {counting}.", drawn, *refused]))
 
 
-@themed
-def frontier(
-    fit: Fit, outcomes: Sequence[Outcome] = (), curves: Sequence[pd.DataFrame] = (), *, look: Theme
-) -> "Figure":
+@styled
+def frontier(fit: Fit, outcomes: Sequence[Outcome] = (), curves: Sequence[pd.DataFrame] = ()) -> "Figure":
     """Loss against compute: every run, and the law's frontier with its interval up to the hold-outs.
 
     curves: a table for each run with its C and training loss as it went on. Below, every forecast has a
@@ -95,17 +93,17 @@ def frontier(
     axes, points = panels[0], fit.points.frame.assign(C=fitted_flops(fit))
     for index, curve in enumerate(curves):
         label = "training loss" if index == 0 else None
-        axes.plot(curve["C"], curve["loss"], color=look.faint, linewidth=0.8, zorder=1, label=label)
-    _runs(axes, points, "C", points["loss"], look)
+        axes.plot(curve["C"], curve["loss"], color=LOOK.faint, linewidth=0.8, zorder=1, label=label)
+    _runs(axes, points, "C", points["loss"])
     forecasts = [outcome.forecast for outcome in outcomes]
     budgets = np.geomspace(points["C"].min(), max([points["C"].max(), *(f.C for f in forecasts)]), 60)
     best = [fit.optimum(budget).loss for budget in budgets]
-    band(axes, budgets, best, look.law, f"law at its best N, D ({fit.level:.0%})")
+    band(axes, budgets, best, LOOK.law, f"law at its best N, D ({fit.level:.0%})")
     for strip, (made, check) in zip(panels[1:], outcomes, strict=True):
-        axes.plot(made.C, made.loss, "D", color=look.forecast, markersize=7, mfc="none", zorder=5)
+        axes.plot(made.C, made.loss, "D", color=LOOK.forecast, markersize=7, mfc="none", zorder=5)
         if check:
-            axes.plot(made.C, check.measured, "*", color=look.ink, markersize=9, zorder=4)
-        _strip(strip, Outcome(made, check), look)
+            axes.plot(made.C, check.measured, "*", color=LOOK.ink, markersize=9, zorder=4)
+        _strip(strip, Outcome(made, check))
     axes.set_xlim(*np.exp(padded(np.log(budgets))))
     held = [check.measured for _, check in outcomes if check]
     axes.set_ylim(*padded(points["loss"], [f.loss for f in forecasts], held, [e.value for e in best]))
@@ -115,8 +113,8 @@ def frontier(
     return finished(figure, conventions(fit))
 
 
-@themed
-def optima(isoflop: IsoflopFit | None, fit: Fit, *, look: Theme, reach: float = 0.0) -> "Figure":
+@styled
+def optima(isoflop: IsoflopFit | None, fit: Fit, *, reach: float = 0.0) -> "Figure":
     """The best N and D against compute by both approaches, with intervals; up to `reach` FLOPs if larger."""
     figure, panels = blank("Compute-optimal size and data", 5.6, (1, 1))
     flops = fitted_flops(fit)
@@ -124,7 +122,7 @@ def optima(isoflop: IsoflopFit | None, fit: Fit, *, look: Theme, reach: float = 
     found = isoflop.to_json()["curves"] if isoflop else []
     for axes, name, exponent, label in zip(panels, "ND", "ab", (SIZES, TOKENS), strict=True):
         shown = []
-        for each, colour, line in ((isoflop, look.forecast, "-"), (fit, look.law, "--")):
+        for each, colour, line in ((isoflop, LOOK.forecast, "-"), (fit, LOOK.law, "--")):
             if each is None or exponent not in each.parameters:
                 continue
             value, low, high, _ = each.parameters[exponent]
@@ -138,7 +136,7 @@ def optima(isoflop: IsoflopFit | None, fit: Fit, *, look: Theme, reach: float = 
             if curve["refused"] is None:
                 value, low, high = (curve[name][part] for part in ("value", "low", "high"))
                 ends = None if low is None else [[max(value - low, 0)], [max(high - value, 0)]]
-                axes.errorbar(curve["C"], value, ends, fmt="o", color=look.forecast, capsize=3, markersize=5)
+                axes.errorbar(curve["C"], value, ends, fmt="o", color=LOOK.forecast, capsize=3, markersize=5)
                 shown.append(value)
         # By the lines alone: an interval may span many decades. The legend has the upper third to itself.
         low, high = np.log(min(shown)), np.log(max(shown))
@@ -152,18 +150,18 @@ def optima(isoflop: IsoflopFit | None, fit: Fit, *, look: Theme, reach: float = 
     return finished(figure, conventions(fit) + f" Bands and bars: {fit.level:.0%} bootstrap intervals.")
 
 
-@themed
-def curve(fit: Fit, *, look: Theme) -> "Figure":
+@styled
+def curve(fit: Fit) -> "Figure":
     """Runs and law against the one thing that the law depends on, with the law's interval."""
     (name,), output = fit.law.inputs, fit.law.output
     title = f"{TITLES.get(output, output)} against {TITLES.get(name, name)}"
     figure, (axes,) = blank(title[0].upper() + title[1:], 4.0)
     frame = fit.points.frame
-    _runs(axes, frame, name, frame[output].to_numpy(float), look)
+    _runs(axes, frame, name, frame[output].to_numpy(float))
     low, high = frame[name].min(), frame[name].max()
     x = np.geomspace(low, high, 200) if high > 10 * low else np.linspace(low, high, 200)
     law = fit.predict(**{name: x})
-    band(axes, x, [Estimate(*each) for each in zip(*law, strict=True)], look.law, f"law ({fit.level:.0%})")
+    band(axes, x, [Estimate(*each) for each in zip(*law, strict=True)], LOOK.law, f"law ({fit.level:.0%})")
     if high > 10 * low:
         log_axis(axes.xaxis, power if name == "C" else short)
     values = frame[output]
@@ -175,20 +173,20 @@ def curve(fit: Fit, *, look: Theme) -> "Figure":
     return finished(figure, conventions(fit))
 
 
-@themed
-def envelope(fit: EnvelopeFit, *, look: Theme) -> "Figure":
+@styled
+def envelope(fit: EnvelopeFit) -> "Figure":
     """Training curves and the lowest of them at each compute; below, the size that is lowest there."""
     figure, (top, bottom) = blank("Envelope of training curves", 6.2, (3, 2))
     for index, (_, run) in enumerate(fit.points.frame.groupby(fit.points.clusters)):
         label = "training curves" if index == 0 else None
-        top.plot(run["C"], run["loss"], color=look.faint, linewidth=0.9, label=label)
+        top.plot(run["C"], run["loss"], color=LOOK.faint, linewidth=0.9, label=label)
     frontier = fit.frontier
-    top.plot(frontier["C"], frontier["loss"], ".", color=look.forecast, markersize=3, label="envelope")
-    bottom.plot(frontier["C"], frontier["N"], ".", color=look.forecast, markersize=3)
+    top.plot(frontier["C"], frontier["loss"], ".", color=LOOK.forecast, markersize=3, label="envelope")
+    bottom.plot(frontier["C"], frontier["N"], ".", color=LOOK.forecast, markersize=3)
     budgets = np.geomspace(frontier["C"].min(), frontier["C"].max(), 40)
     value, low, high, _ = fit.parameters["a"]
     text = f"N ∝ C$^{{{value:.2f}}}$" + (f"  [{low:.2f}, {high:.2f}]" if np.isfinite(low) else "")
-    band(bottom, budgets, [fit.optimum(budget).N for budget in budgets], look.law, text)
+    band(bottom, budgets, [fit.optimum(budget).N for budget in budgets], LOOK.law, text)
     for axes, label in ((top, LOSS), (bottom, SIZES)):
         log_axis(axes.xaxis, power)
         axes.set(ylabel=label)
@@ -199,21 +197,21 @@ def envelope(fit: EnvelopeFit, *, look: Theme) -> "Figure":
     return finished(figure, f"N: {terms['N']}. C = {terms['flops_per_nd']:g} N D where the table has none.")
 
 
-@themed
-def residuals(fit: Fit, outcomes: Sequence[Outcome] = (), *, look: Theme) -> "Figure":
+@styled
+def residuals(fit: Fit, outcomes: Sequence[Outcome] = ()) -> "Figure":
     """What the law leaves unexplained, against each of its inputs: a trend means that the law is wrong."""
     names = fit.law.inputs
     figure, panels = blank("Residuals of the law", 1.1 + 1.9 * len(names), (1,) * len(names))
     left, spread = 100 * fit.residuals, 100 * np.sqrt(np.mean(fit.residuals**2))
     for axes, column in zip(panels, names, strict=True):
-        axes.axhline(0.0, color=look.ink, linewidth=0.8)
-        _runs(axes, fit.points.frame, column, left, look)
-        axes.axhspan(-spread, spread, color=look.law, alpha=0.15, linewidth=0, label=f"rms {spread:.2g}%")
+        axes.axhline(0.0, color=LOOK.ink, linewidth=0.8)
+        _runs(axes, fit.points.frame, column, left)
+        axes.axhspan(-spread, spread, color=LOOK.law, alpha=0.15, linewidth=0, label=f"rms {spread:.2g}%")
         for made, check in outcomes:
             place = {"N": made.N, "D": made.D, "C": made.C, "M": made.D / made.N}.get(column)
             if check and place:
                 error = 100 * (np.log(check.measured) - fit.extrapolate(made.N, made.D, made.C)[0])
-                axes.plot(place, error, "*", color=look.ink, markersize=11, label="hold-out")
+                axes.plot(place, error, "*", color=LOOK.ink, markersize=11, label="hold-out")
         log_axis(axes.xaxis, power if column == "C" else short)
         bound = 1.15 * max(np.abs(axes.get_ylim()))
         axes.set(xlabel=LABELS.get(column, column), ylabel="residual [%]", ylim=(-bound, bound))
@@ -244,32 +242,32 @@ def _cycled(count: int) -> list[str]:
     return [MARKERS[index % len(MARKERS)] for index in range(count)]
 
 
-def _runs(axes: "Axes", points: pd.DataFrame, column: str, y: np.ndarray, look: Theme) -> None:
+def _runs(axes: "Axes", points: pd.DataFrame, column: str, y: np.ndarray) -> None:
     """The fitted runs, a colour and a shape for each budget where the table tells budgets."""
     if "budget_flops" not in points or points["budget_flops"].isna().all():
         size = 5 if len(points) < 100 else 3
-        axes.plot(points[column], y, "o", color=look.colours(1)[0], markersize=size, label="runs", zorder=2)
+        axes.plot(points[column], y, "o", color=LOOK.colours(1)[0], markersize=size, label="runs", zorder=2)
         return
     budgets = np.unique(points["budget_flops"])
     for budget, colour, marker in zip(
-        budgets, look.colours(len(budgets)), _cycled(len(budgets)), strict=True
+        budgets, LOOK.colours(len(budgets)), _cycled(len(budgets)), strict=True
     ):
         mine = (points["budget_flops"] == budget).to_numpy()
-        shape = dict(color=colour, markersize=5.5, mec=look.paper, mew=0.5, zorder=3)
+        shape = dict(color=colour, markersize=5.5, mec=LOOK.paper, mew=0.5, zorder=3)
         axes.plot(points[column][mine], y[mine], marker, label=f"{power(budget)} FLOPs", **shape)
 
 
-def _strip(axes: "Axes", outcome: Outcome, look: Theme) -> None:
+def _strip(axes: "Axes", outcome: Outcome) -> None:
     """Forecast and hold-out on a line of their own: a bar for each level, the widest thinnest."""
     made, check = outcome
     levels = sorted(made.intervals)
     for level, width in zip(levels, (7.0, 3.0, 1.5), strict=False):
-        axes.hlines(0, *made.intervals[level], color=look.forecast, linewidth=width, alpha=0.55)
+        axes.hlines(0, *made.intervals[level], color=LOOK.forecast, linewidth=width, alpha=0.55)
     label = f"forecast ({' and '.join(f'{level:.0%}' for level in levels)})"
-    shape = dict(color=look.forecast, markersize=8, mfc=look.paper, linestyle="none")
+    shape = dict(color=LOOK.forecast, markersize=8, mfc=LOOK.paper, linestyle="none")
     axes.plot(made.loss, 0, "D", label=label, **shape)
     if check:
-        axes.plot(check.measured, 0, "*", color=look.ink, markersize=11, label="hold-out, measured", zorder=5)
+        axes.plot(check.measured, 0, "*", color=LOOK.ink, markersize=11, label="hold-out, measured", zorder=5)
     title = f"{power(made.C)} FLOPs, {made.extrapolation:.2g}× the largest fitted budget"
     axes.set_title(title, loc="left", fontsize=9.5)
     shown = padded(made.intervals[levels[-1]], [check.measured] if check else [], share=0.2)

@@ -12,7 +12,7 @@ import base64
 import dataclasses
 import math
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from llm_jax import records
@@ -53,11 +53,11 @@ class Tile(NamedTuple):
 
 
 class Drawing(NamedTuple):
-    """A figure: its file's name, its caption, and what draws it in a theme ("light" or "dark")."""
+    """A matplotlib figure with its file's name and its caption."""
 
     name: str
     caption: str
-    draw: Callable[[str], Any]
+    figure: Any
 
 
 class Fitted(NamedTuple):
@@ -101,11 +101,12 @@ def write(folder: str | pathlib.Path, page: Page) -> pathlib.Path:
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
-    for name, caption, draw in page.figures:
-        figure = draw("light")
+    for name, caption, figure in page.figures:
         (folder / f"{name}.png").write_bytes(style.png(figure))
-        inlined = {"light": _inline(figure), "dark": _inline(draw("dark"))}
-        drawn.append({"name": name, "caption": caption, **inlined})
+        svg = style.svg(figure)
+        drawn.append(
+            {"name": name, "caption": caption, "light": _inline(svg), "dark": _inline(style.dark(svg))}
+        )
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
         autoescape=True,
@@ -132,5 +133,5 @@ def ranged(number: Any, form: str = "") -> str:
     return f"{written(number.value)}{interval}"
 
 
-def _inline(figure: Any) -> str:
-    return base64.b64encode(style.svg(figure)).decode()
+def _inline(svg: bytes) -> str:
+    return base64.b64encode(svg).decode()

@@ -2,7 +2,7 @@
 
     fitted = Series("fit", x, y, low, high, mark="-")
     panel = Panel("batch [tokens]", "steps", [measured, fitted])
-    figure = plots.draw("Steps to a loss", [panel], note, theme="dark")
+    figure = plots.draw("Steps to a loss", [panel], note)
 
 What has a form of its own (isoFLOP curves, forecasts) is drawn by figures.py.
 """
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llm_jax.scaling.style import MARKERS, Theme, blank, finished, log_axis, loss_axis, power, short, themed
+from llm_jax.scaling.style import LOOK, MARKERS, blank, finished, log_axis, loss_axis, power, short, styled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -46,19 +46,19 @@ class Panel:
     level: float | None = None
 
 
-@themed
-def draw(title: str, panels: Sequence[Panel], note: str = "", *, look: Theme) -> "Figure":
+@styled
+def draw(title: str, panels: Sequence[Panel], note: str = "") -> "Figure":
     """The panels under each other, one legend for all."""
     figure, every = blank(title, 1.6 + 2.6 * len(panels), [1] * len(panels))
     groups = [s.group if s.group is not None else ("own", i) for p in panels for i, s in enumerate(p.series)]
     place = {group: index for index, group in enumerate(dict.fromkeys(groups))}
-    colours = look.colours(len(place))
+    colours = LOOK.colours(len(place))
     for axes, panel in zip(every, panels, strict=True):
         for index, series in enumerate(panel.series):
             number = place[series.group if series.group is not None else ("own", index)]
-            _series(axes, series, colours[number], MARKERS[number % len(MARKERS)], look)
+            _series(axes, series, colours[number], MARKERS[number % len(MARKERS)])
         if panel.level is not None:
-            axes.axhline(panel.level, color=look.ink, linewidth=0.8)
+            axes.axhline(panel.level, color=LOOK.ink, linewidth=0.8)
         for name, axis in (("x", axes.xaxis), ("y", axes.yaxis)):
             low, high = axis.get_view_interval()
             if name == "y" and name in panel.log and high < 4 * low:
@@ -71,7 +71,7 @@ def draw(title: str, panels: Sequence[Panel], note: str = "", *, look: Theme) ->
     return finished(figure, note)
 
 
-def _series(axes: Any, series: Series, colour: Any, marker: str, look: Theme) -> None:
+def _series(axes: Any, series: Series, colour: Any, marker: str) -> None:
     x, y = np.asarray(series.x, float), np.asarray(series.y, float)
     ends = None
     if series.low is not None:
@@ -82,5 +82,5 @@ def _series(axes: Any, series: Series, colour: Any, marker: str, look: Theme) ->
         if ends is not None:
             axes.fill_between(x, y - ends[0], y + ends[1], color=colour, alpha=0.18, linewidth=0)
         return
-    shape = dict(color=colour, markersize=5.5, mec=look.paper, mew=0.5, capsize=3, zorder=3)
+    shape = dict(color=colour, markersize=5.5, mec=LOOK.paper, mew=0.5, capsize=3, zorder=3)
     axes.errorbar(x, y, ends, fmt=marker, linestyle="none", label=series.label, **shape)

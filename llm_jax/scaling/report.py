@@ -206,23 +206,23 @@ def drawings(report: Report) -> Iterator[Drawing]:
         yield Drawing(
             "isoflop",
             "Every budget's runs by size; the curve's minimum is the best size there.",
-            lambda theme: figures.isoflop_curves(curves, law.conventions["N"], method, theme=theme),
+            figures.isoflop_curves(curves, law.conventions["N"], method),
         )
     yield Drawing(
         "frontier",
         "Every run's loss by its compute, and the best that the law allows"
         + ("; below, the forecast and what was measured." if outcomes else "."),
-        lambda theme: figures.frontier(law, outcomes, report.curves, theme=theme),
+        figures.frontier(law, outcomes, report.curves),
     )
     yield Drawing(
         "optima",
         "How the best size and the best number of tokens grow with compute.",
-        lambda theme: figures.optima(isoflop, law, reach=reach, theme=theme),
+        figures.optima(isoflop, law, reach=reach),
     )
     yield Drawing(
         "residuals",
         "What the law leaves unexplained; points should scatter without a trend.",
-        lambda theme: figures.residuals(law, outcomes, theme=theme),
+        figures.residuals(law, outcomes),
     )
 
 

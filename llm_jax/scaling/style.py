@@ -1,7 +1,8 @@
-"""How figures look: two themes, narrow pages, tick labels, one legend and the conventions below.
+"""How figures look: narrow pages, tick labels, one legend and the conventions below, a look for dark pages.
 
 Figures are drawn narrow, so that text stays readable on a phone. Colours are told apart by colour-blind
-readers (viridis for budgets, Okabe and Ito's for the rest), and shapes differ wherever colours do.
+readers (viridis for budgets, Okabe and Ito's for the rest), and shapes differ wherever colours do. They are
+drawn in LOOK's colours; `dark` puts those of DARK in their places.
 matplotlib is imported on the first drawing; nothing here touches pyplot or a display.
 """
 
@@ -26,7 +27,7 @@ MARKERS = "osD^v<>hp8"
 
 @dataclasses.dataclass(frozen=True)
 class Theme:
-    """Colours of one look. budgets: the stretch of viridis that shows on `paper`."""
+    """Colours of one LOOK. budgets: the stretch of viridis that shows on `paper`."""
 
     paper: str
     ink: str
@@ -42,25 +43,22 @@ class Theme:
         return list(colormaps["viridis"](np.linspace(*self.budgets, max(count, 2))[:count]))
 
 
-THEMES = {
-    "light": Theme("#ffffff", "#1d2530", "#c9ced6", "#d55e00", "#0072b2", (0.0, 0.85)),
-    "dark": Theme("#14181f", "#e4e8ee", "#3a424e", "#ff9143", "#56b4e9", (0.28, 1.0)),
-}
+LOOK = Theme("#ffffff", "#1d2530", "#c9ced6", "#d55e00", "#0072b2", (0.0, 0.85))
+DARK = Theme("#14181f", "#e4e8ee", "#3a424e", "#ff9143", "#56b4e9", (0.28, 1.0))
 
 
-def themed(draw: Callable[..., "Figure"]) -> Callable[..., "Figure"]:
-    """Draws with the settings of `theme=` ("light" or "dark") and no others."""
+def styled(draw: Callable[..., "Figure"]) -> Callable[..., "Figure"]:
+    """Draws with the settings of LOOK and no others."""
 
     @functools.wraps(draw)
-    def drawn(*args: Any, theme: str = "light", **kwargs: Any) -> "Figure":
+    def drawn(*args: Any, **kwargs: Any) -> "Figure":
         import matplotlib
 
-        look = THEMES[theme]
         # A refit without an optimum has infinities; what they spoil is an interval that isn't drawn.
         with matplotlib.rc_context(), np.errstate(divide="ignore", invalid="ignore"):
             matplotlib.rcdefaults()
-            matplotlib.rcParams.update(_settings(look))
-            return draw(*args, look=look, **kwargs)
+            matplotlib.rcParams.update(_settings())
+            return draw(*args, **kwargs)
 
     return drawn
 
@@ -108,6 +106,23 @@ def svg(figure: "Figure") -> bytes:
 
     with matplotlib.rc_context({"svg.hashsalt": "llm_jax", "svg.fonttype": "path"}):
         return _saved(figure, format="svg", metadata={"Date": None})
+
+
+def dark(svg: bytes) -> bytes:
+    """A figure's SVG for a dark page: each colour of LOOK becomes DARK's."""
+    return re.sub(rb"(?<=: )#[0-9a-f]{6}", lambda found: _counterparts().get(found[0], found[0]), svg)
+
+
+@functools.cache
+def _counterparts() -> dict[bytes, bytes]:
+    from matplotlib.colors import to_hex
+
+    steps = 1000  # of the stretch of budgets' colours, finer than viridis
+    pairs = zip(LOOK.colours(steps), DARK.colours(steps), strict=True)
+    found = {to_hex(light): to_hex(other) for light, other in pairs}
+    for name in ("paper", "ink", "faint", "law", "forecast"):
+        found[getattr(LOOK, name)] = getattr(DARK, name)
+    return {light.encode(): other.encode() for light, other in found.items()}
 
 
 def band(
@@ -182,19 +197,19 @@ def _saved(figure: "Figure", **options: Any) -> bytes:
     return file.getvalue()
 
 
-def _settings(look: Theme) -> dict[str, Any]:
+def _settings() -> dict[str, Any]:
     paper = ("figure.facecolor", "axes.facecolor", "savefig.facecolor")
     ink = ("text.color", "xtick.color", "ytick.color", "axes.edgecolor", "axes.labelcolor")
     return (
-        dict.fromkeys(paper, look.paper)
-        | dict.fromkeys(ink, look.ink)
+        dict.fromkeys(paper, LOOK.paper)
+        | dict.fromkeys(ink, LOOK.ink)
         | {
             "axes.linewidth": 0.8,
             "axes.spines.top": False,
             "axes.spines.right": False,
             "axes.grid": True,
             "axes.axisbelow": True,
-            "grid.color": look.faint,
+            "grid.color": LOOK.faint,
             "grid.linewidth": 0.5,
             "grid.alpha": 0.6,
             "font.size": 10.0,

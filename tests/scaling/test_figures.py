@@ -2,13 +2,14 @@
 
 import io
 import itertools
+import re
 
 import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
 import synthetic_sweep as sweep
-from matplotlib.colors import to_hex
+from matplotlib.colors import to_hex, to_rgb
 
 from llm_jax.scaling import figures, forecast, style
 from llm_jax.scaling.fits import fit
@@ -30,15 +31,15 @@ def story():
     return fit_isoflop(grid, bootstrap=50, counting=COUNTING), law, [outcome]
 
 
-@pytest.fixture(params=["light", "dark"])
-def drawn(request, story):
+@pytest.fixture
+def drawn(story):
     isoflop, law, outcomes = story
     curve = pd.DataFrame({"C": [1e12, 1e13], "loss": [3.0, 2.6]})
     return {
-        "isoflop": figures.isoflop_curves(isoflop.curves, COUNTING, "parabola", theme=request.param),
-        "frontier": figures.frontier(law, outcomes, [curve], theme=request.param),
-        "optima": figures.optima(isoflop, law, reach=1e15, theme=request.param),
-        "residuals": figures.residuals(law, outcomes, theme=request.param),
+        "isoflop": figures.isoflop_curves(isoflop.curves, COUNTING, "parabola"),
+        "frontier": figures.frontier(law, outcomes, [curve]),
+        "optima": figures.optima(isoflop, law, reach=1e15),
+        "residuals": figures.residuals(law, outcomes),
     }
 
 
@@ -120,13 +121,31 @@ def test_a_table_without_budgets_is_drawn_too():
 
 def test_drawing_leaves_matplotlib_as_it_was_and_files_are_reproducible(story):
     before = dict(matplotlib.rcParams)
-    first, second = (style.svg(figures.residuals(story[1], theme="dark")) for _ in range(2))
+    first, second = (style.svg(figures.residuals(story[1])) for _ in range(2))
     assert dict(matplotlib.rcParams) == before
     assert first == second and b"<svg" in first
     from PIL import Image
 
     image = Image.open(io.BytesIO(style.png(figures.residuals(story[1]), dpi=100)))
     assert image.width == pytest.approx(style.WIDTH * 100, abs=1)
+
+
+def test_on_a_dark_page_every_colour_is_the_dark_looks_and_nothing_else_changes(drawn):
+    for figure in drawn.values():
+        light = style.svg(figure)
+        dark = style.dark(light)
+        colours = re.compile(rb": #[0-9a-f]{6}")
+        assert colours.split(light) == colours.split(dark)
+        pairs = dict(zip(colours.findall(light), colours.findall(dark), strict=True))
+        assert pairs[b": #ffffff"] == b": " + style.DARK.paper.encode()
+        kept = {colour for colour, other in pairs.items() if colour == other}
+        assert kept <= {b": #cccccc"}  # the legend's border
+        budgets = [to_hex(colour).encode() for colour in style.LOOK.colours(3)]
+        expected = [to_hex(colour).encode() for colour in style.DARK.colours(3)]
+        for colour, other in zip(budgets, expected, strict=True):
+            found = pairs.get(b": " + colour, b": " + other)
+            apart = np.subtract(to_rgb(found[2:].decode()), to_rgb(other.decode()))
+            assert np.abs(apart).max() < 0.02
 
 
 @pytest.mark.parametrize(
