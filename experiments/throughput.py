@@ -207,8 +207,8 @@ class Trainer:
         if diverged:
             gone = np.arange(members) < diverged
             hyper["active"] = hyper["active"] * ~gone
-            spoil = lambda x: x.at[gone].set(jnp.nan)  # noqa: E731
-            self.state = self.state._replace(trained=jax.tree.map(spoil, self.state.trained))
+            spoil = jax.jit(lambda tree: jax.tree.map(lambda x: x.at[gone].set(jnp.nan), tree))
+            self.state = self.state._replace(trained=spoil(self.state.trained))
         self.hyper = jax.device_put(hyper, {n: x.sharding for n, x in self.program.hyper.items()})
         wide = {name: np.broadcast_to(x, (*compiled.batch_axes, *x.shape)) for name, x in batch.items()}
         self.batch = jax.device_put(wide, {n: x.sharding for n, x in self.program.batch.items()})

@@ -15,6 +15,7 @@ import numpy as np
 from llm_jax import optimizers, sharding
 from llm_jax.config import UserError
 from llm_jax.models import Batch, Params
+from llm_jax.process import prepare_xla
 from llm_jax.program import program, shape_of
 from llm_jax.run import Run
 from llm_jax.schedules import Constant
@@ -26,6 +27,7 @@ def movements(run: Run, steps: int) -> dict[str, float]:
     The run's own program takes them, at a constant rate. Raises UserError for a model that doesn't show its
     activations.
     """
+    prepare_xla(run.execution.deterministic)
     source, mesh = run.data.open(), sharding.make_mesh(run.execution.mesh)
     steady = dataclasses.replace(run.optimizer, schedule=Constant(warmup_fraction=0.0))
     tables = optimizers.tables(steady, run.objective, steps)
