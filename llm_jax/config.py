@@ -109,7 +109,10 @@ def override(config: Any, path: str, text: str) -> Any:
         return replace(config, parent_path, _change_kind(parent, text))
     if isinstance(parent, tuple):
         return replace(config, path, values.parse(type(parent[_index(parent, name, path)]), text, path))
-    return replace(config, path, values.parse(_field_type(parent, name), text, path))
+    annotation, value = _field_type(parent, name), getattr(parent, name)
+    if isinstance(value, Tagged) and text in value.members:
+        return replace(config, path, _change_kind(value, text))
+    return replace(config, path, values.parse(annotation, text, path))
 
 
 def listing(config: Any, path: str = "config") -> Iterator[tuple[str, str]]:
@@ -236,7 +239,10 @@ def chosen() -> Chosen:
     config = module.get_config(scale)
     if not dataclasses.is_dataclass(config):
         raise UserError(f"{module.__file__}: get_config({scale!r}) returned {config!r}, not a config")
-    for path, text in _overrides:
+    for number, (path, text) in enumerate(_overrides):
+        changed = path.removesuffix(".kind")
+        if late := next((early for early, _ in _overrides[:number] if early.startswith(f"{changed}.")), None):
+            raise UserError(f"--config.{path}={text} comes before --config.{late}, which is a field of it")
         try:
             config = override(config, path, text)
         except UserError as error:
@@ -368,8 +374,13 @@ def _index(items: tuple, text: str, path: str) -> int:
 
 
 def _change_kind(config: Tagged, kind: str) -> Tagged:
-    """The member `kind` of the union that `config` belongs to, with what was set of the fields both have."""
+    """The member `kind` of the union that `config` belongs to, with what was set of the fields both have.
+
+    A field of another default means another thing (AdamW's rate isn't Lion's), and what it was set to stays
+    behind.
+    """
     cls = member(type(config), kind)
-    shared = [field for field in dataclasses.fields(config) if field.name in values.hints(cls)]
-    given = {field.name: getattr(config, field.name) for field in shared}
-    return cls(**{field.name: given[field.name] for field in shared if given[field.name] != _default(field)})
+    theirs = {field.name: _default(field) for field in dataclasses.fields(cls)}
+    ours = {field.name: _default(field) for field in dataclasses.fields(config)}
+    shared = [name for name, default in theirs.items() if name in ours and ours[name] == default]
+    return cls(**{name: getattr(config, name) for name in shared})

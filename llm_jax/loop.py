@@ -81,12 +81,12 @@ def train_together(members: Sequence[Member], shape: Shape, mesh: jax.sharding.M
         restored = [member.restore(parts.one, max(common, default=None)) for member in members]
         own_rows = len({(member.run.order, member.first) for member in members}) > 1
         parts = program(dataclasses.replace(shape, own_rows=own_rows), mesh)
-        before = parts.compile_seconds
-        step, compile_seconds = parts.step, parts.compile_seconds - before
+        step = parts.step
         for member in members:
             member.begin(parts)
         state = parts.start([(member.run.seed, member.run.initial_scale) for member in members], restored)
         del restored
+        compile_seconds = parts.charge()
 
         # ---- what a block of steps takes, `ahead` of where this start began, and an evaluation ----
         longest = max(members, key=lambda member: member.steps)
@@ -108,7 +108,7 @@ def train_together(members: Sequence[Member], shape: Shape, mesh: jax.sharding.M
             return {name: x.reshape(shape.hyper_axes) for name, x in stacked.items()}
 
         def evaluate(chosen: Sequence[Member]) -> list[dict[str, float]]:
-            params = optimizers.evaluation_params(one.run.optimizer, state.optimizer, state.trained)
+            params = optimizers.evaluation_params(state.optimizer, state.trained)
             params, numbers = state.frozen | params, [members.index(member) for member in chosen]
             rows: list[dict[str, float]] = [{} for _ in chosen]
             if held_out is not None:
@@ -137,7 +137,9 @@ def train_together(members: Sequence[Member], shape: Shape, mesh: jax.sharding.M
             ended = [member for member in running if member.first + clock == member.steps]
             evaluating = [member for member in running if member.evaluates(member.first + clock)]
             late = 0 < one.run.execution.checkpoint.every_seconds < time.perf_counter() - saved_at
-            stopping = clock > 0 and terminated.is_set()
+            stopping = terminated.is_set()
+            if stopping and not clock:  # there is nothing that isn't on disk
+                raise SystemExit(143)
             saving = [m for m in running if late or stopping or m.saves(m.first + clock)]
             if ended or evaluating or saving:
                 in_flight.settle()

@@ -36,7 +36,8 @@ class Member:
 
     Raises UserError if it can't be done, before anything is written. Steps are counted from the run's first;
     `first` is where this start goes on. status: "running", and then what its result says. result: what
-    result.json holds, if it stands. recent_loss: the mean of a twentieth of its steps, the last that it made.
+    result.json holds, if it stands. recent_loss: the mean over a twentieth of its steps, the last that were
+    logged.
     """
 
     def __init__(
@@ -99,7 +100,8 @@ class Member:
         losses = earlier["loss"].dropna().tolist() if len(earlier) else []
         self._first_loss = losses[0] if losses else None
         self._latest = collections.deque(losses, maxlen=DIVERGED_STEPS)
-        self._recent = collections.deque(losses, maxlen=max(1, self.steps // 20))
+        twentieth = self.steps // (20 * self.run.execution.log_every_steps)
+        self._recent = collections.deque(losses, maxlen=max(1, twentieth))
         self._seconds_shared, self._seconds_before = (
             float(rows["seconds"].max()) if len(rows) else 0.0
             for rows in (earlier[earlier["step"] <= shared], earlier)
@@ -156,13 +158,15 @@ class Member:
     def settle(self, step: int, row: Mapping[str, float], tokens_per_second: float) -> None:
         """Takes the metrics of its step number `step`, which may say that it has diverged."""
         loss, self.done = row["loss"], step
-        self._recent.append(loss)
-        self._latest.append(loss)
+        logged = step in (1, self.steps) or _every(self.run.execution.log_every_steps, step)
+        if logged:  # what a continued run finds, and so what it is judged by
+            self._recent.append(loss)
+            self._latest.append(loss)
         self._first_loss = loss if self._first_loss is None else self._first_loss
-        if has_diverged(self._latest, max(self._first_loss, self._guessing)):
+        level = max(self._first_loss, self._guessing)
+        if not math.isfinite(loss) or (self._latest and has_diverged(self._latest, level)):
             self.status = "diverged"
-        last = step == self.steps or self.status == "diverged"
-        if step == 1 or last or _every(self.run.execution.log_every_steps, step):
+        if logged or self.status == "diverged":
             row = {**row, "tokens_per_second": tokens_per_second, "seconds": self.seconds()}
             self._record.log(step, row)
         if self._progress is not None:

@@ -238,7 +238,7 @@ def update(
     return _chain(optimizer, roles, hyper).update(grads, state, params)
 
 
-def evaluation_params(optimizer: Optimizer, state: Any, params: Params) -> Params:
+def evaluation_params(state: Any, params: Params) -> Params:
     """The parameters to score and to publish: the average where the optimizer keeps one, else `params`."""
     kept = jax.tree.leaves(state, is_leaf=lambda link: isinstance(link, links.Averaged))
     return next((link.average for link in kept if isinstance(link, links.Averaged)), params)

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _LIKE_A_NUMBER = re.compile(r"\\*(NaN|-?Infinity)")
 
+_LOOKS, _SECONDS_BETWEEN_LOOKS = 20, 0.01  # at a lock that is held
 _writing: set[Path] = set()  # the folders that this process writes in
 
 
@@ -351,15 +352,18 @@ def _first_difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
 def _take(folder: Path) -> Any:
     """The folder's lock file, locked until it is closed or this process ends; None if another has it.
 
-    A record lock: it belongs to the process, so children that outlive it don't hold it.
+    A record lock: it belongs to the process, so children that outlive it don't hold it. Whoever looks whether
+    it is taken (`_taken`) holds it for a moment, so one refusal isn't taken for an answer.
     """
     file = (folder / "lock").open("a")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        file.close()
-        return None
-    return file
+    for _ in range(_LOOKS):
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except (BlockingIOError, PermissionError):
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+    file.close()
+    return None
 
 
 def _taken(folder: Path) -> bool:

@@ -19,6 +19,7 @@ from llm_jax.values import check_least
 
 # Raised when the meaning of an unchanged config changes, so that old results are not taken for new ones.
 SCHEMA = 2
+MOST_STEPS = 10**8  # every step's hyperparameters are in memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +51,8 @@ class Checkpointing:
 
     def validate(self) -> None:
         check_least(self, "execution.checkpoint.", keep_last=1, every_steps=0, every_seconds=0)
+        if min(self.keep_steps, default=1) < 1:
+            raise UserError(f"execution.checkpoint.keep_steps has {min(self.keep_steps)}; steps count from 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +136,9 @@ class Run:
     def validate(self) -> None:
         if self.tokens < 1:
             raise UserError(f"tokens is {self.tokens}; it must be at least 1")
+        if self.steps > MOST_STEPS:
+            steps = f"{self.steps:,} steps of {self.data.tokens_per_step:,}"
+            raise UserError(f"tokens is {self.tokens:,}, {steps}; a run has at most {MOST_STEPS:,}")
         for name in ("seed", "data_seed"):
             if not 0 <= (getattr(self, name) or 0) < 1 << 32:
                 raise UserError(f"{name} is {getattr(self, name)}; it lies in 0 .. 4294967295")

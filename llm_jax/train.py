@@ -4,6 +4,7 @@ python -m llm_jax.train --config=experiments/isoflop.py --config.model.layers=4
 """
 
 import contextlib
+import dataclasses
 import os
 import signal
 import sys
@@ -36,7 +37,8 @@ def train(run: Run, folder: str | Path, hooks: Sequence[Hook] = (), progress: An
     """
     config.check(run)
     prepare_xla(run.execution.deterministic)
-    mesh = sharding.make_mesh(run.execution.mesh)
+    # Alone it has no members to spread.
+    mesh = sharding.make_mesh(dataclasses.replace(run.execution.mesh, member=1))
     sharding.check_batch(run.data.batch_size, run.execution.micro_batches, mesh)
     source = run.data.open()
     member, shape = Member(run, source, folder, hooks, progress), shape_of(run, source)

@@ -141,6 +141,16 @@ BAD = [
         "data.corpus.sharpness is 0.0; it is a positive number",
     ),
     (["--config.seed=-1"], "seed is -1; it lies in 0 .. 4294967295"),
+    (["--config.tokens=1000000000000000"], "1,953,125,000,000 steps of 512; a run has at most 100,000,000"),
+    (["--config.execution.checkpoint.keep_steps=-3,"], "keep_steps has -3; steps count from 1"),
+    (
+        ["--config.optimizer.weight_decay=0.2", "--config.optimizer=lion"],
+        "--config.optimizer=lion comes before --config.optimizer.weight_decay",
+    ),
+    (
+        ["--config.data.corpus=markov", "--config.data.corpus.mean_length=1000000000"],
+        "data.corpus.mean_length is 1000000000; it is at most 2**20",
+    ),
     (["--config.data.corpus.pakages=true"], "no field 'pakages' in Python; did you mean 'packages'?"),
     (["--config.model.layers=two"], "config.model.layers: 'two' is not an integer"),
     (["--conf.tokens=5"], "no flag --conf.tokens; did you mean '--config.tokens'?"),
@@ -185,6 +195,9 @@ def test_a_mistake_is_one_line_and_leaves_no_trace(place, command, module, argum
         ),
         ("wsd_trunk", "--config.sweep.D_tokens=512,", "sweep.D_tokens is (512,); three sizes at least"),
         ("isoflop", "--config.sweep=none", "sweep is none; "),
+        ("isoflop", "--config.sweep.span=inf", "sizes must be 5 or more and span above 1"),
+        ("isoflop", "--config.sweep.budgets_flops=2e8,2.02e8,4e8", "each at least 5.1% above the one before"),
+        ("isoflop", "--config.sweep.holdout_flops=1e40", "tokens of a budget of 1e+40 FLOPs are more than"),
     ],
 )
 def test_what_an_experiment_can_not_do_is_refused(place, command, experiment, argument, words):

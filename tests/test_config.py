@@ -24,12 +24,14 @@ class Shape(Tagged):
 class Square(Shape, kind="square"):
     side: int = 2
     colour: str = "red"
+    filled: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Circle(Shape, kind="circle"):
     radius: float = 1.0
     colour: str = "blue"
+    filled: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,10 +87,11 @@ def test_an_override_is_read_as_the_type_of_its_field(path, text, value):
     assert type(changed) is type(value)
 
 
-def test_changing_the_kind_keeps_what_was_set_and_leaves_the_new_member_its_own_defaults():
-    outer = config.override(Outer(), "shape.colour", "green")
-    assert config.override(outer, "shape.kind", "circle").shape == Circle(colour="green")
-    assert config.override(Outer(), "shape.kind", "circle").shape == Circle()  # blue, not the square's red
+@pytest.mark.parametrize("path", ["shape", "shape.kind"])
+def test_another_kind_keeps_fields_of_one_default_and_otherwise_has_its_own(path):
+    outer = config.override(config.override(Outer(), "shape.colour", "green"), "shape.filled", "true")
+    assert config.override(outer, path, "circle").shape == Circle(filled=True)  # a square's colour is its own
+    assert config.override(outer, path, "square") == outer
 
 
 def test_a_kind_belongs_to_one_member():

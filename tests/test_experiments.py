@@ -32,17 +32,45 @@ def test_every_scale_is_a_valid_run_that_json_keeps(experiment):
 
 
 def test_what_every_experiment_asks_for_is_pinned(experiment):
-    path = ROOT / "tests" / "golden" / f"{pathlib.Path(experiment.__file__).stem}.json"
     base = experiment.get_config("smoke")
     runs = [base, *(experiment.sweep(base) if hasattr(experiment, "sweep") else [])]
     runs += experiment.holdout(base) if hasattr(experiment, "holdout") else []
     asked = {run.identity(content=False): config.scientific(run, content=False) for run in runs}
-    # Identities leave defaults out: a default that changes shows here, and must raise run.SCHEMA.
+    # Identities leave defaults out: one that changes shows here or below, and must raise run.SCHEMA.
     whole = config.to_json(base)
     asked["defaults"] = {
         name: whole[name] for name in config.values.hints(type(base)) if _decides(base, name)
     }
-    asked = json.loads(json.dumps(asked))
+    _check_pinned(pathlib.Path(experiment.__file__).stem, asked)
+
+
+def test_the_defaults_of_every_kind_are_pinned():
+    """The fields that a run's identity leaves out where they stand at their defaults."""
+    roots = {cls for cls in config.Tagged.__subclasses__() if cls.__module__.startswith("llm_jax.")}
+    asked = {}
+    for root in sorted(roots, key=lambda root: root.__name__):
+        kinds = {kind: cls for kind, cls in root.members.items() if cls.__module__.startswith("llm_jax.")}
+        fields = {kind: dataclasses.fields(cls) for kind, cls in sorted(kinds.items())}
+        asked[root.__name__] = {
+            kind: {
+                field.name: config.to_json(config._default(field))
+                for field in each
+                if field.metadata.get("identity", True) and not _needed(field)
+            }
+            for kind, each in fields.items()
+        }
+    assert asked["Optimizer"]["muon"]["momentum"] == 0.95 and len(asked) >= 8
+    _check_pinned("defaults", asked)
+
+
+def _needed(field):
+    """Whether the field has no default."""
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _check_pinned(name, asked):
+    """That the golden file of this name says the same, or is written to say so."""
+    path, asked = ROOT / "tests" / "golden" / f"{name}.json", json.loads(json.dumps(asked))
     if os.environ.get("UPDATE_GOLDEN"):
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(asked, indent=1, sort_keys=True) + "\n")

@@ -244,13 +244,13 @@ def test_schedule_free_equals_optax_s_at_a_steady_rate():
     actual, state = run(optimizer)
     assert_close(actual, expected)
     averaged = optax.contrib.schedule_free_eval_params(expected_state, expected)
-    assert_close(evaluation_params(optimizer, state, actual), averaged, 2e-6)
+    assert_close(evaluation_params(state, actual), averaged, 2e-6)
 
 
 def test_schedule_free_follows_its_paper_s_recursion_through_warm_up_and_decay_of_weights():
     optimizer = ScheduleFree(1e-2, 0.5, OFF, Constant(0.25), beta1=0.8, beta2=0.97)
     actual, state = run(optimizer)
-    averaged = evaluation_params(optimizer, state, actual)
+    averaged = evaluation_params(state, actual)
     for name, start in normal(99).items():
         x = z = y = start.astype(np.float64)
         v, weights = np.zeros_like(z), 0.0
@@ -356,10 +356,10 @@ def test_the_average_follows_its_recursion_and_is_what_evaluation_sees():
     for done, (params, state) in enumerate(trajectory(optimizer), 1):
         decay = min(0.8, done / (done + 9))
         average = {name: decay * average[name] + (1 - decay) * params[name] for name in average}
-        assert_close(evaluation_params(optimizer, state, params), average)
+        assert_close(evaluation_params(state, params), average)
     assert_close(params, run(dataclasses.replace(optimizer, average=None))[0], 0)
     without = AdamW(1e-2)
-    assert evaluation_params(without, optimizers.init(without, ROLES, params), params) is params
+    assert evaluation_params(optimizers.init(without, ROLES, params), params) is params
 
 
 def test_norms_by_role_are_numpy_s_over_all_leaves_of_a_role():

@@ -19,7 +19,7 @@ from llm_jax import config, optimizers, records
 from llm_jax.config import UserError
 from llm_jax.kernels import memory
 from llm_jax.optimizers import SGD
-from llm_jax.pack import pack, train_packed
+from llm_jax.pack import fitting, pack, train_packed
 from llm_jax.program import program, widest
 from llm_jax.run import EarlyStopping
 from llm_jax.schedules import WSD
@@ -107,6 +107,16 @@ def test_unstable_members_differ_from_runs_alone_by_less_than_seeds_do(packed, m
     alone = [train(member(2e-2, 200, seed=seed), tmp_path / str(seed))["loss"] for seed in range(3)]
     there = records.load_run(packed[0][2])["result"]["loss"]
     assert abs(there - alone[0]) < np.std(alone, ddof=1)
+
+
+def test_what_was_compiled_to_see_whether_a_pack_fits_counts_as_compiling(member, tmp_path):
+    runs = [member(rate, 2, model__width=24) for rate in (1e-3, 3e-3)]
+    assert fitting(runs)[0] == 2
+    first, second = (
+        train_packed(runs, [tmp_path / name / str(number) for number in (0, 1)])[0]["compile_seconds"]
+        for name in ("first", "second")
+    )
+    assert first > 0.1 > second
 
 
 def test_two_packs_of_one_width_are_equal_bit_for_bit(packed, tmp_path):

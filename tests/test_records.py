@@ -190,6 +190,21 @@ def test_a_run_in_use_is_refused_and_free_again_after_a_kill(tmp_path):
     started(tmp_path, resume_at=len(table)).close()
 
 
+def test_looking_at_a_run_keeps_nobody_from_starting_it(tmp_path):
+    started(tmp_path).close()
+    program = (
+        f"from llm_jax.records import load_run\nprint(flush=True)\nwhile True: load_run({str(tmp_path)!r})"
+    )
+    looker = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
+    try:
+        looker.stdout.readline()
+        for _ in range(1000):
+            records._take(tmp_path).close()  # None where it was refused
+    finally:
+        looker.kill()
+        looker.wait()
+
+
 def test_looking_at_a_run_does_not_set_it_free(tmp_path):
     with started(tmp_path):
         assert load_run(tmp_path)["status"] == "running"

@@ -1,5 +1,6 @@
 """The trainer: the same losses however it is executed, killed or continued; a record of whatever happens."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -17,13 +18,14 @@ import numpy as np
 import pytest
 from changes import changed
 
-from llm_jax import config, optimizers, records, sharding
+from llm_jax import config, facts, loop, member, optimizers, records, sharding
 from llm_jax.config import UserError
 from llm_jax.data import HeldOut
 from llm_jax.held_out import score
 from llm_jax.member import has_diverged
 from llm_jax.models import Output, Role, Term
 from llm_jax.models.transformer import LayerNorm
+from llm_jax.program import Program
 from llm_jax.step import State, accumulate, make_init, make_step, state_shardings
 from llm_jax.train import train
 
@@ -77,14 +79,24 @@ def test_a_finished_run_is_not_trained_again(finished, tiny_run):
     assert sorted(p.name for p in (folder / "metrics").iterdir()) == before
 
 
+VOCABULARY = 264  # which two and four devices divide, as 257 they don't
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_run, tmp_path_factory):
+    """Its first steps with that vocabulary on one device."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    train(changed(tiny_run, model__vocabulary=VOCABULARY, execution__mesh__data=1), folder)
+    return folder
+
+
 @pytest.mark.parametrize("mesh", [(8, 1, 1), (2, 2, 2), (1, 4, 2)], ids=str)
-def test_eight_devices_give_the_losses_of_one(finished, tiny_run, tmp_path, mesh):
-    run = changed(
-        tiny_run,
-        **{f"execution__mesh__{n}": s for n, s in zip(("data", "fsdp", "tensor"), mesh, strict=True)},
-    )
-    train(run, tmp_path / "run")
-    np.testing.assert_allclose(losses(tmp_path / "run")[:20], losses(finished[0])[:20], atol=1e-5)
+def test_eight_devices_give_the_losses_of_one(alone, tiny_run, tmp_path, mesh):
+    fields = {f"execution__mesh__{n}": s for n, s in zip(("data", "fsdp", "tensor"), mesh, strict=True)}
+    train(changed(tiny_run, model__vocabulary=VOCABULARY, **fields), tmp_path / "run")
+    np.testing.assert_allclose(losses(tmp_path / "run")[:20], losses(alone)[:20], atol=1e-5)
+    spread = records.starts(tmp_path / "run")[0]["facts"]["kept_whole"]
+    assert not any("embed" in name for name in spread)
 
 
 @pytest.mark.parametrize(
@@ -93,6 +105,7 @@ def test_eight_devices_give_the_losses_of_one(finished, tiny_run, tmp_path, mesh
         {"micro_batches": 4},
         {"layout__unroll": False, "layout__remat": "full"},
         {"layout__attention": "reference"},
+        {"mesh__member": 2},
     ],
     ids=str,
 )
@@ -101,6 +114,7 @@ def test_how_a_run_is_executed_does_not_change_its_losses(finished, tiny_run, tm
     run = changed(tiny_run, execution__mesh__data=1, **fields)
     train(run, tmp_path / "run")
     assert run.identity() == tiny_run.identity()
+    assert records.starts(tmp_path / "run")[0]["facts"]["layout"]["mesh"]["member"] == 1
     np.testing.assert_allclose(losses(tmp_path / "run")[:20], losses(finished[0])[:20], atol=1e-5)
 
 
@@ -375,3 +389,90 @@ def test_one_of_several_processes_is_refused(tiny_run, tmp_path, monkeypatch):
 def test_a_folder_of_another_run_is_refused(finished, tiny_run):
     with pytest.raises(UserError, match=r"belongs to run .*: model.layers is 2 there and 3 here"):
         train(changed(tiny_run, model__layers=3, execution__mesh__data=1), finished[0])
+
+
+# ---- the loop and its clocks ----
+
+
+def test_a_step_is_dispatched_before_the_metrics_of_the_one_before_it_are_fetched(
+    tiny_run, tmp_path, monkeypatch
+):
+    events, compiled = [], Program.step
+
+    def logged(program):
+        def step(*arguments):
+            events.append("dispatch")
+            return compiled.fget(program)(*arguments)
+
+        return step
+
+    def fetch(tree):
+        events.append("fetch")
+        return device_get(tree)
+
+    device_get = jax.device_get
+    monkeypatch.setattr(Program, "step", property(logged))
+    monkeypatch.setattr(loop.jax, "device_get", fetch)
+    train(changed(tiny_run, execution__mesh__data=1, tokens=4 * 8 * 32), tmp_path)
+    assert events[:7] == ["dispatch", "dispatch", "fetch", "dispatch", "fetch", "dispatch", "fetch"]
+
+
+def test_compiling_evaluating_and_saving_are_not_in_the_rate(monkeypatch):
+    now = iter([0.0, 1000.0, 1002.0, 1004.0, 2000.0, 2001.0])
+    monkeypatch.setattr(facts.time, "perf_counter", lambda: next(now))
+    watch = facts.Stopwatch(tokens_per_step=10)
+    next(now)  # compiling
+    assert [watch.lap(), watch.lap(), watch.lap(2)] == [0.0, 5.0, 7.5]
+    watch.restart()
+    assert [watch.lap(), watch.lap()] == [7.5, 8.0]
+
+
+def test_a_pack_on_many_devices_is_measured_by_the_peak_of_them_all(tiny_run):
+    class Device:
+        device_kind, platform = "NVIDIA H100 80GB HBM3", "gpu"
+
+    class Mesh:
+        devices, size = np.array([Device(), Device()]), 2
+
+    run = changed(tiny_run, model__dtype="bfloat16")
+    numbers = {"flops_exact_per_token": 1e9, "tokens_per_second": 1e5, "members": 4}
+    speeds = facts.speeds(numbers, run, Mesh())
+    assert speeds["flops_per_second"] == 1e14
+    assert speeds["mfu"] == pytest.approx(4 * 1e14 / (2 * 989.4e12), rel=1e-2)
+    assert facts.speeds(numbers | {"flops_exact_per_token": None}, run, Mesh())["mfu"] is None
+
+
+class Stops:
+    """A run's progress that asks for the end, as SIGTERM does: at a step, or before the first (None)."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def begin(self, step):
+        if self.step is None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def update(self, step, loss, tokens_per_second):
+        if step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_what_is_asked_to_stop_before_its_first_step_makes_none(tiny_run, tmp_path):
+    with pytest.raises(SystemExit):
+        train(changed(tiny_run, execution__mesh__data=1), tmp_path, progress=Stops(None))
+    assert not len(records.metrics(tmp_path)) and not list((tmp_path / "checkpoints").glob("[0-9]*"))
+
+
+def test_a_continued_run_is_judged_by_the_losses_that_the_unbroken_one_is_judged_by(
+    tiny_run, tmp_path, monkeypatch
+):
+    judged = {}
+    monkeypatch.setattr(member, "has_diverged", lambda latest, level: seen.append((tuple(latest), level)))
+    run = changed(tiny_run, execution__mesh__data=1, execution__log_every_steps=4)
+    for name, stops in (("whole", [-1]), ("continued", [23, -1])):
+        for stop in stops:
+            seen = judged[name] = []
+            with pytest.raises(SystemExit) if stop > 0 else contextlib.nullcontext():
+                train(run, tmp_path / name, progress=Stops(stop))
+    later = judged["continued"]
+    assert 10 < len(later) < 20 and later == judged["whole"][-len(later) :]

@@ -80,12 +80,17 @@ def _load(path: pathlib.Path) -> Catalogue:
         )
 
 
+def hash_of(data: bytes) -> int:
+    """The hash that orders a document among others, and by which its text is known again."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
 def _scan(corpus: Corpus, longest: int) -> Catalogue:
     hashes, sizes, uncut, latest, blank = array.array("Q"), array.array("q"), 0, -1, True
     with progress("reading " + corpus.name) as bar:
         for number, text in texts(corpus, longest):
             data = text.encode()
-            hashes.append(int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little"))
+            hashes.append(hash_of(data))
             sizes.append(len(data))
             uncut, latest, blank = uncut + (number != latest), number, blank and text.isspace()
             bar.update(len(data))

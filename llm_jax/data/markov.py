@@ -44,6 +44,8 @@ class Markov(Corpus, kind="markov"):
                 f"data.corpus.order is {self.order}; it is at least 1, and states**order at most 2**20"
             )
         check_least(self, "data.corpus.", ("sharpness",), documents_count=2, mean_length=2, seed=0)
+        if self.mean_length > 1 << 20:
+            raise UserError(f"data.corpus.mean_length is {self.mean_length}; it is at most 2**20")
 
     @functools.cached_property
     def transitions(self) -> np.ndarray:

@@ -18,7 +18,7 @@ import numpy as np
 
 from llm_jax.config import UserError
 from llm_jax.data.cache import cache_folder, digest, once
-from llm_jax.data.catalogue import Catalogue, progress, texts
+from llm_jax.data.catalogue import Catalogue, hash_of, progress, texts
 from llm_jax.data.corpora import Corpus
 from llm_jax.data.tokenizers import Codec
 
@@ -98,12 +98,12 @@ def _build(folder: pathlib.Path, corpus: Corpus, found: Catalogue, codec: Codec)
             done["documents"] += len(rows)
             done["tokens"] += sum(map(len, rows))
             _write(journal, done)
-            size_bytes = sum(len(text.encode()) for text in batch)
-            if size_bytes != sizes[start : done["documents"]].sum():
+            data = [text.encode() for text in batch]
+            if [hash_of(each) for each in data] != found.hashes[start : done["documents"]].tolist():
                 raise UserError(
                     f"the files of the corpus {corpus.name} changed while they were read; run again"
                 )
-            bar.update(size_bytes)
+            bar.update(sum(map(len, data)))
     documents = np.empty(len(sizes), _DOCUMENT)
     documents["hash"], documents["bytes"] = found.hashes, sizes
     documents["tokens"] = np.fromfile(folder / "lengths.bin", "<i8")

@@ -87,6 +87,9 @@ TABLE: dict[str, Rule] = {
 }
 
 
+_LARGE = 1 << 22  # numbers
+
+
 def rule(name: str) -> Rule:
     """The row of a leaf; raises KeyError for a name that the table does not know."""
     if name not in TABLE:
@@ -112,21 +115,24 @@ def draw(key: jax.Array, shapes: Params, factors: Mapping[str, float]) -> Params
     """Fresh parameters of these shapes; `factors` of the deviation by part, 1 where it names none.
 
     One stream of normal numbers is cut into the leaves: XLA compiles every call of a generator for itself, up
-    to two seconds each on a CPU where sizes aren't powers of two.
+    to two seconds each on a CPU where sizes aren't powers of two. It lies whole on each device, or cutting it
+    would move it about; a large leaf has its own numbers, made where they belong.
     """
     flat, tree = jax.tree_util.tree_flatten_with_path(shapes)
-    named = [(rule(path[-1].key), leaf.shape) for path, leaf in flat]
-    needed = sum(math.prod(shape) for row, shape in named if row.init not in ("zeros", "ones"))
-    # Whole on every device: cutting a spread stream would move it about.
-    stream, start, leaves = constrain(jax.random.normal(key, (needed,)), None), 0, []
-    for row, shape in named:
+    named = [(rule(path[-1].key), leaf.shape, math.prod(leaf.shape)) for path, leaf in flat]
+    cut = [size for row, _, size in named if row.init not in ("zeros", "ones") and size < _LARGE]
+    stream, start, leaves = constrain(jax.random.normal(key, (sum(cut),)), None), 0, []
+    for number, (row, shape, size) in enumerate(named):
         if row.init in ("zeros", "ones"):
             leaves.append(jnp.full(shape, float(row.init == "ones")))
+            continue
+        if size < _LARGE:
+            numbers = stream[start : start + size].reshape(shape)
+            start += size
         else:
-            stop = start + math.prod(shape)
-            deviation = _deviation(row, shape) * factors.get(row.part, 1.0)
-            leaves.append(deviation * stream[start:stop].reshape(shape))
-            start = stop
+            own = jax.random.normal(jax.random.fold_in(key, number), shape)
+            numbers = constrain(own, *row.axes)
+        leaves.append(_deviation(row, shape) * factors.get(row.part, 1.0) * numbers)
     return jax.tree.unflatten(tree, leaves)
 
 

@@ -14,6 +14,8 @@ import pandas as pd
 from llm_jax.config import UserError
 
 NEEDED = ("N", "flops_per_token", "tokens_per_step")
+SAME_BUDGET = 0.05  # runs whose ln C differ by less are one budget: D is rounded to whole steps
+MOST_TOKENS = 1e18
 
 # N_opt as a function of the budget: a prior before the sweep, a fitted law after it.
 Optimum = Callable[[float], float]
@@ -99,9 +101,12 @@ def isoflop(
     """
     check_candidates(candidates)
     budgets = sorted(float(budget) for budget in budgets)
-    if not budgets or budgets[0] <= 0 or len(set(budgets)) < len(budgets):
-        raise UserError(f"budgets are {budgets}; an isoFLOP grid needs distinct positive budgets")
-    if span <= 1 or sizes < minimum_sizes:
+    if not budgets or budgets[0] <= 0 or (np.diff(np.log(budgets)) <= SAME_BUDGET).any():
+        raise UserError(
+            f"budgets are {budgets}; an isoFLOP grid needs positive budgets, each at least "
+            f"{np.expm1(SAME_BUDGET):.1%} above the one before, or they count as one"
+        )
+    if not 1 < span < np.inf or sizes < minimum_sizes:
         raise UserError(f"sizes={sizes}, span={span}; sizes must be {minimum_sizes} or more and span above 1")
     notes, parts = [], []
     for budget in budgets:
@@ -169,7 +174,11 @@ def cells_of(
     """Rows of candidates trained on `tokens` each, rounded to whole steps; without a budget each is its
     own.
     """
-    steps = np.maximum(1, np.rint(np.asarray(tokens, float) / rows["tokens_per_step"])).astype(np.int64)
+    tokens = np.asarray(tokens, float)
+    if not tokens.max(initial=0) < MOST_TOKENS:
+        of = f" of a budget of {budget:.3g} FLOPs" if budget else ""
+        raise UserError(f"{tokens.max():.3g} tokens{of} are more than a plan can count, {MOST_TOKENS:.0e}")
+    steps = np.maximum(1, np.rint(tokens / rows["tokens_per_step"])).astype(np.int64)
     flops = steps * (rows["flops_per_token"] * rows["tokens_per_step"]).astype(float)
     budgets = np.full(len(rows), budget) if budget else (rows["flops_per_token"] * tokens).to_numpy(float)
     named = zip(budgets, rows["N"], strict=True)

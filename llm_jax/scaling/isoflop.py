@@ -15,13 +15,13 @@ import pandas as pd
 
 from llm_jax.config import UserError, nearest
 from llm_jax.scaling.curves import METHODS, Curve, curve_of, localised, redraw, scaled_residuals, shifted
+from llm_jax.scaling.grids import SAME_BUDGET
 from llm_jax.scaling.powers import FORMULAS, PowerLaws, lines_through
 from llm_jax.scaling.results import Estimate, estimate, heading, plain, remarks, row
 from llm_jax.scaling.skew import skew
 from llm_jax.scaling.tables import check_points, listed
 
 _ODD = 0.1
-_GAP = 0.05  # runs whose ln C differ by less are one budget: D is rounded to whole steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,7 +243,7 @@ def budgets_of(frame: pd.DataFrame) -> np.ndarray:
     logs = np.log(frame[column].to_numpy(float))
     order = np.argsort(logs, kind="stable")
     labels = np.empty(len(logs), int)
-    labels[order] = np.concatenate([[0], np.cumsum(np.diff(logs[order]) > _GAP)])
+    labels[order] = np.concatenate([[0], np.cumsum(np.diff(logs[order]) > SAME_BUDGET)])
     return labels
 
 

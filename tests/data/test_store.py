@@ -108,9 +108,11 @@ def test_a_truncated_store_is_refused(files, name):
             text.open()
 
 
-def test_files_that_change_while_they_are_read_are_refused(files, corpus, cache):
+@pytest.mark.parametrize("change", [lambda text: "short", lambda text: text[::-1]], ids=["size", "letters"])
+def test_files_that_change_while_they_are_read_are_refused(files, corpus, cache, change):
     found = catalogue(files)
-    (corpus / "20.txt").write_text("short")
+    place = corpus / "20.txt"
+    place.write_text(change(place.read_text()))
     with pytest.raises(UserError, match="changed while they were read"):
         store.tokenize(files, found, Bytes())
     assert not any((cache / "tokens").iterdir())
