@@ -2,8 +2,9 @@
 another.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,46 +13,65 @@ from llm_jax.config import UserError
 from llm_jax.scaling import laws, sensitivity
 from llm_jax.scaling.fits import fit_law
 from llm_jax.scaling.law import Inputs, Law, Optimum, Parameter
-from llm_jax.scaling.results import Fit
+from llm_jax.scaling.results import Fit, plain
+from llm_jax.scaling.tables import check_points
 
 COLUMN = "recipe"
 
 
-class Compared(NamedTuple):
-    """A law beside others: free parameters, rms of its residuals, AICc, and what it misses of left-out
-    budgets.
+@dataclasses.dataclass(frozen=True)
+class Compared:
+    """A law's fit beside others: AICc, and what it misses of every budget predicted without it.
 
-    AICc (Hurvich and Tsai 1989) takes residuals of ln loss as normal; lower is better. largest, others: rms
-    of ln loss on the largest budget, and on each budget in turn, predicted without it.
+    AICc (Hurvich and Tsai 1989) takes residuals of ln loss as normal; lower is better.
     """
 
-    law: str
-    parameters: int
-    rms: float
+    fit: Fit
     aicc: float
-    largest: float
-    others: float
+    held_out: tuple[sensitivity.HeldOut, ...]
+
+    @property
+    def law(self) -> str:
+        return self.fit.law.name or type(self.fit.law).__name__
+
+    @property
+    def rms(self) -> float:
+        """Of the residuals of ln loss."""
+        return float(np.sqrt((self.fit.residuals**2).mean()))
+
+    @property
+    def largest(self) -> float:
+        """Rms of ln loss on the largest budget, predicted without it."""
+        return self.held_out[-1].rms if self.held_out else np.inf
+
+    @property
+    def others(self) -> float:
+        """Rms of ln loss on each budget in turn, predicted without it."""
+        return float(np.sqrt(np.mean([test.rms**2 for test in self.held_out]))) if self.held_out else np.inf
+
+    def to_json(self) -> dict[str, Any]:
+        """The comparison's numbers, then those of the fit."""
+        numbers = {name: getattr(self, name) for name in ("law", "rms", "aicc", "largest", "others")}
+        tests = [test._asdict() for test in self.held_out]
+        return plain(numbers | {"parameters": self.fit.free, "held_out": tests, "fit": self.fit.to_json()})
 
 
 def compare(points: pd.DataFrame, names: Sequence[str], **options: Any) -> list[Compared]:
     """Every law of `names` fitted to the same table, best held-out first; UserError unless there are two."""
-    if len(names) < 2:
+    if len(set(names)) < 2:
         raise UserError("--compare takes two laws or more, as in --compare=chinchilla,kaplan")
     if len(outputs := {laws.law(name).output for name in names}) > 1:
         both = " and of ".join(sorted(outputs))
         raise UserError(f"--compare: laws of {both} can't be held against each other")
-    fits = [fit_law(points, name, **(options | {"bootstrap": 0})) for name in names]
-    return sorted((_judged(fit) for fit in fits), key=lambda row: row.largest)
+    fits = [fit_law(points, name, **options) for name in dict.fromkeys(names)]
+    return sorted(map(_judged, fits), key=lambda row: row.largest)
 
 
 def _judged(fit: Fit) -> Compared:
     n, k = len(fit.residuals), fit.free + 1  # the noise is a parameter too
     square = float((fit.residuals**2).mean())
     aicc = n * np.log(max(square, 1e-300)) + 2 * k + (2 * k * (k + 1) / (n - k - 1) if n > k + 1 else np.inf)
-    tests = sensitivity.held_out(fit)
-    each = float(np.sqrt(np.mean([test.rms**2 for test in tests]))) if tests else np.inf
-    largest = tests[-1].rms if tests else np.inf
-    return Compared(fit.law.name or type(fit.law).__name__, fit.free, square**0.5, float(aicc), largest, each)
+    return Compared(fit, float(aicc), tuple(sensitivity.held_out(fit)))
 
 
 def compared_table(rows: Sequence[Compared]) -> str:
@@ -61,8 +81,9 @@ def compared_table(rows: Sequence[Compared]) -> str:
     ]
     for row in rows:
         numbers = f"{row.rms:10.3%} {row.aicc:10.1f} {row.largest:10.3%} {row.others:10.3%}"
-        lines.append(f"  {row.law:18} {row.parameters:5d} {numbers}")
-    return "\n".join(lines)
+        lines.append(f"  {row.law:18} {row.fit.free:5d} {numbers}")
+    warnings = [f"WARNING: {row.law}: {text}" for row in rows for text in row.fit.warnings]
+    return "\n".join(lines + warnings)
 
 
 def paired(base: Law) -> Law:
@@ -138,12 +159,23 @@ def multiplier(points: pd.DataFrame, law: str | Law, column: str, **options: Any
     """
     if column not in points:
         raise UserError(f"--multiplier: no column {column!r}")
-    recipes = list(dict.fromkeys(points[column]))
+    base, (codes, names) = laws.law(law), pd.factorize(points[column])
+    numbers = points.assign(**{COLUMN: np.where(codes < 0, np.nan, codes + 1.0)})
+    table = {
+        name: options[name] for name in ("columns", "where", "weights", "flops_per_nd") if name in options
+    }
+    checked = check_points(numbers, (*base.inputs, COLUMN, base.output), **table)
+    kept = checked.frame[COLUMN].unique()
+    recipes = [str(names[int(code) - 1]) for code in kept]
     if len(recipes) != 2:
-        raise UserError(f"--multiplier: the column {column!r} names {len(recipes)} recipes, two are compared")
+        raise UserError(
+            f"--multiplier: the column {column!r} names {len(recipes)} recipes, two are compared: "
+            f"{', '.join(recipes[:5])}; choose by --where"
+        )
     # ln of the column is what the law sees: 0 for the first, 1 for the second.
-    coded = points.assign(**{COLUMN: np.where(points[column] == recipes[1], np.e, 1.0)})
-    fit = fit_law(coded, paired(laws.law(law)), **options)
+    coded = numbers.assign(**{COLUMN: np.where(numbers[COLUMN] == kept[1], np.e, 1.0)})
+    fit = fit_law(coded, paired(base), **options)
+    fit = dataclasses.replace(fit, conventions={**fit.conventions, "recipes": {column: recipes}})
     number = fit.parameters["multiplier"]
     text = (
         f"{column}={recipes[1]} reaches with C what {column}={recipes[0]} reaches with {number.value:.4g} C "

@@ -1,10 +1,13 @@
 """One budget of an isoFLOP sweep: a curve of ln(loss) over ln(N), its minimum, or the reason it has none."""
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+
+from llm_jax.scaling.tables import name_of
 
 if TYPE_CHECKING:
     from scipy.interpolate import Akima1DInterpolator
@@ -16,22 +19,33 @@ METHODS = {
     "full": "parabola through all sizes",
 }
 _AKIMA_POINTS = 25  # per interval (Porian et al. 2024)
+UNFITTED = {  # conventions of local parabolas that no power law was laid through
+    "method": "parabola",
+    "window": 5,
+    "on": "of ln loss over ln N",
+    "reduction": "least squares, each run of weight 1",
+    "flops_per_nd": 6.0,
+    "where": None,
+}
+WEIGHT = "weight of the run"  # the column that `curve_of` reads weights from, if it is there
 
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
     """One budget's runs and the minimum found among them.
 
-    C: geometric mean of the runs' FLOPs (or the budget they were planned for). sizes, tokens, losses: [n] of
-    its runs; used [n]: which of them the curve passes. coefficients: of ln(loss) = c0 + c1 u + c2 u^2 with
-    u = ln N - center (None for Akima). N, D, loss: at the minimum, NaN where `refused` says why not. half:
-    sizes to each side of the lowest that a local parabola passes; 0 where all are.
+    C: geometric mean of the runs' FLOPs (or the budget they were planned for). sizes, tokens, losses,
+    weights: [n] of its runs; used [n]: which of them the curve passes. coefficients: of ln(loss) = c0 + c1 u
+    + c2 u^2 with u = ln N - center (None for Akima). N, D, loss: at the minimum, NaN where `refused` says why
+    not. half: sizes to each side of the lowest that a local parabola passes; 0 where all are. names: of the
+    runs.
     """
 
     C: float
     sizes: np.ndarray
     tokens: np.ndarray
     losses: np.ndarray
+    weights: np.ndarray
     used: np.ndarray
     center: float
     coefficients: tuple[float, float, float] | None
@@ -40,38 +54,58 @@ class Curve:
     loss: float
     refused: str = ""
     half: int = 0
+    names: tuple[str, ...] = ()
 
     def predict(self, N: np.ndarray) -> np.ndarray:
         """The curve's loss at sizes N, within the range of the runs it passes; NaN outside."""
         x, passed = np.log(np.asarray(N, float)), np.log(self.sizes[self.used])
         inside = (x >= passed.min() - 1e-9) & (x <= passed.max() + 1e-9)
-        if self.coefficients is None:
-            y = _akima(np.log(self.sizes), np.log(self.losses))(x)
-        else:
-            y = np.polynomial.polynomial.polyval(x - self.center, self.coefficients)
+        y = _akima(self, np.log(self.losses))(x) if self.coefficients is None else self.parabola(x)
         return np.where(inside, np.exp(y), np.nan)
+
+    def parabola(self, log_n: np.ndarray) -> np.ndarray:
+        """ln of the loss at ln N, anywhere."""
+        return np.polynomial.polynomial.polyval(log_n - self.center, self.coefficients)
+
+    @functools.cached_property
+    def knots(self) -> tuple[np.ndarray, np.ndarray]:
+        """ln of the distinct sizes [K], and which of them each run has [n]."""
+        return np.unique(np.log(self.sizes), return_inverse=True)
+
+    def means(self, values: np.ndarray) -> np.ndarray:
+        """The weighted mean of each size [..., K] of values [..., n]: seeds of one size."""
+        knots, place = self.knots
+        shares = (place[:, None] == np.arange(len(knots))) * self.weights[:, None]
+        return values @ (shares / shares.sum(0))
+
+    def solve(self, values: np.ndarray, used: np.ndarray) -> np.ndarray:
+        """Coefficients [..., 3] of the parabolas through values [..., n] at the runs `used` [n]."""
+        root = np.sqrt(self.weights[used])
+        design = np.vander(np.log(self.sizes[used]) - self.center, 3, increasing=True)
+        return (values[..., used] * root) @ np.linalg.pinv(design * root[:, None]).T
 
 
 def curve_of(group: pd.DataFrame, method: str, window: int) -> Curve:
-    """The curve through one budget's runs (columns N, D, C, loss, perhaps budget_flops), by one of METHODS.
+    """The curve through one budget's runs (columns N, D, C, loss, perhaps budget_flops and WEIGHT), by one of
+    METHODS.
 
     window: sizes that a local parabola passes, half of them on each side of the lowest.
     """
     group = group.sort_values("N", kind="stable")
     column = "budget_flops" if "budget_flops" in group else "C"
     sizes, tokens, losses = (group[name].to_numpy(float) for name in ("N", "D", "loss"))
-    means = group.groupby("N")["loss"].mean()  # seeds of one size
-    distinct, lowest = means.index.to_numpy(float), int(np.argmin(means))
-    used, half = np.ones(len(sizes), bool), window // 2 if method in ("local", "parabola") else 0
-    if half:
-        near = distinct[max(lowest - half, 0) : lowest + half + 1]
-        used = (near[0] <= sizes) & (near[-1] >= sizes)
-    C, center = float(np.exp(np.log(group[column]).mean())), float(np.log(distinct[lowest]))
-    curve = Curve(C, sizes, tokens, losses, used, center, None, np.nan, np.nan, np.nan, half=half)
+    weights = group[WEIGHT].to_numpy(float) if WEIGHT in group else np.ones(len(sizes))
+    half = window // 2 if method in ("local", "parabola") else 0
+    C, everything = float(np.exp(np.log(group[column]).mean())), np.ones(len(sizes), bool)
+    names, none = tuple(name_of(group, label) for label in group.index), (np.nan, np.nan, np.nan)
+    curve = Curve(C, sizes, tokens, losses, weights, everything, 0.0, None, *none, half=half, names=names)
+    (knots, place), y = curve.knots, np.log(losses)
+    lowest = int(np.argmin(curve.means(y)))
+    used = np.abs(place - lowest) <= half if half else everything
+    curve = dataclasses.replace(curve, used=used, center=float(knots[lowest]))
     if method != "akima":
-        fitted = np.polynomial.polynomial.polyfit(np.log(sizes[used]) - center, np.log(losses[used]), 2)
-        curve = dataclasses.replace(curve, coefficients=tuple(map(float, fitted)))
-    if lowest in (0, len(distinct) - 1):
+        curve = dataclasses.replace(curve, coefficients=tuple(map(float, curve.solve(y, used))))
+    if lowest in (0, len(knots) - 1):
         side, beyond = ("smallest", "below") if lowest == 0 else ("largest", "above")
         reason = f"the {side} size is the best, the minimum may lie {beyond} it"
         return dataclasses.replace(curve, refused=reason)
@@ -80,57 +114,68 @@ def curve_of(group: pd.DataFrame, method: str, window: int) -> Curve:
     if curve.coefficients:
         minimum = _vertices(curve, used, np.array([curve.coefficients]))[0]
     else:
-        minimum = redraw(curve, np.zeros((1, len(sizes))))[0]
-    if np.isnan(minimum).any():
+        minimum = redraw(curve, y[None])[0]
+    if not np.isfinite(minimum).all():
         return dataclasses.replace(curve, refused="the vertex lies outside the sizes it was fitted to")
     N, D, loss = map(float, np.exp(minimum))
     return dataclasses.replace(curve, N=N, D=D, loss=loss)
 
 
-def redraw(curve: Curve, noise: np.ndarray) -> np.ndarray:
-    """ln of N, D and loss [S, 3] at the minimum when `noise` [S, n] is added; NaN where there is none.
+def redraw(curve: Curve, values: np.ndarray) -> np.ndarray:
+    """ln of N, D and loss [S, 3] at the minimum where the ln losses are `values` [S, n].
 
-    What a local parabola passes is chosen anew: with other noise another size is the lowest.
+    What a local parabola passes is chosen anew: with other noise another size is the lowest. A draw without
+    a minimum has N of 0 or infinity (ln N -inf or inf, ln D the other way): beyond the sizes on the side
+    where it is lower; its loss is the one there.
     """
-    x, y = np.log(curve.sizes), np.log(curve.losses)
-    knots, place = np.unique(x, return_inverse=True)
+    knots, place = curve.knots
     if curve.coefficients is None:
         at = np.linspace(knots[0], knots[-1], _AKIMA_POINTS * (len(knots) - 1))
-        values = _akima(x, y + noise)(at)  # [grid, S]
-        best = values.argmin(0)
-        inside = (best > 0) & (best < len(at) - 1)
-        found = np.stack([at[best], _tokens(curve, at[best]), values.min(0)], axis=1)
-        return np.where(inside[:, None], found, np.nan)
-    fitted = np.polynomial.polynomial.polyval(x - curve.center, curve.coefficients)
-    values = np.where(curve.used, fitted, y) + noise
-    means = np.stack([values[:, place == knot].mean(-1) for knot in range(len(knots))], axis=1)
+        along = _akima(curve, values)(at)  # [grid, S]
+        best = along.argmin(0)
+        found = np.stack([at[best], _tokens(curve, at[best]), along.min(0)], axis=1)
+        return _beyond(found, best == 0, best == len(at) - 1)
+    means = curve.means(values)
     lowest = means.argmin(1) if curve.half else np.zeros(len(values), int)
-    out = np.full((len(values), 3), np.nan)
+    out = np.empty((len(values), 3))
     for knot in np.unique(lowest):
+        mine = lowest == knot
         if curve.half and knot in (0, len(knots) - 1):
+            edge = np.broadcast_to(knots[knot], mine.sum())
+            found = np.stack([edge, _tokens(curve, edge), means[mine, knot]], axis=1)
+            out[mine] = _beyond(found, np.full(len(found), knot == 0), np.full(len(found), knot > 0))
             continue
         used = np.abs(place - knot) <= curve.half if curve.half else curve.used
-        solve = np.linalg.pinv(np.vander(x[used] - curve.center, 3, increasing=True))
-        out[lowest == knot] = _vertices(curve, used, values[lowest == knot][:, used] @ solve.T)
+        out[mine] = _vertices(curve, used, curve.solve(values[mine], used))
     return out
 
 
 def _vertices(curve: Curve, used: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
-    """ln of N, D and loss [S, 3] at the vertices of parabolas [S, 3]; NaN outside the sizes they pass."""
+    """ln of N, D and loss [S, 3] at the vertices of parabolas [S, 3]; beyond the sizes they pass where they
+    have none there.
+    """
     c0, c1, c2 = coefficients.T
     u = np.log(curve.sizes[used]) - curve.center
+    left, right = u.min(), u.max()
     with np.errstate(divide="ignore", invalid="ignore"):
         vertex = -c1 / (2 * c2)
-    inside = (c2 > 0) & (vertex >= u.min()) & (vertex <= u.max())
-    where = vertex + curve.center
-    found = np.stack([where, _tokens(curve, where), c0 + c1 * vertex / 2], axis=1)
-    return np.where(inside[:, None], found, np.nan)
+    inside = (c2 > 0) & (vertex >= left) & (vertex <= right)
+    falls = c1 + c2 * (left + right) < 0  # lower on the right than on the left
+    at = np.where(inside, vertex, np.where(falls, right, left))
+    found = np.stack([at + curve.center, _tokens(curve, at + curve.center), c0 + at * (c1 + at * c2)], axis=1)
+    return _beyond(found, ~inside & ~falls, ~inside & falls)
+
+
+def _beyond(found: np.ndarray, below: np.ndarray, above: np.ndarray) -> np.ndarray:
+    """Minima [S, 3] with those `below` and `above` [S] the sizes put there."""
+    sign = np.where(below, -np.inf, np.where(above, np.inf, 0.0))[:, None]
+    return np.where(sign != 0, np.concatenate([sign, -sign, found[:, 2:]], axis=1), found)
 
 
 def _tokens(curve: Curve, log_n: np.ndarray) -> np.ndarray:
     """ln D of the budget at ln N."""
-    sizes, first = np.unique(np.log(curve.sizes), return_index=True)
-    return np.interp(log_n, sizes, np.log(curve.tokens)[first])
+    knots, place = curve.knots
+    return np.interp(log_n, knots, np.log(curve.tokens)[np.unique(place, return_index=True)[1]])
 
 
 def shifted(curve: Curve, by: np.ndarray) -> Curve:
@@ -142,12 +187,15 @@ def shifted(curve: Curve, by: np.ndarray) -> Curve:
 
 
 def scaled_residuals(curve: Curve, window: int) -> np.ndarray:
-    """Residuals of the curve's parabola (a local one for Akima), scaled up for the coefficients spent."""
+    """Residuals of the curve's parabola (a local one for Akima) for a weight of 1, scaled up for the
+    coefficients spent.
+    """
     used = curve.used
     if curve.coefficients is None:
         used = localised(curve, window).used
-    u, y = np.log(curve.sizes[used]) - curve.center, np.log(curve.losses[used])
-    design = np.vander(u, 3, increasing=True)
+    root = np.sqrt(curve.weights[used])
+    u, y = np.log(curve.sizes[used]) - curve.center, root * np.log(curve.losses[used])
+    design = root[:, None] * np.vander(u, 3, increasing=True)
     hat = design @ np.linalg.pinv(design)
     left = 1 - np.diagonal(hat)
     return ((y - hat @ y) / np.sqrt(np.maximum(left, 1e-12)))[left > 1e-6] if len(u) > 3 else np.empty(0)
@@ -155,7 +203,7 @@ def scaled_residuals(curve: Curve, window: int) -> np.ndarray:
 
 def localised(curve: Curve, window: int) -> Curve:
     """The same runs under a local parabola."""
-    runs = {"N": curve.sizes, "D": curve.tokens, "C": curve.C, "loss": curve.losses}
+    runs = {"N": curve.sizes, "D": curve.tokens, "C": curve.C, "loss": curve.losses, WEIGHT: curve.weights}
     return curve_of(pd.DataFrame(runs), "parabola", window)
 
 
@@ -169,10 +217,8 @@ def lowest_point(values: np.ndarray, grid: np.ndarray) -> tuple[float, float]:
     return float(grid[best] + step * (grid[1] - grid[0])), float(here - (left - right) * step / 4)
 
 
-def _akima(x: np.ndarray, y: np.ndarray) -> "Akima1DInterpolator":
+def _akima(curve: Curve, y: np.ndarray) -> "Akima1DInterpolator":
     """Akima's spline through the means of each size; y [..., n] gives values [grid, ...]."""
     from scipy.interpolate import Akima1DInterpolator  # half a second, and few ask for it
 
-    knots, place = np.unique(x, return_inverse=True)
-    means = np.stack([y[..., place == i].mean(-1) for i in range(len(knots))])
-    return Akima1DInterpolator(knots, means, extrapolate=True)
+    return Akima1DInterpolator(curve.knots[0], np.moveaxis(curve.means(y), -1, 0), extrapolate=True)

@@ -6,7 +6,6 @@ rate.
 """
 
 import dataclasses
-from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
@@ -68,17 +67,16 @@ def drift(runs: pd.DataFrame, bootstrap: int = 1000, window: int = 5) -> Drift:
     try:
         fit = fit_isoflop(table, window=window, bootstrap=bootstrap)
     except UserError as error:
-        best = [_best(curve, {}, curves[0]) for curve in curves]
+        best = [_best(curve, NOTHING, curves[0]) for curve in curves]
         return Drift(tuple(best), NOTHING, np.nan, np.nan, _of_rates(str(error)), ())
-    intervals = [each["N"] for each in fit.to_json()["curves"]]
-    best = [_best(curve, found, curves[0]) for curve, found in zip(curves, intervals, strict=True)]
+    found = zip(curves, (each["N"] for each in fit.optima), strict=True)
+    best = [_best(curve, rate, curves[0]) for curve, rate in found]
     warnings = tuple(map(_of_rates, fit.warnings))
     return Drift(tuple(best), fit.parameters["a"], fit.level, fit.noise, "", warnings)
 
 
-def _best(curve: Curve, interval: Mapping[str, float | None], smallest: Curve) -> Best:
-    known = {name: value for name, value in interval.items() if value is not None}
-    rate = NOTHING._replace(**known | {"value": curve.N})
+def _best(curve: Curve, rate: Estimate, smallest: Curve) -> Best:
+    rate = rate._replace(value=curve.N)
     return Best(round(curve.C), curve, rate, curve.loss, _at(curve, smallest.N), _of_rates(curve.refused))
 
 

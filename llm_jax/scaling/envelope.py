@@ -117,7 +117,8 @@ def fit_envelope(
         }
     )
     conventions = {
-        "N": counting, "flops_per_nd": flops_per_nd, "grid": grid, "on": "ln of the loss over ln C",
+        "N": counting, "flops_per_nd": flops_per_nd, "grid": grid, "on": "ln loss over ln C",
+        "reduction": "least squares, each point of the envelope of weight 1",
         "resampled": "runs", "columns": dict(columns or {}), "where": where, "seed": seed,
     }  # fmt: skip
     return EnvelopeFit(

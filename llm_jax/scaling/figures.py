@@ -4,17 +4,21 @@ The conventions behind the numbers (what N counts, the loss that was minimised) 
 and `style.svg` turn a figure into a file.
 """
 
+import dataclasses
 import re
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
+from llm_jax.scaling.compare import COLUMN as RECIPE
+from llm_jax.scaling.compare import Compared
 from llm_jax.scaling.curves import METHODS, Curve
 from llm_jax.scaling.envelope import EnvelopeFit
 from llm_jax.scaling.forecast import Outcome, fitted_flops
 from llm_jax.scaling.isoflop import IsoflopFit
+from llm_jax.scaling.plots import Panel, Series, draw
 from llm_jax.scaling.results import Estimate, Fit
 from llm_jax.scaling.style import (
     LOOK,
@@ -28,6 +32,7 @@ from llm_jax.scaling.style import (
     power,
     short,
     styled,
+    with_bars,
 )
 
 if TYPE_CHECKING:
@@ -49,10 +54,10 @@ TITLES = {"N": "size", "D": "data", "C": "compute", "U": "unique data", "M": "to
 
 
 @styled
-def isoflop_curves(curves: Sequence[Curve], counting: str, method: str) -> "Figure":
+def isoflop_curves(curves: Sequence[Curve], terms: Mapping[str, Any], note: str = "") -> "Figure":
     """Loss against size at each budget, the curve through it and its minimum.
 
-    counting: what N counts. method: how the curves were drawn, one of `curves.METHODS`.
+    terms: an Approach 2's conventions; of others, with the method of the curves. note: what else to say.
 
     Hollow points are runs the curve leaves out; a curve that was refused is dotted, and the note says why.
     """
@@ -78,8 +83,8 @@ def isoflop_curves(curves: Sequence[Curve], counting: str, method: str) -> "Figu
     reasons = dict.fromkeys(curve.refused for curve in curves if curve.refused)
     at = {reason: ", ".join(f"{c.C:.2g}" for c in curves if c.refused == reason) for reason in reasons}
     refused = [f"Refused at {budgets} FLOPs: {reason}." for reason, budgets in at.items()]
-    drawn = f"Curves: {METHODS[method]}; hollow points are left out."
-    return finished(figure, " ".join([f"N: {counting}.", drawn, *refused]))
+    hollow = "Hollow points are left out." if not all(curve.used.all() for curve in curves) else ""
+    return finished(figure, " ".join(filter(None, [of_optima(terms), hollow, *refused, note])))
 
 
 @styled
@@ -114,12 +119,16 @@ def frontier(fit: Fit, outcomes: Sequence[Outcome] = (), curves: Sequence[pd.Dat
 
 
 @styled
-def optima(isoflop: IsoflopFit | None, fit: Fit, *, reach: float = 0.0) -> "Figure":
-    """The best N and D against compute by both approaches, with intervals; up to `reach` FLOPs if larger."""
+def optima(isoflop: IsoflopFit | None, fit: Fit | None, *, reach: float = 0.0) -> "Figure":
+    """The best N and D against compute by one approach or both, with intervals; up to `reach` FLOPs if
+    larger.
+    """
     figure, panels = blank("Compute-optimal size and data", 5.6, (1, 1))
-    flops = fitted_flops(fit)
+    flops = fitted_flops(fit or isoflop)
     budgets = np.geomspace(flops.min(), max(flops.max(), reach), 60)
-    found = isoflop.to_json()["curves"] if isoflop else []
+    found = (
+        [o for o, c in zip(isoflop.optima, isoflop.curves, strict=True) if not c.refused] if isoflop else []
+    )
     for axes, name, exponent, label in zip(panels, "ND", "ab", (SIZES, TOKENS), strict=True):
         shown = []
         for each, colour, line in ((isoflop, LOOK.forecast, "-"), (fit, LOOK.law, "--")):
@@ -132,12 +141,12 @@ def optima(isoflop: IsoflopFit | None, fit: Fit, *, reach: float = 0.0) -> "Figu
             best = [getattr(each.optimum(budget), name) for budget in budgets]
             band(axes, budgets, best, colour, text, line)
             shown += [estimate.value for estimate in best]
-        for curve in found:
-            if curve["refused"] is None:
-                value, low, high = (curve[name][part] for part in ("value", "low", "high"))
-                ends = None if low is None else [[max(value - low, 0)], [max(high - value, 0)]]
-                axes.errorbar(curve["C"], value, ends, fmt="o", color=LOOK.forecast, capsize=3, markersize=5)
-                shown.append(value)
+        if found:
+            at = [curve.C for curve in isoflop.accepted]
+            best = [optimum[name] for optimum in found]
+            value, low, high = ([getattr(each, part) for each in best] for part in ("value", "low", "high"))
+            with_bars(axes, at, value, low, high, "o", color=LOOK.forecast, capsize=3, markersize=5)
+            shown += value
         # By the lines alone: an interval may span many decades. The legend has the upper third to itself.
         low, high = np.log(min(shown)), np.log(max(shown))
         span = max(high - low, np.log(4))
@@ -147,7 +156,12 @@ def optima(isoflop: IsoflopFit | None, fit: Fit, *, reach: float = 0.0) -> "Figu
         axes.set(ylabel=label)
         axes.legend(loc="upper left", handlelength=2.4)
     panels[-1].set_xlabel(COMPUTE)
-    return finished(figure, conventions(fit) + f" Bands and bars: {fit.level:.0%} bootstrap intervals.")
+    notes = [conventions(fit)] if fit else []
+    notes += [of_optima(isoflop.conventions), isoflop.open_ends] if isoflop else []
+    level = (fit or isoflop).level
+    return finished(
+        figure, " ".join(filter(None, [*notes, f"Bands and bars: {level:.0%} bootstrap intervals."]))
+    )
 
 
 @styled
@@ -193,14 +207,14 @@ def envelope(fit: EnvelopeFit) -> "Figure":
     loss_axis(top)
     log_axis(bottom.yaxis)
     bottom.set_xlabel(COMPUTE)
-    terms = fit.conventions
-    return finished(figure, f"N: {terms['N']}. C = {terms['flops_per_nd']:g} N D where the table has none.")
+    bands = f"Band: {fit.level:.0%} bootstrap interval, {fit.conventions['resampled']} drawn."
+    return finished(figure, f"{of_optima(fit.conventions)} {bands}")
 
 
 @styled
 def residuals(fit: Fit, outcomes: Sequence[Outcome] = ()) -> "Figure":
     """What the law leaves unexplained, against each of its inputs: a trend means that the law is wrong."""
-    names = fit.law.inputs
+    names = [name for name in fit.law.inputs if name != RECIPE]
     figure, panels = blank("Residuals of the law", 1.1 + 1.9 * len(names), (1,) * len(names))
     left, spread = 100 * fit.residuals, 100 * np.sqrt(np.mean(fit.residuals**2))
     for axes, column in zip(panels, names, strict=True):
@@ -216,6 +230,83 @@ def residuals(fit: Fit, outcomes: Sequence[Outcome] = ()) -> "Figure":
         bound = 1.15 * max(np.abs(axes.get_ylim()))
         axes.set(xlabel=LABELS.get(column, column), ylabel="residual [%]", ylim=(-bound, bound))
     return finished(figure, conventions(fit) + " Residual: ln measured − ln fitted.")
+
+
+@styled
+def minima_residuals(fit: IsoflopFit) -> "Figure":
+    """What Approach 2 leaves unexplained: runs beside their curves, and minima beside their power laws."""
+    figure, (top, *lines) = blank("Residuals of Approach 2", 6.8, (1, 1, 1))
+    curves = sorted(fit.accepted, key=lambda curve: curve.C)
+    colours = LOOK.colours(len(curves))
+    for curve, colour, marker in zip(curves, colours, _cycled(len(curves)), strict=True):
+        left = 100 * np.log(curve.losses / curve.predict(curve.sizes))[curve.used]
+        shape = dict(color=colour, linestyle="none", markersize=5)
+        top.plot(curve.sizes[curve.used], left, marker, label=f"{power(curve.C)} FLOPs", **shape)
+        for axes, name in zip(lines, ("N", "loss"), strict=True):
+            law = getattr(fit.optimum(curve.C), name).value
+            axes.plot(curve.C, 100 * np.log(getattr(curve, name) / law), marker, **shape)
+    top.set(xlabel=SIZES, ylabel="loss beside\nits curve [%]")
+    for axes, name in zip(lines, ("N_opt", "loss"), strict=True):
+        axes.set(xlabel=COMPUTE, ylabel=f"{name} beside\nits power law [%]")
+    for axes, text in zip((top, *lines), (short, power, power), strict=True):
+        axes.axhline(0.0, color=LOOK.ink, linewidth=0.8)
+        log_axis(axes.xaxis, text)
+        bound = 1.15 * max(np.abs(axes.get_ylim()))
+        axes.set_ylim(-bound, bound)
+    return finished(figure, f"{of_optima(fit.conventions)} Residual: ln found − ln fitted.")
+
+
+@styled
+def comparison(rows: Sequence[Compared]) -> "Figure":
+    """What each law misses of every budget that it was fitted without."""
+    series = [
+        Series(
+            row.law,
+            [test.C for test in row.held_out],
+            [100 * test.rms for test in row.held_out],
+            group=row.law,
+        )
+        for row in rows
+    ]
+    lines = [dataclasses.replace(each, label=None, mark=":") for each in series]
+    last = "missed of a budget left out, rms [%]"
+    note = " ".join(f"{row.law}: {conventions(row.fit)} AICc {row.aicc:.1f}." for row in rows)
+    return draw("Laws compared", [Panel(COMPUTE, last, [*series, *lines])], note)
+
+
+@styled
+def multiplier(fit: Fit) -> "Figure":
+    """The runs of two recipes, and the frontier of each by the law that shares E and exponents."""
+    figure, (axes,) = blank("Compute multiplier", 4.6)
+    points = fit.points.frame.assign(C=fitted_flops(fit))
+    budgets = np.geomspace(points["C"].min(), points["C"].max(), 60)
+    ((column, names),) = fit.conventions["recipes"].items()
+    rows = zip(names, (1.0, np.e), (LOOK.forecast, LOOK.law), "os", strict=True)
+    for name, value, colour, marker in rows:
+        mine = points[points[RECIPE] == value]
+        axes.plot(mine["C"], mine["loss"], marker, color=colour, markersize=4, label=f"{column}={name}")
+        if "C" in fit.law.inputs:
+            best = [fit.predict(C=budget, **{RECIPE: value}) for budget in budgets]
+        else:
+            best = [fit.optimum(budget, **{RECIPE: value}).loss for budget in budgets]
+        band(axes, budgets, best, colour, f"its frontier ({fit.level:.0%})")
+    log_axis(axes.xaxis, power)
+    loss_axis(axes)
+    axes.set(xlabel=COMPUTE, ylabel=LABELS["loss"])
+    value, low, high, _ = fit.parameters["multiplier"]
+    interval = f" ({fit.level:.0%} interval {low:.3g} to {high:.3g})" if np.isfinite(low) else ""
+    told = f"{names[1]} reaches with C what {names[0]} reaches with {value:.3g} C{interval}."
+    return finished(figure, f"{told} {conventions(fit)}")
+
+
+def of_optima(terms: Mapping[str, Any]) -> str:
+    """What the numbers of Approach 1 or 2 mean, in a line or two."""
+    method = METHODS.get(terms.get("method"), "lowest of all training curves")
+    window = f" (at most {2 * (terms['window'] // 2) + 1})" if terms.get("window") else ""
+    kept = f" Runs where {terms['where']}." if terms["where"] else ""
+    how = f"{method}{window}, {terms['on']}; {terms['reduction']}"
+    compute = f"C = {terms['flops_per_nd']:g} N D where not given."
+    return f"N: {terms['N']}. {how[0].upper()}{how[1:]}; {compute}{kept}"
 
 
 def conventions(fit: Fit) -> str:

@@ -2,6 +2,7 @@
 
     python -m llm_jax.scaling.fit --points=points.csv --law=chinchilla --predict=C=1e21 --out=fits/mine
     python -m llm_jax.scaling.fit --points=points.csv --approach=2
+    python -m llm_jax.scaling.fit --points=points.csv --predict=loss=2.1 --inference_tokens=1e13
     python -m llm_jax.scaling.fit --points=points.csv --compare=chinchilla,kaplan
     python -m llm_jax.scaling.fit --points=points.csv --multiplier=optimizer
 
@@ -10,27 +11,34 @@ of; with --out writes fit.json and figures. The library behind it is llm_jax.sca
 """
 
 import contextlib
-import json
 import math
 import pathlib
 import tempfile
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
 
 from absl import flags
 
 from llm_jax.config import UserError, run_main
 from llm_jax.records import write_atomically
-from llm_jax.scaling import compare, sensitivity
+from llm_jax.scaling import compare, sensitivity, serving
 from llm_jax.scaling.curves import METHODS
 from llm_jax.scaling.envelope import EnvelopeFit
 from llm_jax.scaling.fits import AnyFit, fit
 from llm_jax.scaling.isoflop import IsoflopFit
 from llm_jax.scaling.law import Law
 from llm_jax.scaling.reading import read_points
-from llm_jax.scaling.results import Estimate, Fit, plain, row
+from llm_jax.scaling.results import Estimate, Fit, plain, row, written
 
 LAWS = ("3", "vp")
+
+
+class Answer(NamedTuple):
+    """What --predict asked, and the numbers."""
+
+    asked: str
+    numbers: dict[str, Estimate]
 
 
 def define_flags() -> None:
@@ -61,7 +69,12 @@ def define_flags() -> None:
     flags.DEFINE_string("columns", "", "names of your columns, as in N=params,D=tokens,loss=final_loss")
     flags.DEFINE_string("where", None, "which rows to fit, as in 'D > 20*N and width < 512'")
     flags.DEFINE_string("counting", "as given in the table", "what N counts; kept with the result")
-    flags.DEFINE_multi_string("predict", [], "loss at N=1e9,D=2e10 or optimum at C=1e21; may be repeated")
+    flags.DEFINE_multi_string(
+        "predict", [], "loss at N=1e9,D=2e10, optimum at C=1e21, cheapest run to loss=2.1; may be repeated"
+    )
+    flags.DEFINE_float(
+        "inference_tokens", 0.0, "what the run of --predict=loss=... serves after it is trained", 0.0
+    )
     flags.DEFINE_list("compare", [], "laws to compare on this table, as in chinchilla,kaplan")
     flags.DEFINE_string(
         "multiplier", None, "column that names two recipes: how much compute the second saves"
@@ -72,8 +85,9 @@ def define_flags() -> None:
 # What is asked of a fit whatever the approach; the other flags belong to some approaches only.
 COMMON = ("bootstrap", "level", "seed", "where", "counting", "flops_per_nd")
 BELONGS = {
-    **dict.fromkeys(("law", "loss", "on", "delta", "weights", "fix", "tie", "bounds"), LAWS),
+    **dict.fromkeys(("law", "loss", "on", "delta", "fix", "tie", "bounds"), LAWS),
     **dict.fromkeys(("compare", "multiplier"), LAWS),
+    "weights": ("2", *LAWS),
     "method": ("2",),
     "window": ("2",),
 }
@@ -89,63 +103,77 @@ def main() -> None:
     questions = [_numbers(text, "predict") for text in f.predict]
     if f.bootstrap < 0 or 0 < f.bootstrap < 100:
         raise UserError(f"--bootstrap={f.bootstrap}: intervals take 100 refits or more; 0 is without")
+    if f.inference_tokens and not any("loss" in question for question in questions):
+        raise UserError("--inference_tokens needs the loss to reach: --predict=loss=2.1")
     options = _options()
     points = read_points(f.points)
     if f.compare:
-        rows = compare.compare(
-            points, f.compare, **{k: v for k, v in options.items() if k not in ("law", "fixed")}
-        )
-        print(compare.compared_table(rows))
-        _write_json(f.out, {"schema": 1, "compared": [row._asdict() for row in rows]})
+        rows = compare.compare(points, f.compare, **{k: v for k, v in options.items() if k != "law"})
+        found = [(row.law, row.fit, answer(row.fit, question)) for row in rows for question in questions]
+        text = compare.compared_table(rows)
+        answers = [Answer(f"{a.asked} by {law}", a.numbers) for law, _, a in found]
+        content = {"schema": 1, "compared": [row.to_json() for row in rows]}
+        _show(text, answers, content, lambda figures: {"compared": figures.comparison(rows)})
         return
     if f.multiplier:
         result, text = compare.multiplier(points, options.pop("law"), f.multiplier, **options)
-        print(f"{result.table()}\n{text}")
+    else:
+        result, text = fit(points, **({"approach": f.approach} | options)), ""
+    answers = [each for question in questions for each in _answers(result, question)]
+    hangs_on = sensitivity.facts(result) if not isinstance(result, EnvelopeFit) else {}
+    content = result.to_json() | hangs_on
+    if f.multiplier:
         number = result.parameters["multiplier"]._asdict()
-        _write_json(f.out, result.to_json() | {"multiplier": number | {"column": f.multiplier, "text": text}})
-        return
-    result = fit(points, **({"approach": f.approach} | options))
-    answers = [answer(result, question) for question in questions]
-    hangs_on = sensitivity.facts(result) if isinstance(result, Fit) else {}
-    print(result.table())
-    if hangs_on:
-        print(f"\n{sensitivity.table(hangs_on)}")
+        content |= {"multiplier": number | {"column": f.multiplier, "text": text}}
+    told = [result.table(), text, sensitivity.table(hangs_on) if hangs_on else ""]
+    _show("\n\n".join(filter(None, told)), answers, content, lambda figures: drawings(figures, result))
+    if f.out and not isinstance(result, Fit):  # a table for --law=power, n-opt or d-opt
+        write_atomically(pathlib.Path(f.out) / "optima.csv", result.frontier.to_csv(index=False))
+        print(f"written: {pathlib.Path(f.out) / 'optima.csv'}")
+
+
+def drawings(figures: ModuleType, result: AnyFit) -> dict[str, Any]:
+    """Every figure of a fit, by the name of its file."""
+    if isinstance(result, IsoflopFit):
+        curves = figures.isoflop_curves(result.curves, result.conventions, result.open_ends)
+        optima, residuals = figures.optima(result, None), figures.minima_residuals(result)
+        return {"isoflop": curves, "optima": optima, "residuals": residuals}
+    if isinstance(result, EnvelopeFit):
+        return {"envelope": figures.envelope(result)}
+    drawn = {"residuals": figures.residuals(result)}
+    if "recipes" in result.conventions:
+        drawn |= {"multiplier": figures.multiplier(result)}
+    elif len(result.law.inputs) == 1:
+        drawn |= {"curve": figures.curve(result)}
+    elif set(result.law.inputs) == {"N", "D"}:
+        drawn |= {"frontier": figures.frontier(result), "optima": figures.optima(None, result)}
+    return drawn
+
+
+def _show(
+    text: str,
+    answers: Sequence[Answer],
+    content: Mapping[str, Any],
+    draw: Callable[[ModuleType], Mapping[str, Any]],
+) -> None:
+    """Prints what was found, and with --out writes fit.json and the figures as PNGs."""
+    print(text)
     for asked, numbers in answers:
         print(f"\nat {asked}")
         print("\n".join(row(name, number) for name, number in numbers.items()))
-    if f.out:
-        print(f"\nwritten: {', '.join(map(str, write(pathlib.Path(f.out), result, answers, hangs_on)))}")
-
-
-def write(
-    folder: pathlib.Path,
-    result: AnyFit,
-    answers: list[tuple[str, dict[str, Estimate]]],
-    hangs_on: Mapping[str, Any],
-) -> list[pathlib.Path]:
-    """fit.json and the figures as PNGs in `folder`; returns their paths."""
+    if not flags.FLAGS.out:
+        return
     from llm_jax.scaling import figures, style  # matplotlib, only where files are asked for
 
-    if isinstance(result, IsoflopFit):
-        method, counting = result.conventions["method"], result.conventions["N"]
-        drawn = {"isoflop": figures.isoflop_curves(result.curves, counting, method)}
-    elif isinstance(result, EnvelopeFit):
-        drawn = {"envelope": figures.envelope(result)}
-    else:
-        drawn = {"residuals": figures.residuals(result)}
-        if len(result.law.inputs) == 1:
-            drawn |= {"curve": figures.curve(result)}
-        if set(result.law.inputs) == {"N", "D"}:
-            drawn |= {"frontier": figures.frontier(result), "optima": figures.optima(None, result)}
     predictions = [{"at": asked} | {k: e._asdict() for k, e in found.items()} for asked, found in answers]
-    paths = [_write_json(str(folder), result.to_json() | dict(hangs_on) | {"predictions": predictions})]
-    if not isinstance(result, Fit):
-        paths.append(folder / "optima.csv")  # a table for --law=power, n-opt or d-opt
-        write_atomically(paths[-1], result.frontier.to_csv(index=False))
-    for name, figure in drawn.items():
+    folder = pathlib.Path(flags.FLAGS.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / "fit.json"]
+    write_atomically(paths[0], written(plain(dict(content) | {"predictions": predictions})) + "\n")
+    for name, figure in draw(figures).items():
         paths.append(folder / f"{name}.png")
         paths[-1].write_bytes(style.png(figure))
-    return paths
+    print(f"\nwritten: {', '.join(map(str, paths))}")
 
 
 def check_folder(folder: pathlib.Path) -> None:
@@ -162,9 +190,9 @@ def check_folder(folder: pathlib.Path) -> None:
                 place.rmdir()
 
 
-def answer(result: AnyFit, question: Mapping[str, float]) -> tuple[str, dict[str, Estimate]]:
-    """The optimum at a budget C, or the law's value at its inputs and what one more run would measure
-    there.
+def answer(result: AnyFit, question: Mapping[str, float]) -> Answer:
+    """The optimum at a budget C; the cheapest run to a loss; or the law's value at its inputs and what one
+    more run would measure there.
     """
     asked = ", ".join(f"{name}={value:g}" for name, value in question.items())
     if not isinstance(result, Fit):
@@ -172,12 +200,30 @@ def answer(result: AnyFit, question: Mapping[str, float]) -> tuple[str, dict[str
             raise UserError(
                 f"Approach {result.approach} has no law of the loss: ask for an optimum, --predict=C=1e21"
             )
-        return asked, {name: e for name, e in result.optimum(question["C"])._asdict().items() if e}
-    if "C" not in question or {"N", "D"} & set(question) or result.law.inputs == ("C",):
+        found = result.optimum(question["C"])
+    elif "loss" in question and result.law.output == "loss":
+        tokens, given = flags.FLAGS.inference_tokens, {k: v for k, v in question.items() if k != "loss"}
+        asked += f", then {tokens:g} tokens of inference" if tokens else ""
+        found = serving.cheapest(result, question["loss"], tokens, **given)
+    elif "C" in question and not {"N", "D"} & set(question) and not set(result.law.inputs) <= set(question):
+        found = result.optimum(question["C"], **{k: v for k, v in question.items() if k != "C"})
+    else:
         output = result.law.output
-        return asked, {output: result.predict(**question), f"{output}, one run": result.one_run(**question)}
-    given = {name: value for name, value in question.items() if name != "C"}
-    return asked, dict(result.optimum(question["C"], **given)._asdict())
+        at = {output: result.predict(**question), f"{output}, one run": result.one_run(**question)}
+        return Answer(asked, at)
+    return Answer(asked, {name: number for name, number in found._asdict().items() if number})
+
+
+def _answers(result: AnyFit, question: Mapping[str, float]) -> list[Answer]:
+    """The answer, or one for each recipe of a compute multiplier."""
+    ((column, recipes),) = result.conventions.get("recipes", {"": []}).items()
+    if not recipes:
+        return [answer(result, question)]
+    asked = ", ".join(f"{name}={value:g}" for name, value in question.items())
+    found = [answer(result, {**question, compare.COLUMN: value}).numbers for value in (1.0, math.e)]
+    return [
+        Answer(f"{asked}, {column}={name}", numbers) for name, numbers in zip(recipes, found, strict=True)
+    ]
 
 
 def _options() -> dict[str, Any]:
@@ -190,8 +236,11 @@ def _options() -> dict[str, Any]:
     if f.approach == "vp" and (f["loss"].present or f["on"].present or f["delta"].present):
         raise UserError("--approach=vp is least squares of L itself; --loss and --on belong to --approach=3")
     options = {name: f[name].value for name in COMMON} | {"columns": _pairs(f.columns, "columns")}
+    if f.compare and (f.multiplier or f["law"].present):
+        other = "multiplier" if f.multiplier else "law"
+        raise UserError(f"--compare fits the laws that it names; --{other} belongs to another question")
     if f.approach == "2":
-        return options | {"method": f.method, "window": f.window}
+        return options | {"method": f.method, "window": f.window, "weights": f.weights}
     if f.approach == "1":
         return options
     return options | {
@@ -204,15 +253,6 @@ def _options() -> dict[str, Any]:
         "tied": None if f.tie is None else _pairs(f.tie, "tie"),
         "bounds": _ranges(f.bounds),
     }
-
-
-def _write_json(folder: str | None, content: Mapping[str, Any]) -> pathlib.Path | None:
-    if not folder:
-        return None
-    pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
-    path = pathlib.Path(folder) / "fit.json"
-    write_atomically(path, json.dumps(plain(dict(content)), indent=1) + "\n")
-    return path
 
 
 def _pairs(text: str, flag: str) -> dict[str, str]:

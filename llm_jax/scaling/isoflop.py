@@ -8,28 +8,47 @@ never extrapolated.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from llm_jax.config import UserError, nearest
-from llm_jax.scaling.curves import METHODS, Curve, curve_of, localised, redraw, scaled_residuals, shifted
+from llm_jax.scaling.curves import (
+    METHODS,
+    WEIGHT,
+    Curve,
+    curve_of,
+    localised,
+    redraw,
+    scaled_residuals,
+    shifted,
+)
 from llm_jax.scaling.grids import SAME_BUDGET
 from llm_jax.scaling.powers import FORMULAS, PowerLaws, lines_through
 from llm_jax.scaling.results import Estimate, estimate, heading, plain, remarks, row
-from llm_jax.scaling.skew import skew
+from llm_jax.scaling.skew import shapes
 from llm_jax.scaling.tables import check_points, listed
 
 _ODD = 0.1
+
+
+class Beyond(NamedTuple):
+    """Shares of refits whose lowest point is the smallest size (or lies below what a parabola passes), and
+    the largest.
+    """
+
+    below: float
+    above: float
 
 
 @dataclasses.dataclass(frozen=True)
 class IsoflopFit(PowerLaws):
     """Minima of isoFLOP curves and the power laws through them.
 
-    minima [S, n, 3]: ln N, ln D and ln loss of every budget in every draw (NaN where a draw has no minimum).
-    corrections [n, 3]: what was added to each curve's minimum for the skew of the law.
+    minima [S, n, 3]: ln N, ln D and ln loss of every budget in every draw (NaN for refused budgets, infinite
+    N and D where a draw has no minimum: `curves.redraw`). corrections [n, 3]: what was added to each curve's
+    minimum for the skew of the law.
     """
 
     curves: tuple[Curve, ...]
@@ -62,8 +81,10 @@ class IsoflopFit(PowerLaws):
                         "coefficients": curve.coefficients,
                         "refused": curve.refused or None,
                         **{name: e._asdict() for name, e in numbers.items()},
+                        "refits_beyond": beyond._asdict(),
+                        "fitted": self._fitted(curve),
                     }
-                    for curve, numbers in zip(self.curves, self._minima(), strict=True)
+                    for curve, numbers, beyond in zip(self.curves, self.optima, self.beyond, strict=True)
                 ],
             }
         )
@@ -75,23 +96,54 @@ class IsoflopFit(PowerLaws):
         lines.append(
             f"  {'C':>9} {'runs':>5} {'N_opt':>11} {'low':>11} {'high':>11} {'D_opt':>11} {'loss':>9}"
         )
-        for curve, numbers in zip(self.curves, self._minima(), strict=True):
+        for curve, numbers in zip(self.curves, self.optima, strict=True):
             start = f"  {curve.C:9.3g} {len(curve.sizes):5d}"
             found = "".join(f" {part:11.4g}" for part in (*numbers["N"][:3], curve.D)) + f" {curve.loss:9.5f}"
             lines.append(start + (f"  refused: {curve.refused}" if curve.refused else found))
+        lines += [self.open_ends] * bool(self.open_ends)
         lines.append(f"{FORMULAS}; {len(self.draws)} bootstrap refits")
         lines.append(heading(self.level))
         lines += [row(name, number) for name, number in self.parameters.items()]
         return "\n".join(lines + remarks(self.points, self.warnings))
 
-    def _minima(self) -> list[dict[str, Estimate]]:
-        """N, D and loss at each budget's minimum, with the intervals of the draws that have one."""
+    @property
+    def optima(self) -> list[dict[str, Estimate]]:
+        """N, D and loss at each budget's minimum, with intervals; one that reaches draws without a minimum is
+        open there, 0 or infinite.
+        """
         out = []
         for curve, drawn in zip(self.curves, np.exp(self.minima.swapaxes(0, 1)), strict=True):
-            found = drawn[np.isfinite(drawn[:, 0])]
+            drawn = drawn[: 0 if curve.refused else None]
             values = (("N", curve.N), ("D", curve.D), ("loss", curve.loss))
-            out.append({n: estimate(v, found[:, i], self.level) for i, (n, v) in enumerate(values)})
+            out.append({n: estimate(v, drawn[:, i], self.level) for i, (n, v) in enumerate(values)})
         return out
+
+    @property
+    def beyond(self) -> list[Beyond]:
+        """For each budget, the shares of refits without a minimum within the sizes."""
+        log_n = self.minima[:, :, 0]
+        shares = zip((log_n == -np.inf).mean(0), (log_n == np.inf).mean(0), strict=True)
+        return [Beyond(*map(float, pair)) for pair in (shares if len(log_n) else [(0, 0)] * len(self.curves))]
+
+    @property
+    def open_ends(self) -> str:
+        """In how many refits a budget had no minimum, in a sentence; "" if in none."""
+        shares = [below + above for below, above in self.beyond]
+        if not any(shares):
+            return ""
+        worst = int(np.argmax(shares))
+        lost = np.isinf(self.minima[:, :, 0]).any(1).mean()
+        most = f"at {self.curves[worst].C:.3g} FLOPs in {shares[worst]:.1%}"
+        return f"In {lost:.1%} of the refits a budget has no minimum ({most}); intervals so far are open."
+
+    def _fitted(self, curve: Curve) -> list[dict[str, Any]]:
+        """Every run of a curve, and what the curve makes of those it passes; residual: ln measured - ln
+        fitted.
+        """
+        names = ("run", "N", "D", "loss", "fitted", "residual")
+        fitted = np.where(curve.used, curve.predict(curve.sizes), np.nan)
+        columns = curve.sizes, curve.tokens, curve.losses, fitted, np.log(curve.losses / fitted)
+        return [dict(zip(names, row, strict=True)) for row in zip(curve.names, *columns, strict=True)]
 
 
 def fit_isoflop(
@@ -99,6 +151,7 @@ def fit_isoflop(
     *,
     method: str = "local",
     window: int = 5,
+    weights: str | None = None,
     bootstrap: int = 1000,
     level: float = 0.9,
     seed: int = 0,
@@ -114,7 +167,8 @@ def fit_isoflop(
     method: one of METHODS. The default passes a parabola through the sizes around the lowest and adds to its
     vertex what a parabola through the same sizes misses of the law fitted to all runs: an isoFLOP curve is
     skewed wherever alpha and beta differ. window: sizes the parabola passes, half of them on each side of
-    the lowest. Intervals: the minima are found again `bootstrap` times with the residuals of all parabolas,
+    the lowest. weights: a column or an expression of columns that each run counts by in its parabola; budgets
+    count alike. Intervals: the minima are found again `bootstrap` times with the residuals of all parabolas,
     scaled for the coefficients spent and for how few they are, drawn at random and added. Raises UserError
     where fewer than two budgets have a minimum, with reasons.
     """
@@ -122,8 +176,8 @@ def fit_isoflop(
         raise UserError(f"no method {method!r}; {nearest(method, METHODS)}")
     if window < 3:
         raise UserError(f"--window={window}: a parabola needs 3 sizes")
-    checked = check_points(points, ("N", "D", "C", "loss"), columns, where, flops_per_nd=flops_per_nd)
-    frame, notes = checked.frame, list(checked.notes)
+    checked = check_points(points, ("N", "D", "C", "loss"), columns, where, weights, flops_per_nd)
+    frame, notes = checked.frame.assign(**{WEIGHT: checked.weights}), list(checked.notes)
     groups = [group for _, group in frame.groupby(budgets_of(frame), sort=True)]
     lone = [group for group in groups if group["N"].nunique() < 3]
     if lone:
@@ -132,10 +186,9 @@ def fit_isoflop(
         )
     groups = [group for group in groups if group["N"].nunique() >= 3]
     curves = [curve_of(group, method, window) for group in groups]
-    corrections = np.zeros((len(curves), 3))
-    if method == "local":
-        corrections = skew(groups, curves, window)
-        curves = [shifted(curve, by) for curve, by in zip(curves, corrections, strict=True)]
+    shaped = shapes(groups, curves, method, window)
+    corrections = np.reshape([shape.correction * (method == "local") for shape in shaped], (-1, 3))
+    curves = [shifted(curve, by) for curve, by in zip(curves, corrections, strict=True)]
     accepted = [curve for curve in curves if not curve.refused]
     if len(accepted) < 2:
         reasons = "; ".join(f"C={curve.C:.3g}: {curve.refused}" for curve in curves if curve.refused)
@@ -162,15 +215,13 @@ def fit_isoflop(
     minima = np.full((bootstrap, len(curves), 3), np.nan)
     for index, curve in enumerate(curves):
         if bootstrap and not curve.refused:
-            scatter = size * generator.choice(noise, (bootstrap, len(curve.sizes)))
-            minima[:, index] = redraw(curve, scatter) + corrections[index]
+            scatter = size * generator.choice(noise, (bootstrap, len(curve.sizes))) / np.sqrt(curve.weights)
+            minima[:, index] = redraw(curve, shaped[index].smooth + scatter) + corrections[index]
     kept = minima[:, [not curve.refused for curve in curves]]
-    draws = np.stack([lines_through(x, kept[:, :, i]) for i in range(3)], axis=1)
-    lost = np.isnan(kept[:, :, 0]).any(1).mean() if bootstrap else 0.0
-    if lost > 0.05:
-        warnings.append(
-            f"in {lost:.0%} of the refits a budget has no minimum; sizes are too few or too close"
-        )
+    has = np.isfinite(kept[:, :, 0])
+    draws = np.stack([lines_through(x, np.where(has, kept[:, :, i], np.nan)) for i in range(3)], axis=1)
+    if bootstrap and has.all(1).mean() < 0.95:
+        warnings.append("sizes are too few or too close: in many refits a budget has no minimum")
     if method == "full" and _misfit(accepted, window) > 3:
         warnings.append("these isoFLOP curves are no parabolas over their full range; use the local one")
     if off := off_budget(frame):
@@ -182,8 +233,9 @@ def fit_isoflop(
         "flops_per_nd": flops_per_nd,
         "method": method,
         "window": window if method in ("local", "parabola") else None,
-        "on": "ln of the loss over ln N",
-        "weights": "each budget 1",
+        "on": "of ln loss over ln N",
+        "weights": weights,
+        "reduction": f"least squares, each run of weight {weights or 1}, each budget of 1",
         "resampled": "residuals of the parabolas",
         "columns": dict(columns or {}),
         "where": where,

@@ -9,7 +9,7 @@ coefficient (`Parameter.log`), an exponent itself. `values` are the natural para
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 import numpy as np
@@ -87,24 +87,22 @@ class Law:
         given: what else the law depends on, as numbers. Raises UserError for a law of other things than N
         and D.
         """
+        loss, total = self.of_size_and_data(theta, given), np.log(C / flops_per_nd)
+        log_n = lowest(lambda log_n: loss(log_n, total - log_n), np.full(len(theta), total))
+        return np.exp(log_n), np.exp(total - log_n)
+
+    def of_size_and_data(
+        self, theta: np.ndarray, given: Mapping[str, float] | None = None
+    ) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+        """ln of the loss [S] as a function of ln N and ln D [S]; UserError where it depends on other things
+        than they and what is `given`.
+        """
         others = {name: np.full((1, 1), np.log(value)) for name, value in (given or {}).items()}
         missing = set(self.inputs) - {"N", "D"} - set(others)
         if not {"N", "D"} <= set(self.inputs) or missing:
             needs = f"; give {', '.join(sorted(missing))} too" if {"N", "D"} <= set(self.inputs) else ""
-            raise UserError(f"{self.formula} has no N and D to choose at a budget alone{needs}")
-        total = np.log(C / flops_per_nd)
-        ratio = (np.sqrt(5) - 1) / 2
-        low, high = np.zeros(theta.shape[0]), np.full(theta.shape[0], total)
-
-        def loss(log_n: np.ndarray) -> np.ndarray:
-            return self.log_loss(theta, others | {"N": log_n[:, None], "D": total - log_n[:, None]})[:, 0]
-
-        for _ in range(100):
-            left, right = high - ratio * (high - low), low + ratio * (high - low)
-            smaller = loss(left) < loss(right)
-            low, high = np.where(smaller, low, left), np.where(smaller, right, high)
-        log_n = (low + high) / 2
-        return np.exp(log_n), np.exp(total - log_n)
+            raise UserError(f"{self.formula} has no N and D to choose{needs}")
+        return lambda N, D: self.log_loss(theta, others | {"N": N[:, None], "D": D[:, None]})[:, 0]
 
 
 class SumOfPowers(Law):
@@ -143,6 +141,16 @@ class SumOfPowers(Law):
                 term = term - sign * column[exponent] * x[variable]
             out.append(term)
         return out
+
+
+def lowest(value: Callable[[np.ndarray], np.ndarray], high: np.ndarray) -> np.ndarray:
+    """Where `value` [S] of something in 0 to `high` [S] is lowest, by golden section."""
+    low, ratio = np.zeros_like(high), (np.sqrt(5) - 1) / 2
+    for _ in range(80):
+        left, right = high - ratio * (high - low), low + ratio * (high - low)
+        smaller = value(left) < value(right)
+        low, high = np.where(smaller, low, left), np.where(smaller, right, high)
+    return (low + high) / 2
 
 
 def _signed(exponent: str) -> tuple[int, str]:

@@ -13,7 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llm_jax.scaling.style import LOOK, MARKERS, blank, finished, log_axis, loss_axis, power, short, styled
+from llm_jax.scaling.style import (
+    LOOK,
+    MARKERS,
+    blank,
+    finished,
+    log_axis,
+    loss_axis,
+    power,
+    short,
+    styled,
+    with_bars,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -73,14 +84,12 @@ def draw(title: str, panels: Sequence[Panel], note: str = "") -> "Figure":
 
 def _series(axes: Any, series: Series, colour: Any, marker: str) -> None:
     x, y = np.asarray(series.x, float), np.asarray(series.y, float)
-    ends = None
-    if series.low is not None:
-        low, high = np.asarray(series.low, float), np.asarray(series.high, float)
-        ends = np.nan_to_num(np.maximum([y - low, high - y], 0))
+    low, high = (y if end is None else np.asarray(end, float) for end in (series.low, series.high))
     if series.mark != "o":
         axes.plot(x, y, series.mark, color=colour, linewidth=1.4, label=series.label)
-        if ends is not None:
+        if series.low is not None:
+            ends = np.nan_to_num(np.maximum([y - low, high - y], 0))
             axes.fill_between(x, y - ends[0], y + ends[1], color=colour, alpha=0.18, linewidth=0)
         return
     shape = dict(color=colour, markersize=5.5, mec=LOOK.paper, mew=0.5, capsize=3, zorder=3)
-    axes.errorbar(x, y, ends, fmt=marker, linestyle="none", label=series.label, **shape)
+    with_bars(axes, x, y, low, high, marker, label=series.label, **shape)

@@ -16,7 +16,7 @@ import pandas as pd
 
 from llm_jax import records
 from llm_jax.scaling import figures, page, style
-from llm_jax.scaling.curves import METHODS, Curve, curve_of
+from llm_jax.scaling.curves import METHODS, UNFITTED, Curve, curve_of
 from llm_jax.scaling.forecast import Outcome, fitted_flops, miss
 from llm_jax.scaling.isoflop import IsoflopFit
 from llm_jax.scaling.page import Answer, Drawing, Fitted, Page, Table, Tile
@@ -201,12 +201,12 @@ def drawings(report: Report) -> Iterator[Drawing]:
     """Every figure."""
     law, isoflop, outcomes = report.law, report.isoflop, report.outcomes
     reach = max((made.C for made, _ in outcomes), default=0.0)
-    curves, method = isoflop_curves(report)
+    curves, terms = isoflop_curves(report)
     if curves:
         yield Drawing(
             "isoflop",
             "Every budget's runs by size; the curve's minimum is the best size there.",
-            figures.isoflop_curves(curves, law.conventions["N"], method),
+            figures.isoflop_curves(curves, terms, isoflop.open_ends if isoflop else ""),
         )
     yield Drawing(
         "frontier",
@@ -226,13 +226,14 @@ def drawings(report: Report) -> Iterator[Drawing]:
     )
 
 
-def isoflop_curves(report: Report) -> tuple[Sequence[Curve], str]:
-    """The curves of Approach 2 and their method; where it was refused, the curves that it refused."""
+def isoflop_curves(report: Report) -> tuple[Sequence[Curve], Mapping[str, Any]]:
+    """The curves of Approach 2 and their conventions; where it was refused, the curves that it refused."""
     if report.isoflop:
-        return report.isoflop.curves, report.isoflop.conventions["method"]
+        return report.isoflop.curves, report.isoflop.conventions
     points = report.law.points.frame.assign(C=fitted_flops(report.law))
     budgets = points.groupby("budget_flops") if "budget_flops" in points else ()
-    return [curve_of(group, "parabola", 5) for _, group in budgets if group["N"].nunique() >= 3], "parabola"
+    terms = {**UNFITTED, **{name: report.law.conventions[name] for name in ("N", "flops_per_nd", "where")}}
+    return [curve_of(group, "parabola", 5) for _, group in budgets if group["N"].nunique() >= 3], terms
 
 
 def tiles(report: Report) -> Iterator[Tile]:
@@ -273,14 +274,10 @@ def tables(report: Report) -> Iterator[tuple[str, Table]]:
     if report.isoflop:
         header = ["C", "runs", "N_opt", "low", "high", "D_opt", "loss", ""]
         rows = []
-        for curve in report.isoflop.to_json()["curves"]:
-            found = (
-                [style.short(curve["N"][part]) for part in ("value", "low", "high")]
-                + [style.short(curve["D"]["value"]), _digits(curve["loss"]["value"])]
-                if not curve["refused"]
-                else [""] * 5
-            )
-            rows.append([style.flops(curve["C"]), str(curve["runs"]), *found, curve["refused"] or ""])
+        for curve, best in zip(report.isoflop.curves, report.isoflop.optima, strict=True):
+            sizes = [style.short(part) for part in (*best["N"][:3], curve.D)]
+            cells = [style.flops(curve.C), str(len(curve.sizes)), *sizes, _digits(curve.loss), curve.refused]
+            rows.append(cells)
         yield "Minima of the isoFLOP curves", Table(header, rows, (0, 7))
     if report.rates:
         multiples = sorted({m for check in report.rates for m in check.losses})

@@ -1,7 +1,9 @@
 """What a fit returns: numbers with intervals, and everything needed to judge and repeat it."""
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,7 +12,7 @@ from llm_jax.config import UserError
 from llm_jax.scaling.law import Inputs, Law
 from llm_jax.scaling.resampling import one_run
 from llm_jax.scaling.solver import Data, Problem
-from llm_jax.scaling.tables import Points
+from llm_jax.scaling.tables import Points, name_of
 
 
 class Estimate(NamedTuple):
@@ -185,12 +187,24 @@ class Fit:
                 "stretch": self.stretch,
                 "points": len(self.points.frame),
                 "residual_rms": float(np.sqrt(np.mean(self.residuals**2))),
+                "runs": self.runs(),
                 "excluded": [run._asdict() for run in self.points.excluded],
                 "notes": list(self.points.notes),
                 "conventions": dict(self.conventions),
                 "warnings": list(self.warnings),
             }
         )
+
+    def runs(self) -> list[dict[str, Any]]:
+        """Every fitted run: name (or line), inputs, measured and fitted value, ln measured - ln fitted."""
+        frame, output = self.points.frame, self.law.output
+        columns = [frame[name].astype(float) for name in (*self.law.inputs, output)]
+        rows = zip(map(partial(name_of, frame), frame.index), *columns, self.residuals, strict=True)
+        return [
+            {"run": run, **dict(zip(self.law.inputs, x, strict=True))}
+            | {output: value, "fitted": value / np.exp(residual), "residual": residual}
+            for run, *x, value, residual in rows
+        ]
 
     def table(self) -> str:
         """The fit as text: formula, parameters with intervals, how it was found, what to be wary of."""
@@ -227,12 +241,17 @@ class Fit:
 
 
 def estimate(value: Any, draws: np.ndarray, level: float) -> Estimate:
-    """`value` with the central `level` interval and spread of `draws` [S, ...] (NaN for S < 2)."""
+    """`value` with the central `level` interval and spread of `draws` [S, ...] (NaN for S < 2).
+
+    Infinite draws count on their side: an interval that reaches them is open there, and there is no spread.
+    """
     if len(draws) < 2:
         nan = np.full(np.shape(value), np.nan)[()]
         return Estimate(value, nan, nan, nan)
-    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2], axis=0)
-    return Estimate(value, low, high, np.std(draws, axis=0, ddof=1))
+    method = "linear" if np.isfinite(draws).all() else "nearest"  # nothing lies halfway to infinity
+    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2], axis=0, method=method)
+    with np.errstate(invalid="ignore"):
+        return Estimate(value, low, high, np.std(draws, axis=0, ddof=1))
 
 
 def heading(level: float) -> str:
@@ -251,6 +270,19 @@ def remarks(points: Points, warnings: Sequence[str]) -> list[str]:
     lines = [f"note: {note}" for note in points.notes]
     lines += [f"left out: {run.run} ({run.reason})" for run in points.excluded]
     return lines + [f"WARNING: {warning}" for warning in warnings]
+
+
+def written(value: Any, indent: str = "") -> str:
+    """Plain values as JSON for readers: what fits in a line stands in one."""
+    line = json.dumps(value)
+    if len(line) <= 150 or not isinstance(value, (dict, list)):
+        return line
+    inner, marks = indent + " ", "{}" if isinstance(value, dict) else "[]"
+    if isinstance(value, dict):
+        parts = [f"{json.dumps(key)}: {written(item, inner)}" for key, item in value.items()]
+    else:
+        parts = [written(item, inner) for item in value]
+    return marks[0] + "".join(f"\n{inner}{part}," for part in parts)[:-1] + f"\n{indent}{marks[1]}"
 
 
 def plain(value: Any) -> Any:

@@ -1,13 +1,17 @@
 """What a fit hangs on: refits with one choice changed, and without one budget."""
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 
+from llm_jax.config import UserError
+from llm_jax.scaling.curves import METHODS
 from llm_jax.scaling.fits import refit
-from llm_jax.scaling.isoflop import budgets_of
+from llm_jax.scaling.isoflop import IsoflopFit, budgets_of, fit_isoflop
 from llm_jax.scaling.objectives import objective
 from llm_jax.scaling.results import Fit
 from llm_jax.scaling.solver import Data, Problem
@@ -79,11 +83,9 @@ def variants(fit: Fit) -> Iterator[Variant]:
                     fit, f"loss {name}", dataclasses.replace(fit.problem, objective=objective(name)), fit.data
                 )
     frame = fit.points.frame
-    for column in (name for name in frame if str(name).startswith("N_") and "N" in fit.law.inputs):
-        counted = frame[column].to_numpy()
-        if counted.dtype.kind in "if" and (counted > 0).all() and (counted != frame["N"]).any():
-            x = dict(fit.problem.x) | {"N": np.log(counted.astype(float))}
-            yield _variant(fit, f"N counted as {column}", dataclasses.replace(fit.problem, x=x), fit.data)
+    for column in counted_otherwise(frame) if "N" in fit.law.inputs else ():
+        x = dict(fit.problem.x) | {"N": np.log(frame[column].to_numpy(float))}
+        yield _variant(fit, f"N counted as {column}", dataclasses.replace(fit.problem, x=x), fit.data)
     compute, labels = groups(fit)
     for label in np.unique(labels):
         kept = labels != label
@@ -99,8 +101,66 @@ def variants(fit: Fit) -> Iterator[Variant]:
         )
 
 
-def facts(fit: Fit) -> dict[str, Any]:
+class HeldOutMinimum(NamedTuple):
+    """A budget's minimum by Approach 2 beside the power laws through the others: ln found - ln predicted."""
+
+    C: float
+    N: float
+    D: float
+    loss: float
+
+
+def of_minima(fit: IsoflopFit) -> dict[str, Any]:
+    """The same for Approach 2: other curves, windows and counts of N, and without one budget each."""
+    terms, frame = fit.conventions, fit.points.frame
+    asked = {name: terms[name] for name in ("method", "window", "weights", "flops_per_nd") if terms[name]}
+
+    def again(change: str, frame: pd.DataFrame, **options: Any) -> Iterator[tuple[Variant, IsoflopFit]]:
+        with contextlib.suppress(UserError):  # fewer than two minima are left
+            found = fit_isoflop(frame, bootstrap=0, **asked | options)
+            yield Variant(change, len(frame), {name: e.value for name, e in found.parameters.items()}), found
+
+    rows = [next(again("as fitted", frame))[0]]
+    for method in METHODS:
+        if method != terms["method"]:
+            rows += [row for row, _ in again(f"method {method}", frame, method=method)]
+    for window in (3, 5, 7) if terms["window"] else ():
+        if window // 2 != terms["window"] // 2:
+            rows += [row for row, _ in again(f"window {window}", frame, window=window)]
+    for column in counted_otherwise(frame):
+        rows += [
+            row for row, _ in again(f"N counted as {column}", frame.assign(N=frame[column].astype(float)))
+        ]
+    column = "budget_flops" if "budget_flops" in frame else "C"
+    tests, labels, compute = [], budgets_of(frame), frame[column].to_numpy(float)
+    for curve in fit.accepted:
+        rest = labels != labels[np.argmin(np.abs(np.log(compute / curve.C)))]
+        for row, others in again(f"without C={curve.C:.3g}", frame[rest]):
+            rows.append(row)
+            law = others.optimum(curve.C)
+            missed = (np.log(getattr(curve, name) / getattr(law, name).value) for name in ("N", "D", "loss"))
+            tests.append(HeldOutMinimum(curve.C, *map(float, missed)))
+    return {
+        "leave_largest_out": tests[-1]._asdict() if tests else None,
+        "leave_one_out": [test._asdict() for test in tests],
+        "sensitivity": [row._asdict() for row in rows],
+    }
+
+
+def counted_otherwise(frame: pd.DataFrame) -> list[str]:
+    """The columns N_... that count N in another way."""
+    numbers = frame.select_dtypes("number")
+    return [
+        name
+        for name in numbers
+        if str(name).startswith("N_") and (numbers[name] > 0).all() and (numbers[name] != frame["N"]).any()
+    ]
+
+
+def facts(fit: Fit | IsoflopFit) -> dict[str, Any]:
     """Both as JSON values, for fit.json."""
+    if isinstance(fit, IsoflopFit):
+        return of_minima(fit)
     tests = held_out(fit)
     return {
         "leave_largest_out": tests[-1]._asdict() if tests else None,
@@ -118,7 +178,11 @@ def table(content: dict[str, Any]) -> str:
         lines.append(
             f"  {row['change']:30} {row['runs']:5d} " + " ".join(f"{row['values'][n]:10.5g}" for n in names)
         )
-    if largest := content["leave_largest_out"]:
+    largest = content["leave_largest_out"]
+    if largest and "runs" not in largest:
+        missed = ", ".join(f"{name} {np.expm1(largest[name]):+.1%}" for name in ("N", "D", "loss"))
+        lines.append(f"minimum of the largest budget ({largest['C']:.3g}) beside the others' laws: {missed}")
+    elif largest:
         lines.append(
             f"largest budget ({largest['C']:.3g}, {largest['runs']} runs) predicted by the others: "
             f"{largest['rms']:.2%} rms, {largest['mean']:+.2%} on average"

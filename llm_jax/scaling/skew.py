@@ -1,4 +1,6 @@
-"""What a parabola misses of a skewed isoFLOP curve, from the law of N and D that all runs follow together."""
+"""What a budget's curve misses of its minimum, from the law of N and D that all runs follow together."""
+
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -13,15 +15,26 @@ from llm_jax.scaling.tables import Points
 _MOST = 0.25  # of ln N: a larger miss is no small correction, and is left alone
 
 
-def skew(groups: list[pd.DataFrame], curves: list[Curve], window: int) -> np.ndarray:
-    """What to add to ln N, ln D and ln loss [n, 3] of each curve's vertex.
-
-    A Chinchilla law is fitted to the runs that the parabolas pass, by variable projection. On its own curve
-    through the same sizes, where the minimum is known, the same parabola is drawn: what it misses there it
-    is taken to miss here. Zero where the law can't be fitted, the curve is refused, or the miss is no small
-    correction.
+class Shape(NamedTuple):
+    """Of a budget's curve: what to add to ln N, ln D and ln loss [3] of its minimum, and ln losses [n] of its
+    runs, in the order of N, by a smooth curve that has its minimum there.
     """
-    out = np.zeros((len(curves), 3))
+
+    correction: np.ndarray
+    smooth: np.ndarray
+
+
+def shapes(groups: list[pd.DataFrame], curves: list[Curve], method: str, window: int) -> list[Shape]:
+    """The shape of each curve.
+
+    A Chinchilla law is fitted to the runs that the curves pass, by variable projection. On its own losses of
+    the same sizes, where the minimum is known, the same kind of curve is drawn: what it misses there it is
+    taken to miss here. Moved to the minimum here, the law is the smooth curve: its curvature is that of all
+    budgets together, and runs that a parabola leaves out lie on it too. Where the law can't be fitted, the
+    curve is refused, or the miss is no small correction, nothing is added, and the smooth curve is the
+    budget's own.
+    """
+    out = [Shape(np.zeros(3), _own(curve)) for curve in curves]
     pairs = [(group, curve) for group, curve in zip(groups, curves, strict=True) if not curve.refused]
     if not pairs:
         return out
@@ -29,7 +42,8 @@ def skew(groups: list[pd.DataFrame], curves: list[Curve], window: int) -> np.nda
     frame = pd.concat([group.sort_values("N", kind="stable")[curve.used] for group, curve in pairs])
     try:
         law = laws.Chinchilla()
-        points = Points(frame, np.ones(len(frame)), np.arange(len(frame)))
+        weights = np.concatenate([curve.weights[curve.used] for _, curve in pairs])
+        points = Points(frame, weights, np.arange(len(frame)))
         problem, data, _, names = pose(law, points, objective("l2", "raw"), Choices({}, {}, {}))
         if check_enough(problem, names):
             return out
@@ -37,21 +51,30 @@ def skew(groups: list[pd.DataFrame], curves: list[Curve], window: int) -> np.nda
     except UserError:
         return out
     theta = problem.theta(ends.free[[ends.objective.argmin()]])
+
+    def along(log_n: np.ndarray, log_d: np.ndarray) -> np.ndarray:
+        return law.log_loss(theta, {"N": log_n, "D": log_d})[0]
+
     for index, (group, curve) in enumerate(zip(groups, curves, strict=True)):
         if curve.refused:
             continue
-        log_n, log_d = np.log(group["N"].to_numpy(float)), np.log(group["D"].to_numpy(float))
-        made = np.exp(law.log_loss(theta, {"N": log_n, "D": log_d})[0])
-        drawn = curve_of(group.assign(loss=made), "parabola", window)
+        group = group.sort_values("N", kind="stable")
+        log_n, log_d = np.log(curve.sizes), np.log(curve.tokens)
+        drawn = curve_of(group.assign(loss=np.exp(along(log_n, log_d))), method, window)
         if drawn.refused:
             continue
         # C = k N D with k nearly constant: ln D + ln N is a smooth function of ln N.
-        knots, first = np.unique(log_n, return_index=True)
+        (knots, place), sums = curve.knots, log_d + log_n
         grid = np.linspace(knots[0], knots[-1], 4001)
-        along = np.interp(grid, knots, (log_d + log_n)[first]) - grid
-        where, low = lowest_point(law.log_loss(theta, {"N": grid, "D": along})[0], grid)
-        at = float(np.interp(where, grid, along))
-        by = np.array([where, at, low]) - np.log([drawn.N, drawn.D, drawn.loss])
+        tokens = np.interp(grid, knots, sums[np.unique(place, return_index=True)[1]]) - grid
+        where, low = lowest_point(along(grid, tokens), grid)
+        by = np.array([where, np.interp(where, grid, tokens), low]) - np.log([drawn.N, drawn.D, drawn.loss])
         if abs(by[0]) <= _MOST and knots[0] < where < knots[-1]:
-            out[index] = by
+            moved = np.log(curve.N) + by[0] - where
+            smooth = along(log_n - moved, log_d + moved) + np.log(curve.loss) + by[2] - low
+            out[index] = Shape(by, smooth)
     return out
+
+
+def _own(curve: Curve) -> np.ndarray:
+    return np.log(curve.losses) if curve.coefficients is None else curve.parabola(np.log(curve.sizes))

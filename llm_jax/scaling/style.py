@@ -135,8 +135,21 @@ def band(
         axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0, zorder=1)
 
 
+def with_bars(axes: "Axes", x: Any, y: Any, low: Any, high: Any, marker: str, **shape: Any) -> None:
+    """Points with their intervals, none where NaN; one open to 0 or infinity ends in an arrow."""
+    x, y, low, high = (np.asarray(part, float) for part in (x, y, low, high))
+    below, above = (low == 0) & (y > 0), np.isposinf(high)
+    low, high = np.where(below, y / 2, low), np.where(above, 2 * y, high)
+    ends = np.nan_to_num(np.maximum([y - low, high - y], 0))
+    axes.errorbar(x, y, ends if ends.any() else None, fmt=marker, linestyle="none", **shape)
+    for opened, end, arrow in ((below, low, "v"), (above, high, "^")):
+        axes.plot(x[opened], end[opened], arrow, color=shape["color"], markersize=5)
+
+
 def short(value: float) -> str:
-    """A count of parameters or tokens in a few letters: 30.3k, 1.5M."""
+    """A count of parameters or tokens in a few letters: 30.3k, 1.5M; nothing for NaN."""
+    if not math.isfinite(value):
+        return "∞" if value > 0 else ""
     value = float(f"{value:.3g}")
     units = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (0.0, ""))
     size, unit = next(pair for pair in units if value >= pair[0])

@@ -1,8 +1,10 @@
 """Figures: they state their conventions, mark what was refused, and nothing overlaps or is cut off."""
 
+import dataclasses
 import io
 import itertools
 import re
+from typing import ClassVar
 
 import matplotlib
 import numpy as np
@@ -11,7 +13,7 @@ import pytest
 import synthetic_sweep as sweep
 from matplotlib.colors import to_hex, to_rgb
 
-from llm_jax.scaling import figures, forecast, style
+from llm_jax.scaling import compare, figures, forecast, style
 from llm_jax.scaling.fits import fit
 from llm_jax.scaling.isoflop import fit_isoflop
 
@@ -31,15 +33,35 @@ def story():
     return fit_isoflop(grid, bootstrap=50, counting=COUNTING), law, [outcome]
 
 
+@pytest.fixture(scope="module")
+def two():
+    """A comparison of two laws, and a compute multiplier between two recipes."""
+    grid = sweep.runs()[:18]
+
+    class Tied(sweep.FewStarts):
+        ties: ClassVar = {"beta": "alpha"}
+
+    rows = compare.compare(grid, [sweep.FewStarts(), Tied()], bootstrap=0, counting=COUNTING)
+    table = pd.concat([grid.assign(rule="slow"), sweep.runs(seed=1)[:18].assign(rule="fast")])
+    table = table.reset_index(drop=True)
+    return rows, compare.multiplier(
+        table, sweep.FewStarts(), "rule", bootstrap=100, counting=COUNTING, where="D > 1"
+    )[0]
+
+
 @pytest.fixture
-def drawn(story):
+def drawn(story, two):
     isoflop, law, outcomes = story
     curve = pd.DataFrame({"C": [1e12, 1e13], "loss": [3.0, 2.6]})
     return {
-        "isoflop": figures.isoflop_curves(isoflop.curves, COUNTING, "parabola"),
+        "isoflop": figures.isoflop_curves(isoflop.curves, isoflop.conventions),
         "frontier": figures.frontier(law, outcomes, [curve]),
         "optima": figures.optima(isoflop, law, reach=1e15),
         "residuals": figures.residuals(law, outcomes),
+        "approach 2 alone": figures.optima(isoflop, None),
+        "its residuals": figures.minima_residuals(isoflop),
+        "laws compared": figures.comparison(two[0]),
+        "multiplier": figures.multiplier(two[1]),
     }
 
 
@@ -71,7 +93,7 @@ def test_nothing_overlaps_the_conventions_or_is_cut_off(drawn):
 def test_a_refused_curve_is_dotted_without_a_minimum_and_its_reason_stands_below(story):
     isoflop = story[0]
     assert [bool(curve.refused) for curve in isoflop.curves] == [True, False, False]
-    figure = figures.isoflop_curves(isoflop.curves, COUNTING, "parabola")
+    figure = figures.isoflop_curves(isoflop.curves, isoflop.conventions)
     axes = figure.axes[0]
     assert sum(line.get_linestyle() == ":" for line in axes.lines) == 1
     assert sum(line.get_marker() == "+" and len(line.get_xdata()) == 1 for line in axes.lines) == 2
@@ -81,11 +103,34 @@ def test_a_refused_curve_is_dotted_without_a_minimum_and_its_reason_stands_below
     assert any(t.get_text().endswith("refused") for t in figure.legends[0].get_texts())
 
 
+def test_an_interval_without_an_end_is_an_arrow(story):
+    isoflop = story[0]
+    minima = isoflop.minima.copy()
+    minima[:10, 1, :2], minima[:10, 2, :2] = (-np.inf, np.inf), (np.inf, -np.inf)
+    opened = dataclasses.replace(isoflop, minima=minima)
+    assert [tuple(each) for each in opened.beyond][1:] == [(0.2, 0.0), (0.0, 0.2)]
+    figure = figures.optima(opened, None)
+    arrows = [
+        [line.get_marker() for line in axes.lines if line.get_marker() in "v^" and len(line.get_xdata())]
+        for axes in figure.axes
+    ]
+    assert arrows == [["v", "^"], ["v", "^"]]
+    assert any("In 20.0% of the refits" in t.get_text().replace("\n", " ") for t in figure.texts)
+
+
+def test_the_multiplier_is_told_with_its_recipes(two):
+    figure = figures.multiplier(two[1])
+    (note,) = (text.get_text().replace("\n", " ") for text in figure.texts)
+    number = two[1].parameters["multiplier"]
+    assert f"fast reaches with C what slow reaches with {number.value:.3g} C" in note and "D > 1" in note
+    assert [len(line.get_xdata()) for line in figure.axes[0].lines] == [18, 60, 18, 60]
+
+
 def test_a_budget_has_one_colour_in_all_figures(story):
     isoflop, law, _ = story
     colours = []
     for axes in (
-        figures.isoflop_curves(isoflop.curves, COUNTING, "parabola").axes[0],
+        figures.isoflop_curves(isoflop.curves, isoflop.conventions).axes[0],
         figures.residuals(law).axes[0],
     ):
         lines = zip(*axes.get_legend_handles_labels(), strict=True)

@@ -5,6 +5,8 @@ import math
 import subprocess
 import sys
 
+import numpy as np
+import pandas as pd
 import pytest
 from known_laws import TRUTH, sweep
 from test_options import curves
@@ -40,6 +42,64 @@ def test_a_table_becomes_a_law_with_predictions_and_a_json(points, tmp_path):
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "fit.json", "frontier.png", "optima.png", "residuals.png"
     }  # fmt: skip
+    table, values = sweep(noise=0.002), {name: e["value"] for name, e in content["parameters"].items()}
+    for told, N, D, loss in zip(content["runs"], table["N"], table["D"], table["loss"], strict=True):
+        law = values["E"] + values["A"] / N ** values["alpha"] + values["B"] / D ** values["beta"]
+        assert (told["N"], told["D"], told["loss"]) == pytest.approx((N, D, loss), rel=1e-12)
+        assert (told["fitted"], told["residual"]) == pytest.approx((law, math.log(loss / law)), abs=1e-9)
+    assert content["runs"][2]["run"] == "line 4"
+    lines = (tmp_path / "out" / "fit.json").read_text().splitlines()
+    assert sum('"residual":' in line for line in lines) == 35  # a run a line
+
+
+def test_laws_are_compared_with_a_figure_and_what_each_foretells(points, command, tmp_path):
+    given = (f"--points={points}", "--columns=N=params", "--bootstrap=0", f"--out={tmp_path / 'out'}")
+    code, out, _ = command(
+        "llm_jax.scaling.fit", *given, "--compare=chinchilla-tied,kaplan", "--predict=C=1e23"
+    )
+    assert not code and "at C=1e+23 by kaplan" in out
+    content = json.loads((tmp_path / "out" / "fit.json").read_text())
+    best, other = content["compared"]
+    assert best["law"] == "chinchilla-tied" and best["aicc"] < other["aicc"]
+    assert len(best["held_out"]) == 5 and best["held_out"][-1]["rms"] == best["largest"]
+    assert best["fit"]["parameters"]["alpha"]["value"] == pytest.approx(0.36, abs=0.03)
+    assert [answer["at"] for answer in content["predictions"]] == [
+        "C=1e+23 by chinchilla-tied", "C=1e+23 by kaplan"
+    ]  # fmt: skip
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"fit.json", "compared.png"}
+
+
+def test_two_recipes_get_a_figure_and_an_answer_each(command, tmp_path):
+    C = np.geomspace(1e15, 1e20, 9)
+    rows = [(c, 1.7 + 300 * (s * c) ** -0.15, r) for r, s in (("a", 1), ("b", 1.5), ("c", 3)) for c in C]
+    pd.DataFrame(rows, columns=["C", "loss", "rule"]).to_csv(tmp_path / "points.csv", index=False)
+    given = (f"--points={tmp_path / 'points.csv'}", "--law=power", "--multiplier=rule", "--bootstrap=0")
+    code, out, _ = command(
+        "llm_jax.scaling.fit", *given, "--where=rule != 'b'", "--predict=C=1e21", f"--out={tmp_path / 'out'}"
+    )
+    assert not code and "rule=c reaches with C what rule=a reaches with 3 C" in out
+    content = json.loads((tmp_path / "out" / "fit.json").read_text())
+    assert content["multiplier"]["value"] == pytest.approx(3, rel=1e-3) and len(content["runs"]) == 18
+    first, second = content["predictions"]
+    assert first["at"] == "C=1e+21, rule=a" and second["at"] == "C=1e+21, rule=c"
+    assert first["loss"]["value"] == pytest.approx(1.7 + 300 * 1e21**-0.15, rel=1e-5)
+    assert second["loss"]["value"] == pytest.approx(1.7 + 300 * 3e21**-0.15, rel=1e-5)
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert files == {"fit.json", "multiplier.png", "residuals.png"}
+    code, _, err = command("llm_jax.scaling.fit", *given)
+    assert code == 2 and "names 3 recipes, two are compared: a, b, c" in err
+
+
+def test_the_cheapest_run_to_a_loss_is_smaller_the_more_it_serves(points, command):
+    given = (f"--points={points}", "--columns=N=params", "--law=chinchilla-tied", "--bootstrap=0")
+    sizes = []
+    for served in ("0", "1e13"):
+        code, out, _ = command(
+            "llm_jax.scaling.fit", *given, "--predict=loss=2.1", f"--inference_tokens={served}"
+        )
+        assert not code and "saved" in out
+        sizes.append(float(out.split("\nat loss=2.1")[1].split("\n")[1].split()[1]))
+    assert sizes[1] < 0.9 * sizes[0]
 
 
 def test_a_number_without_an_interval_is_printed_alone():
@@ -53,6 +113,22 @@ def test_approach_2_prints_every_budget(points):
     )
     assert done.returncode == 0, done.stderr
     assert "N_opt = k_N C^a" in done.stdout and done.stdout.count("\n") > 10
+    assert "sensitivity" in done.stdout and "method akima" in done.stdout
+
+
+def test_approach_2_writes_its_runs_and_figures(points, command, tmp_path):
+    given = (f"--points={points}", "--columns=N=params", "--approach=2", "--bootstrap=100")
+    code, _, err = command("llm_jax.scaling.fit", *given, "--weights=1/loss**2", f"--out={tmp_path / 'out'}")
+    assert not code, err
+    content = json.loads((tmp_path / "out" / "fit.json").read_text())
+    assert content["conventions"]["weights"] == "1/loss**2" and content["leave_largest_out"]["C"] > 5e21
+    for curve in content["curves"]:
+        assert set(curve["refits_beyond"]) == {"below", "above"} and len(curve["fitted"]) == 7
+        used = [run for run in curve["fitted"] if run["residual"] is not None]
+        assert len(used) == curve["used"] and all(abs(run["residual"]) < 0.02 for run in used)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "fit.json", "isoflop.png", "optima.csv", "optima.png", "residuals.png"
+    }  # fmt: skip
 
 
 def test_an_envelope_becomes_a_figure_and_a_table_of_optima_that_is_fitted_in_turn(tmp_path):
@@ -75,6 +151,10 @@ def test_an_envelope_becomes_a_figure_and_a_table_of_optima_that_is_fitted_in_tu
         (["--points=POINTS"], "no column 'N'"),
         (["--points=POINTS", "--columns=N=params", "--approach=2", "--law=power"], "belongs to Approach 3"),
         (["--points=POINTS", "--predict=N=many"], "not a positive number"),
+        (["--points=POINTS", "--inference_tokens=1e12"], "needs the loss to reach: --predict=loss=2.1"),
+        (["--points=POINTS", "--compare=chinchilla,kaplan", "--law=power"], "--law belongs to another"),
+        (["--points=POINTS", "--compare=kaplan,power", "--multiplier=x"], "--multiplier belongs to another"),
+        (["--points=POINTS", "--approach=1", "--weights=loss"], "belongs to Approach 2 and 3 and vp"),
         (["--bootstrap=abc"], "--bootstrap=abc is not an integer"),
         (["--bootstrp=3"], "no flag --bootstrp; did you mean '--bootstrap'?"),
         (["--points=absent.csv", "--out=POINTS"], "can't be a folder"),

@@ -8,6 +8,7 @@ import pytest
 from known_laws import TRUTH, few_starts, optimum, sweep
 
 from llm_jax.config import UserError
+from llm_jax.scaling import sensitivity
 from llm_jax.scaling.fits import fit, fit_law
 from llm_jax.scaling.isoflop import fit_isoflop
 from llm_jax.scaling.laws import PowerLaw
@@ -119,6 +120,69 @@ def test_intervals_cover_the_exponent_about_as_often_as_they_say(method):
         found = fit_isoflop(points, method=method, bootstrap=200, seed=seed).parameters["a"]
         covered.append(found.low <= EXPONENT <= found.high)
     assert np.mean(covered) >= 0.75
+
+
+def test_the_interval_of_a_minimum_holds_it_and_is_open_where_draws_have_none():
+    """At 1% noise and four budgets within a decade, as small real sweeps have; 40 sets."""
+    covered, opened = [], []
+    for seed in range(40):
+        points = sweep(noise=0.01, budgets=(1e18, 2e18, 4e18, 8e18), seed=100 + seed)
+        fitted = fit_isoflop(points, bootstrap=200, seed=seed)
+        for curve, best, (below, above) in zip(fitted.curves, fitted.optima, fitted.beyond, strict=True):
+            if curve.refused:
+                assert np.isnan(best["N"].low)
+                continue
+            N, D = best["N"], best["D"]
+            assert N.low < N.value < N.high and D.low < D.value < D.high
+            # Draws beyond the sizes count, on their side, so an end that they reach is open.
+            assert (N.low == 0) == (below > 0.05) and (N.high == np.inf) == (above > 0.05)
+            assert (N.high == np.inf) == (D.low == 0)
+            covered.append(N.low <= optimum(TRUTH, np.array(curve.C)) <= N.high)
+            opened.append(below + above)
+        assert bool(fitted.open_ends) == any(map(sum, fitted.beyond))
+    assert 0.8 <= np.mean(covered) <= 0.98 and 0 < np.mean(opened) < 0.2
+
+
+def test_a_weight_counts_as_that_many_runs_in_a_parabola_and_keeps_intervals():
+    points = sweep(noise=0.004).assign(w=[1, 2, 3, 1, 1, 2, 1] * 5)
+    weighted = fit_isoflop(points, method="parabola", weights="w", bootstrap=200)
+    repeated = points.loc[points.index.repeat(points["w"])].reset_index(drop=True)
+    repeated = repeated.assign(seed=repeated.groupby(["N", "D"]).cumcount())
+    again = fit_isoflop(repeated, method="parabola", bootstrap=0)
+    assert [c.N for c in weighted.curves] == pytest.approx([c.N for c in again.curves], rel=1e-9)
+    for curve, (_, group) in zip(weighted.curves, points.groupby("C", sort=True), strict=True):
+        group = group[curve.used]
+        root = np.sqrt(group["w"])
+        fitted = np.polyfit(np.log(group["N"]) - curve.center, np.log(group["loss"]), 2, w=root)
+        assert curve.coefficients == pytest.approx(fitted[::-1], rel=1e-9)
+    assert weighted.conventions["weights"] == "w" and weighted.parameters["a"].low < EXPONENT
+    with pytest.raises(UserError, match="weights are positive numbers"):
+        fit_isoflop(points, weights="w - 1")
+
+
+def test_a_run_of_little_weight_moves_nothing():
+    points = sweep(noise=0.002).assign(w=1.0)
+    points.loc[3, ["loss", "w"]] = points.loc[3, "loss"] * 1.05, 1e-9
+    light = fit_isoflop(points, weights="w", bootstrap=0).curves[0]
+    heavy = fit_isoflop(points, bootstrap=0).curves[0]
+    clean = fit_isoflop(sweep(noise=0.002), bootstrap=0).curves[0]
+    assert pytest.approx(clean.N, rel=0.1) == light.N and abs(heavy.loss / clean.loss - 1) > 0.01
+
+
+def test_what_minima_hang_on_is_told():
+    points = sweep(noise=0.002).assign(N_total=lambda f: f["N"] * 1.3 + 1e7)
+    fitted = fit_isoflop(points, bootstrap=0)
+    content = json.loads(json.dumps(sensitivity.facts(fitted)))
+    rows = {row["change"]: row["values"]["a"] for row in content["sensitivity"]}
+    assert rows["as fitted"] == fitted.parameters["a"].value
+    assert rows["method akima"] == fit_isoflop(points, method="akima", bootstrap=0).parameters["a"].value
+    assert rows["N counted as N_total"] < rows["as fitted"] and "window 7" in rows
+    largest = points["C"] > 5e21
+    rest = fit_isoflop(points[~largest], bootstrap=0)
+    assert rows["without C=1e+22"] == rest.parameters["a"].value
+    missed = np.log(fitted.curves[-1].N / rest.optimum(1e22).N.value)
+    assert content["leave_largest_out"]["N"] == pytest.approx(missed, abs=1e-6)
+    assert "minimum of the largest budget" in sensitivity.table(content)
 
 
 def curves_with(change) -> list[str]:
