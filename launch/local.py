@@ -26,9 +26,10 @@ from absl import flags
 from launch import order, packs, sweep
 from launch.pool import Pool, gpus, shares
 from launch.sweep import Plan, Planned
-from llm_jax import config, records, sharding
+from llm_jax import config, records
 from llm_jax.config import Chosen, UserError
 from llm_jax.kernels import devices
+from llm_jax.pack import mesh_of
 
 # What steps of small models reach of the speed of bare matrix products, and what every run costs besides.
 CPU_EFFICIENCY, GPU_EFFICIENCY, SECONDS_PER_RUN = 0.25, 0.1, 3.0
@@ -69,17 +70,21 @@ def launch(experiment: Chosen, folder: Path) -> int:
     # This process plans and draws; devices are for the workers (a GPU's memory would be taken twice).
     jax.config.update("jax_platforms", "cpu")
     plan = sweep.make_plan(experiment, folder)
-    refuse_meshes(plan)
+    workers, width = flags.FLAGS.workers, packs.width_of(flags.FLAGS.pack)
+    ways = len(shares(workers, len(plan.sweep)))
+    planned = [
+        pack
+        for stage in (plan.sweep, plan.holdout)
+        for pack in packs.packed([run for run in stage if not run.complete], ways, width)
+    ]
+    refuse_meshes(planned)
     notes = getattr(experiment.module, "plan_notes", lambda base: [])(experiment.config)
     if idle := sweep.without_effect(plan):
         notes.append(f"without effect, since the sweep sets these fields in every run: {' '.join(idle)}")
     if not flags.FLAGS.dry_run:
         plan.write()
     print(f"{folder}: the plan of {experiment.module.__file__}:{experiment.scale}")
-    workers, width = flags.FLAGS.workers, packs.width_of(flags.FLAGS.pack)
-    ways = len(shares(workers, len(plan.sweep)))
-    missing = [run for run in plan.runs if not run.complete]
-    notes.append(packs.summary(packs.packed(missing, ways, width), ways, width))
+    notes += filter(None, (packs.summary(planned, ways, width), packs.unstopped(planned)))
     print(sweep.summary(plan), expected_time(plan), *notes, sep="\n", flush=True)
     if flags.FLAGS.dry_run:
         return 0
@@ -92,12 +97,11 @@ def launch(experiment: Chosen, folder: Path) -> int:
     return order.carry_out(plan, engine)
 
 
-def refuse_meshes(plan: Plan) -> None:
-    """Raises UserError for runs that the CPUs can't be made up for; GPUs are seen by their workers alone."""
+def refuse_meshes(planned: Sequence[packs.Pack]) -> None:
+    """Raises UserError for packs that the CPUs can't be made up for; GPUs are seen by their workers alone."""
     if not gpus():
-        for run in (item.run for item in plan.runs):
-            mesh = sharding.make_mesh(run.execution.mesh)
-            sharding.check_batch(run.data.batch_size, run.execution.micro_batches, mesh)
+        for pack in planned:
+            mesh_of(pack.runs[0].run, len(pack.runs))
 
 
 # ---- how long it will take ----

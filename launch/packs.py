@@ -53,7 +53,7 @@ def width_of(text: str) -> int | None:
     """What --pack says: the most members of a pack, None for as many as suit."""
     if text in ("auto", "off"):
         return None if text == "auto" else 1
-    if text.isdigit() and int(text) > 0:
+    if text.isdecimal() and int(text) > 0:
         return int(text)
     raise UserError(f"--pack={text}: it is auto, off, or the most members of a pack, such as 8")
 
@@ -62,7 +62,7 @@ def packed(runs: Sequence[Planned], workers: int, width: int | None) -> list[Pac
     """`runs` as packs of at most `width`; None: as wide as leaves each of `workers` a part, where it pays."""
     groups: dict[Any, list[Planned]] = {}
     for run in runs if width != 1 else ():
-        groups.setdefault((alike(run.run), run.trunk, run.from_step), []).append(run)
+        groups.setdefault((alike(run.run), run.from_step), []).append(run)
     packs = [Pack((run,)) for run in runs] if width == 1 else []
     for group in groups.values():
         most = -(-len(group) // workers) if width is None else width
@@ -76,6 +76,14 @@ def packed(runs: Sequence[Planned], workers: int, width: int | None) -> list[Pac
                 packs.append(Pack(tuple(chosen)))
             waiting = [run for run in waiting if run not in chosen]
     return packs
+
+
+def unstopped(packs: Sequence[Pack]) -> str:
+    """A line on the runs that early stopping is asked for in vain; "" if there are none."""
+    alone = [pack for pack in packs if len(pack.runs) == 1 and pack.runs[0].run.execution.stopping.margin]
+    if not alone:
+        return ""
+    return f"early stopping compares the members of a pack: it can't stop {len(alone)} runs that train alone"
 
 
 def summary(packs: Sequence[Pack], workers: int, width: int | None) -> str:

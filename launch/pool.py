@@ -2,12 +2,12 @@
 
     failures = Pool(packs, experiment, shares(workers=2, planned=len(runs))).run()
 
-A worker trains a pack at a time, of one run or of several (packs.py); where a pack of several fails, each of
-them is tried alone. The biggest come first, so that the last ones to end are short, and a worker goes on with
-the program that it has compiled. A branch waits until its trunk's checkpoint stands, or will not come any
-more. A worker that dies is replaced, and its runs go on from their checkpoints. Two pools may work on the
-same runs: each run belongs to the process that writes in its folder, and whoever comes second takes another
-and looks in again.
+A worker trains a pack at a time, of one run or of several (packs.py); where a pack of several fails, or its
+worker has died twice, each of them is tried alone. The biggest come first, so that the last ones to end are
+short, and a worker goes on with the program that it has compiled. A branch waits until its trunk's checkpoint
+stands, or will not come any more. A worker that dies is replaced, and its runs go on from their checkpoints.
+Two pools may work on the same runs: each run belongs to the process that writes in its folder, and whoever
+comes second takes another and looks in again.
 """
 
 import collections
@@ -345,7 +345,12 @@ class Pool:
                 self._fail(run, f"{cause}, {TRIES} times")
             else:
                 self._display.say(f"{run.label}: {cause}; try {self._tries[run] + 1} of {TRIES} continues it")
-        if again := [run for run in worker.open if self._tries[run] < TRIES]:
+        again = [run for run in worker.open if self._tries[run] < TRIES]
+        if len(again) > 1 and max(self._tries[run] for run in again) == TRIES - 1:
+            # One of them may be the cause, or all together too large.
+            self._display.say(f"{worker.pack.label}: each is tried alone")
+            self._waiting.extendleft(Pack((run,)) for run in reversed(again))
+        elif again:
             self._waiting.appendleft(worker.pack.of(again))
         elif worker.state == "starting":
             self._stillborn += 1

@@ -156,7 +156,7 @@ class Checkpoints:
         kept = self.steps()
         for path in list(self.folder.iterdir()):
             name, _, ending = path.name.partition(".")
-            if name.isdigit() and (ending not in ("", "json") or int(name) not in kept):
+            if name.isdecimal() and (ending not in ("", "json") or int(name) not in kept):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _remove(self, step: int) -> None:
@@ -194,7 +194,7 @@ class Checkpoints:
         passed = [
             f"{path.name} (its save was not finished)"
             for path in sorted(self.folder.glob("*"), reverse=True)
-            if path.name.isdigit() and (steps[-1] if steps else -1) < int(path.name) <= last
+            if path.name.isdecimal() and (steps[-1] if steps else -1) < int(path.name) <= last
         ]
         for step in reversed(steps):
             problem = manifest.problem(self._place(step))

@@ -67,7 +67,8 @@ class Tagged:
 def member(root: type[Tagged], kind: str) -> type:
     """The member of the union `root` that `kind` names; raises UserError with the nearest name."""
     if kind not in root.members:
-        raise UserError(f"no {root.root.__name__.lower()} {kind!r}; {nearest(kind, root.members)}")
+        what = root.root.__name__.lower().removesuffix("config")
+        raise UserError(f"no {what} {kind!r}; {nearest(kind, root.members)}")
     return root.members[kind]
 
 
@@ -345,6 +346,11 @@ def run_main(main: Callable[[], int | None], elsewhere: Mapping[str, str] | None
             return function(*args)
         except UserError as error:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            sys.exit(2)
+        except OSError as error:
+            if error.filename is None:
+                raise
+            print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
             sys.exit(130)

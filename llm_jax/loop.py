@@ -78,7 +78,9 @@ def train_together(members: Sequence[Member], shape: Shape, mesh: jax.sharding.M
                 "unembed): set --config.data.held_out_fraction=0"
             )
         common = set.intersection(*(set(member.checkpoints.steps()) for member in members))
-        restored = [member.restore(parts.one, max(common, default=None)) for member in members]
+        # A state alone lies whole on every device of a pack: those of many wait in the host's memory.
+        kept = (lambda state: state) if alone else jax.device_get
+        restored = [kept(member.restore(parts.one, max(common, default=None))) for member in members]
         own_rows = len({(member.run.order, member.first) for member in members}) > 1
         parts = program(dataclasses.replace(shape, own_rows=own_rows), mesh)
         step = parts.step
@@ -112,8 +114,8 @@ def train_together(members: Sequence[Member], shape: Shape, mesh: jax.sharding.M
             params, numbers = state.frozen | params, [members.index(member) for member in chosen]
             rows: list[dict[str, float]] = [{} for _ in chosen]
             if held_out is not None:
-                # A part of a pack is cheaper, but doesn't divide over a mesh.
-                some = len(chosen) < len(members) and mesh.shape["member"] == 1
+                # One is cheaper, but doesn't divide over a mesh; any other number would have to be compiled.
+                some = len(chosen) == 1 < len(members) and mesh.shape["member"] == 1
                 scored = parts.pick(params, np.array(numbers)) if some else params
                 rows = score(parts.scorer, scored, held_out, one.run.data.batch_size, mesh)
                 rows = rows if some else [rows[number] for number in numbers]

@@ -20,7 +20,7 @@ def place(folder: Path) -> Path:
 
 def steps(checkpoints: Path) -> list[int]:
     """The steps of a run's checkpoints that have a manifest, ascending; their files are not checked."""
-    return sorted(int(path.stem) for path in checkpoints.glob("*.json") if path.stem.isdigit())
+    return sorted(int(path.stem) for path in checkpoints.glob("*.json") if path.stem.isdecimal())
 
 
 def write(folder: Path, facts: Mapping[str, Any]) -> None:
@@ -36,7 +36,7 @@ def read(folder: Path) -> dict[str, Any] | None:
     try:
         content = json.loads(place(folder).read_bytes())
         return content if content.pop("checksum") == _checksum(content) else None
-    except (OSError, ValueError, AttributeError, KeyError):
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
         return None
 
 

@@ -50,7 +50,8 @@ class Member:
         self.steps, self.first, self.done, self.status = run.steps, 0, 0, "running"
         self.result: dict[str, Any] | None = None
         self._why: dict[str, Any] = {}
-        self._guessing = math.log(max(run.data.vocabulary, 2))
+        sizes = run.data.vocabulary, getattr(run.resolved_model, "vocabulary", None) or 0
+        self._guessing = math.log(max(*sizes, 2))
         self.tables = optimizers.tables(run.optimizer, run.objective, self.steps)
         self._counts = facts.counts(run, source)
         self._trunk = trunks.find(run, source, self.folder)
@@ -195,9 +196,10 @@ class Member:
         self.checkpoints.close()
         logged = metrics(self.folder).set_index("step")
         last_steps = logged.index > self.steps - max(1, self.steps // 20)
-        measured["tokens_per_second"] = measured["tokens_per_second"] or float(
-            logged["tokens_per_second"].iloc[-1]
-        )
+        if (
+            not measured["tokens_per_second"] and "tokens_per_second" in logged
+        ):  # nothing was trained just now
+            measured["tokens_per_second"] = float(logged["tokens_per_second"].iloc[-1])
         self.result = facts.outcome(
             self.run,
             self.source,
@@ -232,13 +234,15 @@ def has_diverged(latest: Sequence[float], level: float) -> bool:
 def stop_hopeless(members: Iterable[Member]) -> None:
     """Applies the rule of early stopping to members that have just made a step.
 
-    Compared are those of one order of rows and one length that began together: they had equal rows, and their
-    schedules are equally far. The rule of Golovin et al. 2017 (Google Vizier, section 3.2.2) with the best
-    instead of the median: most rates of a sweep are known to lose long before the end.
+    Compared are those of one objective, one order of rows and one length that began together: their losses
+    say the same of equal rows, and their schedules are equally far. The rule of Golovin et al. 2017 (Google
+    Vizier, section 3.2.2) with the best instead of the median: most rates of a sweep are known to lose long
+    before the end.
     """
-    groups: dict[tuple[int, int, int], list[Member]] = {}
+    groups: dict[tuple[Any, ...], list[Member]] = {}
     for member in members:
-        groups.setdefault((member.run.order, member.steps, member.first), []).append(member)
+        key = member.run.objective, member.run.order, member.steps, member.first
+        groups.setdefault(key, []).append(member)
     for group in groups.values():
         best = min(group, key=lambda member: member.recent_loss)
         for member in group:

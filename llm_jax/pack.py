@@ -61,11 +61,21 @@ def train_packed(
 
 
 def pack(run: Run, width: int, own_rows: bool = False) -> tuple[Shape, jax.sharding.Mesh]:
-    """The shape of a pack of `width` runs like this one, and the mesh that it goes on.
+    """The shape of a pack of `width` runs like this one, and the mesh that it goes on."""
+    mesh = mesh_of(run, width)
+    shape = shape_of(run, run.data.open())
+    return dataclasses.replace(shape, members=width, own_rows=own_rows), mesh
 
-    Where no mesh was asked for, members are spread before rows are, as they need nothing of each other.
+
+def mesh_of(run: Run, width: int) -> jax.sharding.Mesh:
+    """The mesh of a pack of `width` runs like this one; raises UserError where devices don't make it up.
+
+    Where no mesh was asked for, members are spread before rows are, as they need nothing of each other. A run
+    alone has no members to spread.
     """
     asked = run.execution.mesh
+    if width == 1:
+        asked = dataclasses.replace(asked, member=1)
     mesh = sharding.make_mesh(
         MeshConfig(member=math.gcd(width, jax.device_count())) if asked == MeshConfig() else asked
     )
@@ -76,8 +86,7 @@ def pack(run: Run, width: int, own_rows: bool = False) -> tuple[Shape, jax.shard
             f"a multiple of {ways} does"
         )
     sharding.check_batch(run.data.batch_size, run.execution.micro_batches, mesh)
-    shape = shape_of(run, run.data.open())
-    return dataclasses.replace(shape, members=width, own_rows=own_rows), mesh
+    return mesh
 
 
 def fitting(runs: Sequence[Run]) -> tuple[int, str]:

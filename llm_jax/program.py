@@ -155,7 +155,8 @@ class Program:
                 f"a step {needs}; a smaller data.batch_size or execution.layout.remat=full takes less"
             )
         most = widest(self.shape, self.mesh, room)
-        raise UserError(f"a pack of {self.shape.members} {needs}; the largest that fits is one of {most}")
+        fits = f"the largest that fits is one of {most}" if most else "not even one member fits"
+        raise UserError(f"a pack of {self.shape.members} {needs}; {fits}")
 
     @property
     def memory_bytes(self) -> int:

@@ -72,6 +72,12 @@ class Record:
         place = self.folder / "config.json"
         if place.exists():
             _check_identity(self.folder, _read(place), _parsed(plain(config_json)))
+        for name in ("result.json", "checkpoints", "metrics"):
+            if not place.exists() and (self.folder / name).exists():
+                raise UserError(
+                    f"{self.folder} has {name} but no config.json, so nothing says whose it is: put that "
+                    "back or choose another folder"
+                )
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = _take(self.folder)
         if self._lock is None:
@@ -156,6 +162,8 @@ def load_run(folder: str | Path) -> dict[str, Any]:
     if not (folder / "config.json").exists():
         raise UserError(f"{folder}: no run here (it has no config.json)")
     result = _read(folder / "result.json") if (folder / "result.json").exists() else None
+    if result is not None and "status" not in result:
+        raise UserError(f"{folder / 'result.json'} is no result; delete it, and the run is scored again")
     status = result.get("status", "done") if result else "running" if _taken(folder) else "missing"
     return {**_read(folder / "config.json"), "folder": str(folder), "result": result, "status": status}
 
@@ -255,11 +263,14 @@ def _parsed(value: Any) -> Any:
 
 
 def _read(path: Path, text: bytes | None = None) -> dict[str, Any]:
-    """The JSON in a file, or in `text` from it."""
+    """The JSON object in a file, or in `text` from it."""
     try:
-        return _parsed(json.loads(path.read_bytes() if text is None else text))
+        value = json.loads(path.read_bytes() if text is None else text)
     except ValueError:
-        raise UserError(f"{path}: not valid JSON; move the run's folder away and run it again") from None
+        value = None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: not a JSON object; move the run's folder away and run it again")
+    return _parsed(value)
 
 
 def _lines(folder: Path) -> Iterator[dict[str, Any]]:

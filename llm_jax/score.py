@@ -6,6 +6,7 @@ python -m llm_jax.score --model=… --ids=tokens.npy
 
 import functools
 import math
+import os
 import pathlib
 from typing import NamedTuple
 
@@ -111,7 +112,7 @@ def main() -> None:
         )
     if f.candidates < 0:
         raise UserError(f"candidates is {f.candidates}; it is at least 0")
-    place = pathlib.Path(f.out).expanduser() if f.out else None
+    place = pathlib.Path(os.path.expanduser(f.out)) if f.out else None
     if place and not place.parent.is_dir():
         raise UserError(f"--out={f.out}: there is no folder {place.parent}")
     ids = read_ids(f.ids) if f.ids else None

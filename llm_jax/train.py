@@ -4,7 +4,6 @@ python -m llm_jax.train --config=experiments/isoflop.py --config.model.layers=4
 """
 
 import contextlib
-import dataclasses
 import os
 import signal
 import sys
@@ -16,10 +15,11 @@ from typing import Any
 
 from absl import flags
 
-from llm_jax import config, manifest, sharding
+from llm_jax import config, manifest
 from llm_jax.config import UserError
 from llm_jax.loop import train_together
 from llm_jax.member import Hook, Member
+from llm_jax.pack import mesh_of
 from llm_jax.process import prepare_xla
 from llm_jax.program import shape_of
 from llm_jax.progress import Progress
@@ -37,9 +37,7 @@ def train(run: Run, folder: str | Path, hooks: Sequence[Hook] = (), progress: An
     """
     config.check(run)
     prepare_xla(run.execution.deterministic)
-    # Alone it has no members to spread.
-    mesh = sharding.make_mesh(dataclasses.replace(run.execution.mesh, member=1))
-    sharding.check_batch(run.data.batch_size, run.execution.micro_batches, mesh)
+    mesh = mesh_of(run, width=1)
     source = run.data.open()
     member, shape = Member(run, source, folder, hooks, progress), shape_of(run, source)
     if member.result is None:

@@ -19,6 +19,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "xla"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+jax.devices()  # before a test sets XLA_FLAGS for the processes that it starts
 
 
 @pytest.fixture(scope="session")

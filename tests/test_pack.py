@@ -329,6 +329,9 @@ def test_members_lie_on_their_axis_and_nothing_passes_between_them(member):
         state = parts.init(jax.random.split(jax.random.PRNGKey(0), 16))
     assert all(len(x.sharding.device_set) == 8 for x in jax.tree.leaves(state))
     assert not re.findall(COLLECTIVES, parts.step.as_text())
+    # And no device computes what another does.
+    two = program(*pack(member(1e-3), 2)).step.cost_analysis()["flops"]
+    assert parts.step.cost_analysis()["flops"] == pytest.approx(two, rel=0.05)
 
     # With rows over two devices each, all that is summed is summed over two.
     mixed = program(*pack(changed(run, execution__mesh=MeshConfig(member=4, data=2)), 4))
@@ -411,6 +414,14 @@ def test_the_rule_stops_hopeless_rates_and_says_against_what(member, packed, tmp
     assert train(runs[0], folders[0]) == results[0]
     assert train(packed[1][0], folders[0])["status"] == "done"
     np.testing.assert_allclose(losses(folders[0]), losses(packed[0][0]), atol=1e-5)
+
+
+def test_losses_of_other_objectives_are_not_compared(member, packed, tmp_path):
+    rule = EarlyStopping(margin=0.3, after_fraction=0.5)
+    runs = [member(3e-3, 60, objective__z_loss=weight, execution__stopping=rule) for weight in (0.0, 0.05)]
+    results = [records.load_run(folder)["result"] for folder in together(runs, tmp_path)]
+    assert [result["status"] for result in results] == ["done", "done"]
+    assert results[1]["train_loss"] > results[0]["train_loss"] + 0.3
 
 
 def test_branches_of_one_trunk_decay_together(member, tmp_path):

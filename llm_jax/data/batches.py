@@ -9,6 +9,7 @@ window shuffled(i mod windows) of epoch i // windows.
 import dataclasses
 import functools
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -22,9 +23,11 @@ from llm_jax.data.corpora import Corpus, Python, Weighted
 from llm_jax.data.markov import Markov
 from llm_jax.data.sources import Batch, DataConfig, HeldOut, Source
 from llm_jax.data.store import Store, tokenize
-from llm_jax.data.tokenizers import Bytes, Codec, Tokenizer
+from llm_jax.data.tokenizers import Bytes, Codec, FromFile, Tokenizer
 from llm_jax.data.windows import BLOCK, Stream, mix, shuffled, turns
 from llm_jax.values import check_least
+
+_CHECKED_BYTES = 1 << 16  # of text that a tokenizer has to give back
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +86,13 @@ class Text(DataConfig, kind="text"):
         facts = [(item.content, part.weight / total) for part, item in zip(parts, found, strict=True)]
         content = digest([facts, self.held_out_fraction, self.held_out_bytes])
         codec = self.tokenizer.open(texts, content)
+        lossless = all(codec.decode(codec.encode(text)) == text for text in texts(_CHECKED_BYTES))
+        if not lossless:
+            name = self.tokenizer.path if isinstance(self.tokenizer, FromFile) else self.tokenizer.kind
+            told = f"the tokenizer {name} loses some of these texts: bits per byte count what is left"
+            print(told, file=sys.stderr)
         stores = [tokenize(part.corpus, item, codec) for part, item in zip(parts, found, strict=True)]
-        return TextSource(self, codec, found, stores)
+        return TextSource(self, codec, found, stores, lossless)
 
     def parts(self) -> tuple[Weighted, ...]:
         """What rows are drawn from: the corpus, or the parts of a mixture."""
@@ -107,8 +115,10 @@ class Text(DataConfig, kind="text"):
 class TextSource(Source):
     """Rows of one corpus or of a mixture; `codec` encodes and decodes their tokens."""
 
-    def __init__(self, config: Text, codec: Codec, found: list[Catalogue], stores: list[Store]) -> None:
-        self.config, self.codec, self._catalogues = config, codec, found
+    def __init__(
+        self, config: Text, codec: Codec, found: list[Catalogue], stores: list[Store], lossless: bool
+    ) -> None:
+        self.config, self.codec, self._catalogues, self._lossless = config, codec, found, lossless
         self._parts, length = config.parts(), config.sequence_length
         splits = config.splits(stores)
         self._streams = [Stream(store, train) for store, (_, train) in zip(stores, splits, strict=True)]
@@ -237,7 +247,8 @@ class TextSource(Source):
         scored = {"documents": held.documents, "bytes": held.bytes, "tokens": held.tokens} if held else None
         tokenizer = {"kind": self.config.tokenizer.kind, "vocabulary": self.codec.vocabulary}
         tokenizer |= {"fingerprint": self.codec.fingerprint, "library": self.codec.library}
-        return {"sources": sources, "tokenizer": tokenizer, "held_out": scored}
+        facts = {"sources": sources, "tokenizer": tokenizer, "held_out": scored}
+        return facts if self._lossless else facts | {"tokenizer_loses_text": True}
 
     def _windows_of(self, number: int, unique_tokens: int | None) -> int:
         """How many windows of a source may be used."""

@@ -16,7 +16,7 @@ from llm_jax.config import UserError
 
 def cache_folder() -> pathlib.Path:
     """The folder of prepared data: the environment's LLM_JAX_CACHE, else ~/.cache/llm_jax."""
-    return pathlib.Path(os.environ.get("LLM_JAX_CACHE") or "~/.cache/llm_jax").expanduser()
+    return pathlib.Path(os.path.expanduser(os.environ.get("LLM_JAX_CACHE") or "~/.cache/llm_jax"))
 
 
 def digest(value: Any) -> str:

@@ -306,7 +306,7 @@ def _threads() -> int:
 
 def _stamp(path: str) -> tuple[pathlib.Path, int, int]:
     """Place, size and time of a file; raises UserError with the nearest existing name."""
-    place = pathlib.Path(path).expanduser()
+    place = pathlib.Path(os.path.expanduser(path))
     if not place.is_file():
         files = [str(file) for file in place.parent.glob("*") if file.suffix in _FILES and file.is_file()]
         raise UserError(f"no tokenizer file {path!r}; {readers.near(path, files, 'give its path')}")
@@ -318,7 +318,14 @@ def _stamp(path: str) -> tuple[pathlib.Path, int, int]:
 def _opened(tokenizer: FromFile, place: pathlib.Path, size_bytes: int, time_ns: int) -> tuple[Codec, str]:
     """The codec and the hash of a tokenizer's file as it stands: parsing a large one takes a second."""
     data = place.read_bytes()
-    return tokenizer.codec(data), digest(data)
+    try:
+        codec = tokenizer.codec(data)
+        codec.encode("a")
+    except UserError:
+        raise
+    except Exception as error:  # the libraries raise bare exceptions
+        raise UserError(f"{tokenizer.path} can't be used as a tokenizer: {error}") from None
+    return codec, digest(data)
 
 
 def _about_vocabulary(vocabulary: int, message: str) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 from typing import Any, Literal, NamedTuple
 
@@ -57,7 +58,7 @@ def open_model(path: str, dtype: Dtype | None = None, mesh: Mesh | None = None) 
 
     Raises UserError for what is no model, and as its reader does for one that is damaged.
     """
-    place = pathlib.Path(path).expanduser()
+    place = pathlib.Path(os.path.expanduser(path))
     if place.is_file() and place.suffix == ".gguf":
         from llm_jax.interop import gguf
 

@@ -5,6 +5,7 @@ gguf.save("model.gguf", config, params, tokenizer, kind="Q8_0")
 """
 
 import dataclasses
+import os
 import pathlib
 from typing import Any
 
@@ -36,7 +37,7 @@ def load(path: str | pathlib.Path, mesh: Mesh | None = None) -> Loaded:
     Raises UserError for a damaged file, an architecture, quantisation or tokenizer that isn't known, and
     tensors that don't fit the metadata.
     """
-    file = File(pathlib.Path(path).expanduser())
+    file = File(pathlib.Path(os.path.expanduser(path)))
     architecture, config = _config_of(file)
     params = tensors.load(file, architecture.tensors, config, jnp.float32, mesh)
     return Loaded(
@@ -57,7 +58,7 @@ def save(
     those whose rows aren't a multiple of 32 are F16, and vectors always stay F32. Raises UserError for a
     model or a tokenizer that llama.cpp hasn't.
     """
-    file = pathlib.Path(path).expanduser()
+    file = pathlib.Path(os.path.expanduser(path))
     if file.exists():
         raise UserError(f"{file} exists; give another name")
     if kind not in KINDS:

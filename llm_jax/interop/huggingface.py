@@ -6,6 +6,7 @@ huggingface.save("out", config, params, tokenizer)      # opens in transformers
 
 import dataclasses
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -44,7 +45,7 @@ def load(directory: str | pathlib.Path, mesh: Mesh | None = None) -> Loaded:
     bfloat16 stays, in parameters and computing; other types become float32. Raises UserError for an
     architecture that isn't known, a damaged file, and tensors that don't fit the config or are left over.
     """
-    folder = pathlib.Path(directory).expanduser()
+    folder = pathlib.Path(os.path.expanduser(directory))
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: no config.json there; give a directory in Hugging Face's format")
     try:
@@ -74,7 +75,7 @@ def save(
     tokenizer: a `Portable`, or a codec of `data/tokenizers.py`. family: by default the first that can be this
     model. Raises UserError if none can.
     """
-    folder = pathlib.Path(directory).expanduser()
+    folder = pathlib.Path(os.path.expanduser(directory))
     if folder.exists():
         raise UserError(f"{folder} exists; give another directory")
     chosen, facts = families.fitting(config, family)

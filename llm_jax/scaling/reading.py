@@ -108,7 +108,7 @@ def _numbered(column: Any) -> Any:
 def _parsed(path: pathlib.Path, text: str, place: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: {place}not JSON ({getattr(error, 'msg', 'unreadable')})") from None
 
 
@@ -125,7 +125,12 @@ def _csv(path: pathlib.Path, text: str) -> pd.DataFrame:
     separator = found[0] if found else ","
     reader = csv.reader(lines, delimiter=separator, skipinitialspace=True)
     try:
-        rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
+        rows, before = [], 0
+        for row in reader:
+            if reader.line_num > before + 1:
+                raise UserError(f"{path}: line {before + 1} opens a quote that it doesn't close")
+            before = reader.line_num
+            rows.append((before, [cell.strip() for cell in row]))
     except csv.Error as error:
         raise UserError(f"{path}: line {reader.line_num} is not a line of a CSV ({error})") from None
     rows = [(number, row) for number, row in rows if any(row)]

@@ -11,6 +11,8 @@ from llm_jax import config, records
 from llm_jax.config import UserError
 from llm_jax.pack import pack
 from llm_jax.program import program
+from llm_jax.run import EarlyStopping
+from llm_jax.schedules import WSD
 from llm_jax.train import train
 
 
@@ -78,7 +80,7 @@ def test_what_the_flag_means(text, width):
     assert packs.width_of(text) == width
 
 
-@pytest.mark.parametrize("text", ["on", "0", "-3", "2.5"])
+@pytest.mark.parametrize("text", ["on", "0", "-3", "2.5", "²"])
 def test_other_words_are_refused(text):
     with pytest.raises(UserError, match=f"--pack={text}: it is auto, off, or the most members"):
         packs.width_of(text)
@@ -107,6 +109,43 @@ def test_of_a_pack_that_is_refused_each_run_is_tried_alone(run, tmp_path):
     failures = trained(plan, width=None)
     assert list(failures) == [plan.runs[1]] and "belongs to run" in failures[plan.runs[1]]
     assert [plan.runs[number].status for number in (0, 2)] == ["done", "done"]
+
+
+def test_a_member_that_kills_its_process_takes_no_other_with_it(run, tmp_path):
+    deadly = tmp_path / "deadly.py"
+    deadly.write_text(
+        "import os, signal\nfrom llm_jax import config\n"
+        f"bits, _ = config.load_experiment({str(BITS)!r})\n"
+        "SCALES, get_config = bits.SCALES, bits.get_config\n"
+        "def hooks(run):\n"
+        "    return [lambda step, params: os.kill(os.getpid(), signal.SIGKILL)] if run.seed == 1 else []\n"
+    )
+    plan = plan_of(tmp_path, *seeds(config.replace(run, "execution.evaluate_every_steps", 5), 3))
+    failures = trained(plan, width=None, experiment=deadly)
+    assert list(failures) == [plan.runs[1]] and "killed by SIGKILL" in failures[plan.runs[1]]
+    assert [plan.runs[number].status for number in (0, 2)] == ["done", "done"]
+
+
+def test_branches_of_trunks_of_other_rates_are_packed(run, tmp_path):
+    wsd = config.replace(run, "optimizer.schedule", WSD(decay_fraction=0.25, warmup_steps=2))
+    rates = [config.replace(wsd, "optimizer.learning_rate", rate) for rate in (1e-3, 2e-3, 4e-3)]
+    runs = [dataclasses.replace(one, tokens=16 * steps) for one in rates for steps in (40, 60, 100)]
+    plan = plan_of(tmp_path, *runs)
+    sizes = [
+        (len(pack.runs), {one.from_step for one in pack.runs}) for pack in packs.packed(plan.runs, 1, None)
+    ]
+    assert sorted(sizes, key=str) == [(3, {0}), (3, {31}), (3, {46})]
+    assert trained(plan, width=None) == {}
+    results = [records.load_run(one.folder)["result"] for one in plan.runs]
+    assert {result["members"] for result in results} == {3}
+    assert sorted(result["steps_shared"] for result in results) == [0] * 3 + [31] * 3 + [46] * 3
+
+
+def test_the_plan_says_where_early_stopping_stops_nobody(run, tmp_path):
+    rule = config.replace(run, "execution.stopping", EarlyStopping(margin=0.1))
+    plan = plan_of(tmp_path, *seeds(rule, 3))
+    assert "can't stop 3 runs that train alone" in packs.unstopped(packs.packed(plan.runs, 1, 1))
+    assert packs.unstopped(packs.packed(plan.runs, 1, None)) == ""
 
 
 def test_a_worker_trains_as_many_as_fit_and_hands_back_the_rest(run, tmp_path):
