@@ -1,6 +1,7 @@
 """What a user can get wrong on a command line: exit code 2 and one line that says what would be right."""
 
 import contextlib
+import json
 import os
 import pathlib
 import re
@@ -35,6 +36,11 @@ def place(tmp_path_factory):
     }
     for name, content in corpora.items():
         (folder / f"{name}.txt").write_bytes(content)
+    (folder / "odd").mkdir()
+    (folder / "odd" / "hollow.model").write_bytes(b"")
+    (folder / "odd" / "hollow.json").write_text(
+        json.dumps({"model": {"type": "WordLevel", "vocab": {"b": 0}, "unk_token": "c"}})
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LLM_JAX_CACHE", str(folder / "cache"))
         patch.chdir(folder)
@@ -140,6 +146,12 @@ BAD = [
         ["--config.data.corpus=markov", "--config.data.corpus.sharpness=0"],
         "data.corpus.sharpness is 0.0; it is a positive number",
     ),
+    (["--config.data.corpus=line.txt/a.txt"], "no corpus at 'line.txt/a.txt'"),
+    (["--config.data.tokenizer=odd/hollow.model"], "hollow.model: not a SentencePiece model"),
+    (["--config.data.tokenizer=odd/hollow.json"], "hollow.json can't be used as a tokenizer"),
+    (["--config.data.tokenizer=~nobody/a.json"], "no tokenizer file '~nobody/a.json'"),
+    (["--config.data.tokenizer=" + "a" * 300 + ".json"], "aaa.json: File name too long"),
+    (["--config.model.kind=mamab"], "no model 'mamab'; there are: transformer"),
     (["--config.seed=-1"], "seed is -1; it lies in 0 .. 4294967295"),
     (["--config.tokens=1000000000000000"], "1,953,125,000,000 steps of 512; a run has at most 100,000,000"),
     (["--config.execution.checkpoint.keep_steps=-3,"], "keep_steps has -3; steps count from 1"),

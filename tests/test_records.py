@@ -140,6 +140,23 @@ def test_another_config_is_refused_with_both_identities_and_the_first_difference
         Record(tmp_path).start(CONFIG | {"identity": "def", "schema": 2}, FACTS)
 
 
+@pytest.mark.parametrize("left", ["result.json", "checkpoints"])
+def test_what_is_left_of_a_run_without_its_config_belongs_to_nobody(tmp_path, left):
+    started(tmp_path).close()
+    (tmp_path / "config.json").rename(tmp_path / left)
+    with pytest.raises(UserError, match=rf"has {left} but no config.json, so nothing says whose it is"):
+        started(tmp_path)
+    assert not (tmp_path / "config.json").exists()
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "null", "{"])
+def test_a_damaged_result_is_one_line(tmp_path, content):
+    started(tmp_path).close()
+    (tmp_path / "result.json").write_text(content)
+    with pytest.raises(UserError, match=r"result\.json(: not a JSON object| is no result)"):
+        load_run(tmp_path)
+
+
 def test_a_run_whose_tokens_another_version_made_is_refused(tmp_path):
     def of(version):
         made = {"kind": "sentencepiece", "fingerprint": "f00", "library": f"sentencepiece {version}"}
@@ -263,7 +280,7 @@ def test_what_is_no_run_is_one_line(tmp_path):
     with pytest.raises(UserError, match="no run here"):
         load_run(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"config\.json: not valid JSON"):
+    with pytest.raises(UserError, match=r"config\.json: not a JSON object"):
         load_run(tmp_path)
 
 

@@ -251,6 +251,12 @@ def test_a_diverging_run_ends_with_a_record_that_says_so(tiny_run, tmp_path):
     assert steps < 40 and records.how_it_ended(result) == f"diverged at step {steps} of 40"
 
 
+def test_a_vocabulary_larger_than_the_datas_is_no_divergence(tiny_run, tmp_path):
+    run = changed(tiny_run, execution__mesh__data=1, tokens=2 * 8 * 32, model__vocabulary=50_000)
+    result = train(run, tmp_path)
+    assert result["status"] == "done" and result["loss"] > 1.5 * np.log(257)
+
+
 def test_a_run_whose_loss_grows_without_overflowing_has_diverged_too(tiny_run, tmp_path):
     run = changed(tiny_run, optimizer__learning_rate=30.0, execution__mesh__data=1)
     result = train(run, tmp_path / "run")

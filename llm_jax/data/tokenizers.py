@@ -197,6 +197,8 @@ class SentencePieceFile(FromFile, kind="sentencepiece_file"):
 
     def codec(self, data: bytes) -> Codec:
         try:
+            if not data:  # which the library takes, and complains of later
+                raise RuntimeError
             return SentencePieceCodec(data, cut=False)
         except RuntimeError:
             raise UserError(f"{self.path}: not a SentencePiece model") from None

@@ -5,10 +5,11 @@ import json
 import jax
 import numpy as np
 import pytest
+import tokenizers
 
 from llm_jax import config
 from llm_jax.config import UserError
-from llm_jax.data import Bytes, Files, Markov, Mixture, Text, Weighted
+from llm_jax.data import Bytes, Files, HuggingFace, Markov, Mixture, Text, Weighted
 from llm_jax.data.catalogue import catalogue
 from llm_jax.data.store import tokenize
 from llm_jax.data.windows import shuffled, turns
@@ -293,3 +294,13 @@ def test_sizes_out_of_range_are_refused():
     for wrong in ({"sequence_length": 0}, {"batch_size": -1}, {"held_out_fraction": 0.6}):
         with pytest.raises(UserError, match=next(iter(wrong))):
             config.check(Text(**wrong))
+
+
+def test_a_tokenizer_that_loses_text_is_told_of(corpus, tmp_path, capsys):
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
+    words.save(str(tmp_path / "words.json"))
+    text = Text(Files((str(corpus),)), HuggingFace(str(tmp_path / "words.json")), 16, 2)
+    assert text.open().record["tokenizer_loses_text"]
+    assert "words.json loses some of these texts" in capsys.readouterr().err
+    sound = Text(Files((str(corpus),)), sequence_length=16, batch_size=2).open().record
+    assert "tokenizer_loses_text" not in sound and not capsys.readouterr().err

@@ -49,6 +49,8 @@ NO_TABLES = {
     "empty.csv": (b"", "no rows"),
     "header.csv": (b"N,D,loss\n", "no rows"),
     "ragged.csv": (b"N,D,loss\n1,2,3\n1,2,3,4\n", "line 3 has 4 cells, the header 3"),
+    "quote.csv": (b'n,N,D,loss\na,1,2,3\n"b,1,2,3\nc,1,2,3\n', "line 3 opens a quote"),
+    "deep.json": (b"[" * 100_000, "not JSON"),
     "twice.csv": (b"N,D,loss,loss\n1,2,3,4\n", "has the column 'loss' twice"),
     "mixed.csv": (b"N;D,loss\n1,2,3\n", "both commas and semicolons"),
 }
