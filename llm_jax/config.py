@@ -320,6 +320,8 @@ def _plainly(error: flags.Error, elsewhere: Mapping[str, str]) -> str:
     given, _, why = text.removeprefix("flag ").partition(": ")
     if not given.startswith("--"):
         return text
+    if "Non-boolean" in why:
+        return f"{given} is neither true nor false"
     number = "invalid literal" in why or "could not convert" in why
     wanted = "an integer" if "int()" in why else "a number"
     return f"{given} is not {wanted}" if number else f"{given}: {why}"

@@ -135,7 +135,7 @@ class Record:
     def _open_part(self) -> None:
         folder = self.folder / "metrics"
         folder.mkdir(parents=True, exist_ok=True)
-        number = 1 + max((int(p.stem) for p in folder.glob("*.jsonl")), default=-1)
+        number = 1 + max((int(p.stem) for p in folder.glob("[0-9]*.jsonl")), default=-1)
         head: dict[str, Any] = {"part": number}
         if self._part is None:
             head |= self._head | {"time": time.time(), "facts": self._facts}
@@ -275,7 +275,7 @@ def _read(path: Path, text: bytes | None = None) -> dict[str, Any]:
 
 def _lines(folder: Path) -> Iterator[dict[str, Any]]:
     """The lines of all parts in order; a last line that a kill cut in half is left out."""
-    for path in sorted((folder / "metrics").glob("*.jsonl")):
+    for path in sorted((folder / "metrics").glob("[0-9]*.jsonl")):
         for line in path.read_bytes().split(b"\n")[:-1]:
             yield _read(path, line)
 

@@ -137,8 +137,8 @@ class Run:
         if self.tokens < 1:
             raise UserError(f"tokens is {self.tokens}; it must be at least 1")
         if self.steps > MOST_STEPS:
-            steps = f"{self.steps:,} steps of {self.data.tokens_per_step:,}"
-            raise UserError(f"tokens is {self.tokens:,}, {steps}; a run has at most {MOST_STEPS:,}")
+            steps = f"{self.steps:.6g} steps of {self.data.tokens_per_step:,}"
+            raise UserError(f"tokens is {self.tokens:.6g}, {steps}; a run has at most {MOST_STEPS:,}")
         for name in ("seed", "data_seed"):
             if not 0 <= (getattr(self, name) or 0) < 1 << 32:
                 raise UserError(f"{name} is {getattr(self, name)}; it lies in 0 .. 4294967295")

@@ -153,7 +153,10 @@ BAD = [
     (["--config.data.tokenizer=" + "a" * 300 + ".json"], "aaa.json: File name too long"),
     (["--config.model.kind=mamab"], "no model 'mamab'; there are: transformer"),
     (["--config.seed=-1"], "seed is -1; it lies in 0 .. 4294967295"),
-    (["--config.tokens=1000000000000000"], "1,953,125,000,000 steps of 512; a run has at most 100,000,000"),
+    (
+        ["--config.tokens=1000000000000000"],
+        "tokens is 1e+15, 1.95312e+12 steps of 512; a run has at most 100,000,000",
+    ),
     (["--config.execution.checkpoint.keep_steps=-3,"], "keep_steps has -3; steps count from 1"),
     (
         ["--config.optimizer.weight_decay=0.2", "--config.optimizer=lion"],

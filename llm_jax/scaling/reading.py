@@ -40,7 +40,9 @@ def read_points(path: str | pathlib.Path) -> pd.DataFrame:
         what = "a folder, not a table" if path.is_dir() else "no such file"
         folder = path if path.is_dir() else path.parent
         near = [str(p) for p in sorted(folder.glob("*")) if p.suffix in _SUFFIXES and p.is_file()]
-        hint = nearest(str(path), near[:20]) if near else f"tables are {KINDS}"
+        hint = nearest(str(path), near) if near else f"tables are {KINDS}"
+        if len(near) > 20 and not hint.startswith("did you mean "):
+            hint = nearest("", near[:20])
         raise UserError(f"no table at {str(path)!r}: {what}; {hint}")
     with path.open("rb") as file:
         head = file.read(4096)
