@@ -126,4 +126,8 @@ def sample(logits_BV: jax.Array, settings: Settings, seen_BV: jax.Array, keys_B:
         noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, logits_BV.shape[1:]))(keys_B)
         return logits_BV + jnp.where(hot_B[:, None], noise_BV, 0)
 
-    return jnp.argmax(jax.lax.cond(jnp.any(hot_B), drawn, lambda x: x, logits_BV), axis=-1).astype(jnp.int32)
+    logits_BV = jax.lax.cond(jnp.any(hot_B), drawn, lambda x: x, logits_BV)
+    # The first of the largest, as argmax finds it, in two passes that XLA vectorises on a CPU.
+    V = logits_BV.shape[-1]
+    found_BV = logits_BV == logits_BV.max(-1, keepdims=True)
+    return jnp.where(found_BV, jnp.arange(V, dtype=jnp.int32), V - 1).min(-1)

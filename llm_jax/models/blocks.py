@@ -30,12 +30,14 @@ class Context:
     """What all blocks see of a batch.
 
     turns: cosines and sines of each kind of rotary positions. segments: [B, T], tokens see their own.
-    start: [B], while decoding, how many tokens of each row the state already holds.
+    start, lengths: [B], while decoding, how many tokens of each row the state already holds, and how many of
+    the new ones count.
     """
 
     turns: dict[Rotary, tuple[jax.Array, jax.Array]]
     segments: jax.Array | None = None
     start: jax.Array | None = None
+    lengths: jax.Array | None = None
     attention: str = "auto"
 
 
@@ -162,7 +164,7 @@ class Attention(nn.Module):
     def __call__(self, x_BTD: jax.Array, context: Context, state: Any) -> tuple[jax.Array, Any]:
         q_BTHK, k_BTGK, v_BTGK = self.project(x_BTD, context)
         if state is None:
-            new = None
+            told = None
             o_BTHK = attend(
                 q_BTHK,
                 k_BTGK,
@@ -176,8 +178,9 @@ class Attention(nn.Module):
         else:
             new = {"key": k_BTGK, "value": v_BTGK}
             rule = self.window, self.scale, self.softcap
-            o_BTHK = cache.attend(q_BTHK, new, state, context.start, *rule)
-        return linear(o_BTHK, self.out, self.out_bias, inputs=2), new
+            o_BTHK, written = cache.attend(q_BTHK, new, state, context.start, context.lengths, *rule)
+            told = {"new": new, "written": written}
+        return linear(o_BTHK, self.out, self.out_bias, inputs=2), told
 
     def init_state(self, batch: int, length: int, dtype: jnp.dtype) -> dict[str, jax.Array]:
         """Room for `length` tokens, or for as many as the window sees."""
@@ -233,7 +236,7 @@ class Block(nn.Module):
     def __call__(
         self, x_BTD: jax.Array, context: Context, state: Any = None, key: jax.Array | None = None
     ) -> tuple[jax.Array, Any]:
-        """Hidden in, hidden and what the state learns out; key drives dropout."""
+        """Hidden out, and what is new to the state beside the state that it makes; key drives dropout."""
         keys = (None, None) if key is None else jax.random.split(key)
         y_BTD, new = self.mixer(self.enter(self.mixer_norm, x_BTD), context, state)
         x_BTD = self.leave(self.mixer_norm, self.mixer_out_norm, x_BTD, y_BTD, keys[0])

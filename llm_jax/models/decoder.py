@@ -163,7 +163,7 @@ class Decoder:
         state: Any,
         key: jax.Array | None,
     ) -> tuple[jax.Array, Any]:
-        """Embed, all blocks and the last norm; with a state, what each block adds to it."""
+        """Embed, all blocks and the last norm; with a state, what `step` tells of it."""
         keys = [None] * 3 if key is None or self.dropout == 0 else list(jax.random.split(key, 3))
         x_BTD = self.embed.apply({"params": params["embed"]}, tokens_BT, positions_BT)
         x_BTD = dropout(x_BTD, self.dropout, keys.pop())
@@ -208,19 +208,23 @@ class Decoder:
         return {name: jnp.stack(layers) for name, layers in found.items()}
 
     def step(self, blocks: tuple[Block, ...], context: Context) -> Callable:
-        """One repeat of the pattern, (x, (params, state, keys)) -> (x, new), rematerialised or not."""
+        """One repeat of the pattern, (x, (params, state, keys)) -> (x, new), rematerialised or not.
+
+        new: the state as it becomes where layers are apart, else what is to be written into their stack.
+        """
 
         def step(x_BTD: jax.Array, layer: Any) -> tuple[jax.Array, Any]:
             params, state, keys = layer
             new = {}
             for i, block in enumerate(blocks):
-                x_BTD, new[str(i)] = block.apply(
+                x_BTD, told = block.apply(
                     {"params": params[str(i)]},
                     x_BTD,
                     context,
                     None if state is None else state[str(i)],
                     None if keys is None else keys[i],
                 )
+                new[str(i)] = told and told["written" if self.unrolled else "new"]
             return x_BTD, new
 
         if self.layout.remat == "none":
@@ -239,13 +243,13 @@ class Decoder:
         """`step` over the leading axis of `layers`, as one scan or as straight code."""
         if not self.unrolled:
             return jax.lax.scan(step, x_BTD, layers)
-        params, state, keys = layers
+        params, state, keys = (part if part is not None else [None] * repeats for part in layers)
+        params = params if isinstance(params, list) else unstack(params)
         news = []
-        for i, layer_params in enumerate(params if isinstance(params, list) else unstack(params)):
-            here = jax.tree.map(lambda leaf, i=i: leaf[i], (state, keys))
-            x_BTD, new = step(x_BTD, (layer_params, *here))
+        for layer in zip(params, state, keys, strict=True):
+            x_BTD, new = step(x_BTD, layer)
             news.append(new)
-        return x_BTD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *news)
+        return x_BTD, news
 
     def unembed_params(self, params: Params) -> Params:
         """The subtree that `unembed` reads."""
@@ -275,20 +279,23 @@ class Decoder:
         return params | {name: unstack(params[name]) for name, _, _ in self.groups()}
 
     def init_state(self, batch: int, length: int) -> Any:
-        """Empty state for `batch` rows of up to `length` tokens, stacked as the parameters are."""
+        """Empty state for `batch` rows of up to `length` tokens, stacked or apart as the parameters are."""
 
-        def stack(block: Block, repeats: int) -> Any:
-            state = block.mixer.init_state(batch, length, self.embed.dtype)
-            return jax.tree.map(lambda leaf: jnp.zeros((repeats, *leaf.shape), leaf.dtype), state)
+        def layers(blocks: tuple[Block, ...], repeats: int) -> Any:
+            empty = lambda: {  # noqa: E731
+                str(i): block.mixer.init_state(batch, length, self.embed.dtype)
+                for i, block in enumerate(blocks)
+            }
+            if self.unrolled:
+                return [empty() for _ in range(repeats)]
+            return jax.tree.map(lambda leaf: jnp.zeros((repeats, *leaf.shape), leaf.dtype), empty())
 
-        return {
-            name: {str(i): stack(block, repeats) for i, block in enumerate(blocks)}
-            for name, blocks, repeats in self.groups()
-        }
+        return {name: layers(blocks, repeats) for name, blocks, repeats in self.groups()}
 
     def state_axes(self, state: Any) -> Any:
         """The logical axes of each leaf of a state."""
-        return jax.tree.map(lambda _: ("layers", *cache.AXES), state)
+        lead = () if self.unrolled else ("layers",)
+        return jax.tree_util.tree_map_with_path(lambda path, _: (*lead, *cache.AXES[path[-1].key]), state)
 
     def decode(
         self,
@@ -304,10 +311,12 @@ class Decoder:
         Only the first lengths_B tokens of a row count; the rest are padding, their hidden states meaningless.
         """
         start_B = positions_BT[:, 0]
-        context = self.context(positions_BT, start=start_B)
+        context = self.context(positions_BT, start=start_B, lengths=lengths_B)
         hidden_BTD, new = self.run(params, tokens_BT, positions_BT, context, state, None)
-        written = {
-            name: {i: cache.write(state[name][i], new[name][i], start_B, lengths_B) for i in state[name]}
-            for name in state
-        }
-        return hidden_BTD, written
+        if not self.unrolled:  # a scan would copy the state that it gives back
+            write = jax.vmap(cache.write, (0, 0, None, None))
+            new = {
+                name: {i: write(state[name][i], new[name][i], start_B, lengths_B) for i in state[name]}
+                for name in state
+            }
+        return hidden_BTD, new

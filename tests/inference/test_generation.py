@@ -198,14 +198,30 @@ def test_int8_weights_compute_what_their_values_say_in_a_quarter_of_the_memory()
     same = jax.tree.map(widened, small, params, is_leaf=lambda leaf: isinstance(leaf, Int8))
     model, tokens = wide.build(SCAN), jnp.asarray([[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]])
     whole = jax.jit(lambda p, t: model.unembed(p, model.apply(p, {"tokens": t}).hidden))
-    np.testing.assert_allclose(whole(small, tokens), whole(same, tokens), atol=1e-3)
-    few = tokens[:, :1]  # summed instead of multiplied
-    np.testing.assert_allclose(whole(small, few), whole(same, few), atol=1e-3)
+    # One row is summed in float32, a few are multiplied in 16 bits.
+    np.testing.assert_allclose(whole(small, tokens), whole(same, tokens), atol=3e-3)
+    one = tokens[:, :1]
+    np.testing.assert_allclose(whole(small, one), whole(same, one), atol=1e-4)
     for found, weight in zip(jax.tree.leaves(same), jax.tree.leaves(params), strict=True):
         np.testing.assert_allclose(found, weight, atol=0.51 / 127 * np.abs(weight).max())
     request = Request(np.asarray(tokens[0]), max_tokens=6)
     answers = [complete(Batcher(Engine(wide, p, layout=SCAN), 1), [request])[0].ids for p in (small, same)]
     assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 16, 128, 129])
+def test_int8_products_of_any_number_of_rows_are_those_of_the_widened_matrix(rows):
+    random = np.random.default_rng(rows)
+    small = Int8(
+        random.integers(-127, 128, (40, 96)).astype(np.int8), random.uniform(0.01, 0.1, 40), outputs=(40,)
+    )
+    x = random.normal(size=(rows, 96)).astype(np.float32)
+    x[0] *= 1e-6
+    x[-1, 3] = 100.0  # one entry far larger than the others
+    expected = x.astype(np.float64) @ (small.values * small.scales[:, None]).T
+    found = jax.jit(lambda x: jax.tree.map(jnp.asarray, small).product(x))(x)
+    scale = np.abs(x).max(-1, keepdims=True) * np.sqrt((small.values * small.scales[:, None]) ** 2).sum(-1)
+    assert np.all(np.abs(found - expected) <= 4 * scale / 127 / 508)
 
 
 def bytes_of(tree):

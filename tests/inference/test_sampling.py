@@ -89,6 +89,13 @@ def test_tokens_are_drawn_as_often_as_they_are_probable_and_the_same_for_the_sam
     assert np.abs(found - expected).max() < 4 * np.sqrt(0.25 / count)
 
 
+def test_of_tokens_equally_probable_the_first_is_taken():
+    logits = np.array([[0, 3, 1, 3], [5, 5, 5, 5], [1, 2, 3, 4]], np.float32)
+    keys = jax.random.split(jax.random.key(0), 3)
+    found = jax.jit(sample)(logits, Settings.of([Sampling()] * 3, 4), np.zeros((3, 4), bool), keys)
+    assert found.tolist() == logits.argmax(-1).tolist() == [1, 0, 3]
+
+
 @pytest.mark.parametrize(
     ("setting", "names"),
     [

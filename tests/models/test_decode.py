@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -107,15 +108,37 @@ def test_a_row_that_starts_anew_forgets_its_past_and_leaves_the_others_alone(nam
 
 def test_a_window_needs_no_more_room_than_itself():
     state = build("windows")[2].init_state(2, T)
-    assert state["body"]["0"]["key"].shape == (1, 2, 4, 2, 4)
-    assert state["body"]["1"]["key"].shape == (1, 2, T, 2, 4)
-    assert state["tail"]["0"]["key"].shape == (1, 2, 4, 2, 4)
+    assert state["body"]["0"]["value"].shape == (1, 2, 2, 4, 4)
+    assert state["body"]["1"]["value"].shape == (1, 2, 2, T, 4)
+    assert state["tail"]["0"]["value"].shape == (1, 2, 2, 4, 4)
+
+
+def test_layers_that_run_as_straight_code_change_their_caches_where_they_lie():
+    model = TINY.build(Layout(unroll=True))
+    state = model.init_state(2, 32)
+    step = jax.jit(model.decode, donate_argnums=1)
+    one = jnp.ones((2, 1), jnp.int32)
+    compiled = step.lower(parameters(model), state, one, one, one[:, 0]).compile()
+    for leaf in jax.tree.leaves(state):
+        shape = ",".join(map(str, leaf.shape))
+        assert not re.search(rf"f32\[{shape}\]\S* copy\(", compiled.as_text())
+    assert compiled.memory_analysis().alias_size_in_bytes >= sum(
+        leaf.nbytes for leaf in jax.tree.leaves(state)
+    )
+
+
+@pytest.mark.parametrize("name", ["rotary", "windows"])
+def test_a_row_that_has_nothing_and_gets_nothing_stays_finite(name):
+    params, _, model, decode = build(name)
+    zeros = jnp.zeros(3, jnp.int32)
+    hidden, state = decode(params, model.init_state(3, T), TOKENS[:, :1], zeros[:, None], zeros)
+    assert np.isfinite(hidden).all() and not any(np.any(leaf) for leaf in jax.tree.leaves(state))
 
 
 def test_the_state_has_the_compute_dtype_and_names_its_axes():
-    model = dataclasses.replace(TINY, dtype="bfloat16").build()
+    model = dataclasses.replace(TINY, dtype="bfloat16").build(Layout(unroll=False))
     state = model.init_state(2, T)
     assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {jnp.dtype("bfloat16")}
     axes = model.state_axes(state)
     jax.tree.map(lambda leaf, names: np.testing.assert_equal(leaf.ndim, len(names)), state, axes)
-    assert axes["body"]["0"]["key"] == ("layers", "batch", "time", "kv_heads", "head_dim")
+    assert axes["body"]["0"]["key"] == ("layers", "batch", "kv_heads", "head_dim", "time")
