@@ -2,6 +2,7 @@
 
 from llm_jax.data.batches import Text, TextSource
 from llm_jax.data.cache import cache_folder
+from llm_jax.data.chat import Chat
 from llm_jax.data.corpora import Corpus, Files, Mixture, Python, Weighted
 from llm_jax.data.markov import Markov
 from llm_jax.data.sources import Batch, DataConfig, HeldOut, Source
@@ -10,6 +11,7 @@ from llm_jax.data.tokenizers import Bytes, HuggingFace, SentencePiece, SentenceP
 __all__ = [
     "Batch",
     "Bytes",
+    "Chat",
     "Corpus",
     "DataConfig",
     "Files",

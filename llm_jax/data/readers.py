@@ -44,6 +44,36 @@ def read(path: pathlib.Path, suffix: str, text_field: str, errors: str) -> Itera
         yield _readable(path, document)
 
 
+def whole(path: pathlib.Path) -> str:
+    """The text of a file, packed or not; raises UserError for one that is missing, damaged or not UTF-8."""
+    return "".join(lines(path))
+
+
+def lines(path: pathlib.Path) -> Iterator[str]:
+    """Its lines, each with its end."""
+
+    def texts() -> Iterator[str]:
+        with _open(path) as file:
+            for line in file:
+                yield line.decode()
+
+    return _readable(path, texts())
+
+
+def rows(path: pathlib.Path) -> Iterator[dict]:
+    """The rows of a .parquet file, packed or not."""
+
+    def records() -> Iterator[dict]:
+        import pyarrow.parquet
+
+        with _open(path) as file, tempfile.TemporaryFile() as unpacked:
+            shutil.copyfileobj(file, unpacked)
+            for batch in pyarrow.parquet.ParquetFile(unpacked).iter_batches(batch_size=64):
+                yield from batch.to_pylist()
+
+    return _readable(path, records())
+
+
 def cut(chunks: Iterable[str], longest: int) -> Iterator[str]:
     """Pieces of at most `longest` characters: cut at line ends, else before spaces, else anywhere."""
     held = ""

@@ -4,7 +4,7 @@ import datetime
 import functools
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 import jinja2.ext
@@ -23,6 +23,41 @@ TRANSCRIPT = """\
 {%- endfor -%}
 {{ 'Assistant:' if add_generation_prompt }}"""
 TRANSCRIPT_STOPS = ("\nUser:",)
+
+
+CHATML = """\
+{%- for message in messages -%}
+{{ '<|im_start|>' ~ message.role ~ '\\n' ~ message.content ~ '<|im_end|>\\n' }}
+{%- endfor -%}
+{{ '<|im_start|>assistant\\n' if add_generation_prompt }}"""
+LLAMA3 = """\
+{{- bos_token -}}
+{%- for message in messages -%}
+{{ '<|start_header_id|>' ~ message.role ~ '<|end_header_id|>\\n\\n' ~ message.content | trim ~ '<|eot_id|>' }}
+{%- endfor -%}
+{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' if add_generation_prompt }}"""
+PLAIN = """\
+{%- for message in messages -%}
+{{ message.role | capitalize ~ ': ' ~ message.content ~ (eos_token if message.role == 'assistant') ~ '\\n' }}
+{%- endfor -%}
+{{ 'Assistant: ' if add_generation_prompt }}"""
+
+
+class Template(NamedTuple):
+    """A chat template with the special tokens that it writes; the last of them ends a turn."""
+
+    text: str
+    special: tuple[str, ...]
+
+
+# {eos} stands for the tokenizer's own end of a text.
+BUILT_IN = {
+    "chatml": Template(CHATML, ("<|im_start|>", "<|im_end|>")),
+    "llama3": Template(
+        LLAMA3, ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+    ),
+    "plain": Template(PLAIN, ()),
+}
 
 
 class _Generation(jinja2.ext.Extension):
@@ -53,6 +88,31 @@ def render(
         )
     except (jinja2.TemplateError, TypeError) as error:
         raise UserError(f"the chat template: {error}") from None
+
+
+def pieces(
+    template: str, messages: Sequence[Message], special: Mapping[str, str], ends: Sequence[str], **facts: Any
+) -> list[tuple[str, bool]]:
+    """A conversation's text in pieces, each with whether the assistant says it.
+
+    The answer is what follows the text that the model is prompted with, so that it is taught what it will be
+    asked for, to the last of the tokens `ends` in it (to its last letter where it has none). Raises UserError
+    where the template refuses, or writes a turn otherwise once others follow it.
+    """
+    whole, out, done = render(template, messages, special, answer=False, **facts), [], 0
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = render(template, messages[:number], special, answer=True, **facts)
+        after = render(template, messages[: number + 1], special, answer=False, **facts)
+        if not after.startswith(before) or not whole.startswith(after):
+            raise UserError("the chat template writes a turn otherwise once others follow it")
+        said = after[len(before) :]
+        end = max((said.rfind(name) + len(name) for name in ends if name in said), default=len(said))
+        end = len(said) if said[end:].strip() else end
+        out += [(whole[done : len(before)], False), (said[:end], True)]
+        done = len(before) + end
+    return [piece for piece in [*out, (whole[done:], False)] if piece[0]]
 
 
 @functools.lru_cache(maxsize=16)

@@ -15,7 +15,7 @@ from llm_jax import config as configs
 from llm_jax import links, optimizers
 from llm_jax.checkpoints import Checkpoints
 from llm_jax.config import UserError
-from llm_jax.data import DataConfig, SentencePiece
+from llm_jax.data import Chat, DataConfig, SentencePiece
 from llm_jax.inference.quantising import quantise
 from llm_jax.interop import huggingface
 from llm_jax.interop import tokenizer as tokenizers
@@ -108,6 +108,9 @@ def _of_run(place: pathlib.Path, mesh: Mesh | None) -> Opened:
         raise UserError(f"{place}: a {config.kind} on {data.kind} generates no text")
     trained = isinstance(data.tokenizer, SentencePiece)
     codec = data.open().codec if trained else data.tokenizer.open(None, "")
+    tokenizer = tokenizers.of(codec)
+    if isinstance(data, Chat):
+        tokenizer = tokenizers.with_turns(tokenizer, data.written)
     now = {"fingerprint": codec.fingerprint, "library": codec.library}
     before = facts["data"].get("tokenizer", {})
     check_tokenizer(place, facts, {"data": {"tokenizer": before | now} if before else {}})
@@ -123,7 +126,7 @@ def _of_run(place: pathlib.Path, mesh: Mesh | None) -> Opened:
     part = _published(jax.eval_shape(lambda params: optimizers.init(optimizer, roles, params), shapes))
     params = Checkpoints(place / "checkpoints").restore_params(target, part)
     context = _limit(config, data.sequence_length)
-    return Opened(place.name, config, params, tokenizers.of(codec), context, (codec.eot,))
+    return Opened(place.name, config, params, tokenizer, context, (codec.eot,))
 
 
 def _published(optimizer_state: Any) -> str:

@@ -11,6 +11,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from llm_jax.config import UserError
+from llm_jax.data.templates import Template
 from llm_jax.data.tokenizers import Bytes, HuggingFaceCodec, SentencePieceCodec
 
 ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -136,6 +137,22 @@ def of(codec: Any) -> Portable:
     if tokenizer.token_to_id(name) != codec.eot:
         raise UserError(f"the tokenizer's ids have holes, so eot can't be {codec.eot} elsewhere: name one")
     return Portable(tokenizer.to_str(), {"eos_token": name}, (codec.eot,))
+
+
+def with_turns(tokenizer: Portable, template: Template) -> Portable:
+    """The tokenizer with a chat template, whose special tokens follow its own ids; the last ends an answer.
+
+    Without any, the end of the text does.
+    """
+    found = tokenizers.Tokenizer.from_str(tokenizer.data)
+    found.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in template.special])
+    special = dict(tokenizer.special)
+    if "bos_token" in template.text:
+        special["bos_token"] = template.special[0]
+    stops = tuple(found.token_to_id(name) for name in template.special[-1:]) or tokenizer.stops
+    return dataclasses.replace(
+        tokenizer, data=found.to_str(), special=special, stops=stops, chat_template=template.text
+    )
 
 
 def of_bytes() -> Portable:
