@@ -20,7 +20,6 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
-import json
 import os
 import statistics
 import subprocess
@@ -35,6 +34,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.baselines.process import Process
 from llm_jax import config
 from llm_jax.config import UserError
 from llm_jax.inference.batching import Batcher, Request, complete
@@ -50,8 +50,6 @@ from llm_jax.run import SCHEMA
 from llm_jax.scaling import page, plots
 from llm_jax.scaling.page import Drawing, Page, Table, Tile
 from llm_jax.values import check_least
-
-BASELINES = Path(__file__).parent / "baselines"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,16 +131,7 @@ def measure(base: DecodeSpeed, folder: Path) -> dict[str, Any]:
         kind: Engine(model, jax.jit(quantise)(params) if kind == "int8" else params) for kind in base.weights
     }
     with contextlib.ExitStack() as stack:
-        others: dict[str, Any] = {}
-        if base.compare and importlib.util.find_spec("transformers"):
-            place = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "model"
-            huggingface.save(place, model, params, tokenizer)
-            others["transformers"] = stack.enter_context(
-                Process(sys.executable, "transformers_speed.py", place)
-            )
-        home = os.environ.get("LLM_JAX_LLAMA_CPP")
-        if base.compare and home and file:
-            others["llama.cpp"] = stack.enter_context(Process("node", "llama_cpp_speed.mjs", file, home))
+        others = compared(model, params, tokenizer, file, stack) if base.compare else {}
         rows = []
         for case in base.cases:
             print(f"{case} tokens", flush=True)
@@ -158,6 +147,24 @@ def measure(base: DecodeSpeed, folder: Path) -> dict[str, Any]:
     }
     page.show(folder, report(base, result))
     return result
+
+
+def compared(
+    model: Transformer, params: Params, tokenizer: Any, file: Path | None, stack: contextlib.ExitStack
+) -> dict[str, Process]:
+    """The processes of those that are installed, with the same weights, or the model's own file."""
+    baselines, found = Path(__file__).parent / "baselines", {}
+    options = {"stderr": subprocess.DEVNULL, "env": os.environ | {"HF_HUB_OFFLINE": "1"}}
+    if importlib.util.find_spec("transformers"):
+        place = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "model"
+        huggingface.save(place, model, params, tokenizer)
+        found["transformers"] = [sys.executable, baselines / "transformers_speed.py", place]
+    if (home := os.environ.get("LLM_JAX_LLAMA_CPP")) and file:
+        found["llama.cpp"] = ["node", baselines / "llama_cpp_speed.mjs", file, home]
+    return {
+        name: stack.enter_context(Process([*map(str, command), str(cores())], **options))
+        for name, command in found.items()
+    }
 
 
 def cores() -> int:
@@ -276,34 +283,6 @@ def measure_requests(base: DecodeSpeed, engine: Engine) -> dict[str, Any]:
             found.append(33 * base.requests / seconds)
     together, alone = rates.values()
     return {"at_once": together, "one_by_one": alone, "ratio": ratio(together, alone), "count": base.requests}
-
-
-class Process:
-    """A process of baselines/ that is asked by lines of JSON."""
-
-    def __init__(self, program: str, script: str, *arguments: Any) -> None:
-        command = [program, BASELINES / script, *arguments, cores()]
-        environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-        self.process = subprocess.Popen(
-            list(map(str, command)),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env=environment,
-        )
-
-    def ask(self, **question: Any) -> dict[str, float]:
-        self.process.stdin.write(json.dumps(question) + "\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
-
-    def __enter__(self) -> "Process":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.process.stdin.close()
-        self.process.wait()
 
 
 # ---- what is shown ----

@@ -19,15 +19,14 @@ step's tokens with the model's first MLP matrix.
 
 import contextlib
 import dataclasses
-import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from experiments.baselines.process import Process
 from experiments.throughput import Shape
 from launch.pool import Share, gpus, inheriting, shares
 from llm_jax import config
@@ -92,39 +91,22 @@ def get_config(scale: str) -> Packing:
     return SCALES[scale]
 
 
-class Process:
+class Trainer(Process):
     """A process of baselines/trainer.py, on its share of the machine."""
 
     def __init__(self, share: Share, devices: int, cache: str) -> None:
         command = [sys.executable, "-m", "experiments.baselines.trainer", f"--devices={devices}"]
         own = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "JAX_COMPILATION_CACHE_DIR": cache}
         own |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-        environment = os.environ | own | dict(share.environment)
         with inheriting(share.cores):
-            self.process = subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-            )
-
-    def ask(self, **question: Any) -> None:
-        self.process.stdin.write(json.dumps(question) + "\n")
-        self.process.stdin.flush()
-
-    def answer(self) -> dict[str, float]:
-        return json.loads(self.process.stdout.readline())
-
-    def __enter__(self) -> "Process":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.process.stdin.close()
-        self.process.wait()
+            super().__init__(command, cwd=ROOT, env=os.environ | own | dict(share.environment))
 
 
 @dataclasses.dataclass(frozen=True)
 class Way:
     """One way to train, by one process or by several at once."""
 
-    processes: tuple[Process, ...]
+    processes: tuple[Trainer, ...]
     members: int | None = None
     block: int = 1
     diverged: int = 0
@@ -133,7 +115,7 @@ class Way:
         """The answers, added up."""
         question = {"members": self.members, "block": self.block, "diverged": self.diverged}
         for process in self.processes:
-            process.ask(shape=dataclasses.asdict(shape), seconds=seconds, **question)
+            process.send(shape=dataclasses.asdict(shape), seconds=seconds, **question)
         answers = [process.answer() for process in self.processes]
         return {name: sum(answer[name] for answer in answers) for name in answers[0]}
 
@@ -147,11 +129,10 @@ def measure(base: Packing, folder: Path) -> dict[str, Any]:
         cache = stack.enter_context(
             tempfile.TemporaryDirectory()
         )  # each program is compiled once, by the first
-        alone = stack.enter_context(Process(Share(), 1, cache))
-        packed = stack.enter_context(Process(Share(), spread, cache))
-        apart = tuple(stack.enter_context(Process(share, 1, cache)) for share in single)
-        alone.ask(product=[1024, 1024, 1024])
-        machine = alone.answer()
+        alone = stack.enter_context(Trainer(Share(), 1, cache))
+        packed = stack.enter_context(Trainer(Share(), spread, cache))
+        apart = tuple(stack.enter_context(Trainer(share, 1, cache)) for share in single)
+        machine = alone.ask(product=[1024, 1024, 1024])
         rows = []
         for shape in base.shapes:
             print(f"{shape.name}: widths {', '.join(map(str, base.widths))}", flush=True)
@@ -172,7 +153,7 @@ def measure(base: Packing, folder: Path) -> dict[str, Any]:
 
 
 def measure_shape(
-    base: Packing, shape: Shape, alone: Process, packed: Process, apart: tuple[Process, ...]
+    base: Packing, shape: Shape, alone: Trainer, packed: Trainer, apart: tuple[Trainer, ...]
 ) -> dict[str, Any]:
     """One row: rates of all ways over the rounds, in which they take turns."""
     widest = max(base.widths)
@@ -181,8 +162,7 @@ def measure_shape(
     ways |= {f"packed {width}": Way((packed,), width, base.block_steps) for width in base.widths}
     ways["diverged"] = Way((packed,), widest, base.block_steps, diverged=1)
     facts = counting.closed_form(shape.model, shape.sequence_length)
-    alone.ask(product=[shape.tokens, shape.width, shape.model.size_of_mlp])
-    product = alone.answer()["flops_per_second"]
+    product = alone.ask(product=[shape.tokens, shape.width, shape.model.size_of_mlp])["flops_per_second"]
     first = {name: way.run(shape, 0.01) for name, way in ways.items()}  # compiles
     rounds: dict[str, list[float]] = {name: [] for name in ways}
     load = []

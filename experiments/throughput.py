@@ -21,11 +21,9 @@ so both went before its other work (`chrt -f 10`). A bare 1024 x 1024 product re
 import contextlib
 import dataclasses
 import importlib.util
-import json
 import math
 import os
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -35,6 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.baselines.process import Process
 from llm_jax import config, optimizers, program, sharding
 from llm_jax.config import UserError, outside_identity
 from llm_jax.kernels import devices
@@ -236,26 +235,15 @@ class Trainer:
         return self.program.memory_bytes
 
 
-class Torch:
+class Torch(Process):
     """The process of baselines/torch_gpt.py."""
 
-    def __enter__(self) -> "Torch":
-        program = Path(__file__).parent / "baselines" / "torch_gpt.py"
-        self.process = subprocess.Popen(
-            [sys.executable, str(program)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.process.stdin.close()
-        self.process.wait()
+    def __init__(self) -> None:
+        super().__init__([sys.executable, str(Path(__file__).parent / "baselines" / "torch_gpt.py")])
 
     def rate(self, shape: Shape, seconds: float, parameters: int) -> float:
         """Tokens per second; raises ValueError if its model is not as big as ours, `parameters`."""
-        question = dataclasses.asdict(shape) | {"seconds": seconds}
-        self.process.stdin.write(json.dumps(question) + "\n")
-        self.process.stdin.flush()
-        reply = json.loads(self.process.stdout.readline())
+        reply = self.ask(**dataclasses.asdict(shape), seconds=seconds)
         if reply["parameters"] != parameters:
             raise ValueError(f"torch's model has {reply['parameters']} parameters, ours {parameters}")
         return reply["tokens_per_second"]
