@@ -191,4 +191,7 @@ def drawing(found: Mapping[int, Recount]) -> Any:
     predicted = [r.total.parameters["a"].value + r.predicted_shift for r in found.values()]
     series.append(plots.Series("predicted from all", V, predicted, mark="--", group=1))
     panel = plots.Panel("V, vocabulary", "a in N_opt ~ C^a", series, log="x")
-    return plots.draw("The exponent and what N counts", [panel])
+    law = next(iter(found.values())).total.conventions
+    how = f"{law['loss']} on {law['on']}, {law['reduction']}"
+    note = f"N: as the legend says; C = 6 N D of the same N. L = E + A/N^alpha + B/D^beta, {how}."
+    return plots.draw("The exponent and what N counts", [panel], note)

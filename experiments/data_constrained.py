@@ -33,7 +33,7 @@ from llm_jax.config import UserError
 from llm_jax.ladder import COUNTING, Shapes, octaves, points, rectangle, shapes
 from llm_jax.models.transformer import Transformer
 from llm_jax.run import Run, Sweep
-from llm_jax.scaling import fits, page, plots
+from llm_jax.scaling import figures, fits, page, plots
 from llm_jax.scaling.page import Answer, Drawing, Page, Table
 from llm_jax.scaling.repeats import Repeats, helpful, repeats, seed_noise
 from llm_jax.scaling.report import fitted, too_small
@@ -180,4 +180,4 @@ def drawing(runs: pd.DataFrame, law: Fit) -> Any:
                 )
             )
         panels.append(plots.Panel(f"D, tokens seen by N = {short(N)}", "loss [nats/token]", series, log="x"))
-    return plots.draw("Repeated and fresh tokens", panels, f"N: {COUNTING}. Lines: the law.")
+    return plots.draw("Repeated and fresh tokens", panels, f"Lines: the law. {figures.conventions(law)}")

@@ -160,4 +160,4 @@ def excess(law: fits.Fit, sample: float) -> Any:
         series.append(plots.Series(f"N = {N:,.0f}", runs["D"], runs["loss"] - sample, group=group))
         series.append(plots.Series(None, D, np.where(line > 0, line, np.nan), mark="-", group=group))
     panel = plots.Panel("D, training tokens", "loss - entropy [nats/token]", series)
-    return plots.draw("Loss above the entropy", [panel], f"N: {COUNTING}.")
+    return plots.draw("Loss above the entropy", [panel], f"Lines: the law. {figures.conventions(law)}")

@@ -26,10 +26,11 @@ import pandas as pd
 
 from llm_jax.config import UserError
 from llm_jax.data import Python, SentencePiece, Text
+from llm_jax.ladder import COUNTING
 from llm_jax.models.transformer import Transformer
 from llm_jax.optimizers import AdamW, Lion, Muon, Optimizer, ScheduleFree
 from llm_jax.run import Cell, Checkpointing, Execution, Run, Sweep
-from llm_jax.scaling import page, plots
+from llm_jax.scaling import figures, page, plots
 from llm_jax.scaling.compare import multiplier
 from llm_jax.scaling.page import Answer, Drawing, Page, Table, Tile, ranged
 from llm_jax.scaling.plots import Panel, Series
@@ -155,7 +156,8 @@ def multiplier_of(points: pd.DataFrame, first: str, other: str, bootstrap: int) 
     for kind, mine in zip((first, other), pair, strict=True):
         if mine["C"].nunique() < 3:
             raise UserError(f"{kind} has a best rate on {mine['C'].nunique()} rungs; a curve takes 3")
-    return multiplier(pd.concat(pair, ignore_index=True), "power", "optimizer", bootstrap=bootstrap)
+    table = pd.concat(pair, ignore_index=True)
+    return multiplier(table, "power", "optimizer", bootstrap=bootstrap, counting=COUNTING)
 
 
 def by_rung(fit: Fit, mine: pd.DataFrame) -> np.ndarray:
@@ -218,4 +220,5 @@ def by_compute(points: pd.DataFrame, fits: Mapping[str, Fit]) -> Any:
             told = fit.predict(C=C, recipe=np.full_like(C, np.e if kind in fits else 1.0))
             series.append(Series(None, C, told.value, told.low, told.high, "-", kind))
     panel = Panel("C, training compute [FLOPs]", "held-out loss [nats/token]", series)
-    return plots.draw("Loss by compute", [panel], "Lines: E and exponent shared with the first.")
+    told = [figures.conventions(fit) for fit in fits.values()][:1]
+    return plots.draw("Loss by compute", [panel], " ".join(["Lines: each with the first.", *told]))

@@ -206,5 +206,5 @@ def drawing(law: Fit, runs: pd.DataFrame) -> Any:
         series.append(plots.Series(label, own["M"], own["loss"], group=group))
         series.append(plots.Series(None, M, line, mark="--" if held else "-", group=group))
     panel = plots.Panel("M, tokens a parameter", "held-out loss [nats/token]", series, log="x")
-    note = f"Dashed: the law beyond what it was fitted to. N: {COUNTING}."
+    note = f"Dashed: the law beyond what it was fitted to. {figures.conventions(law)}"
     return plots.draw("Loss by tokens a parameter", [panel], note)

@@ -34,7 +34,7 @@ from llm_jax.ladder import Shapes, shapes
 from llm_jax.models.transformer import Transformer
 from llm_jax.optimizers import AdamW
 from llm_jax.run import Run, Sweep
-from llm_jax.scaling import fits, page, plots, style
+from llm_jax.scaling import figures, fits, page, plots, style
 from llm_jax.scaling import report as reports
 from llm_jax.scaling.page import Answer, Drawing, Page, Table, Tile
 from llm_jax.scaling.rates import RateCheck, check_rates
@@ -213,12 +213,12 @@ def report(base: Run, folder: Path, runs: pd.DataFrame, forecasts: Mapping[str, 
             Drawing(
                 "laws",
                 "Loss by D at every size: points of both ways, lines of both laws.",
-                plots.draw("Two laws", law_panels(named), note(laws)),
+                plots.draw("Two laws", law_panels(named), figures.conventions(laws["wsd"])),
             ),
             Drawing(
                 "tree",
                 "The middle size: its trunk, and what each branch trained itself.",
-                plots.draw("A trunk and its branches", panels),
+                plots.draw("A trunk and its branches", panels, f"N: {ladder.COUNTING}. Training loss."),
             ),
         ],
         fits=[
@@ -276,11 +276,6 @@ def answers(
             f"{'overlap' if agree else 'DO NOT overlap'}.",
             good=agree,
         )
-
-
-def note(laws: Mapping[str, Fit]) -> str:
-    law = laws["wsd"].conventions
-    return f"N: {law['N']}. Fits: {law['loss']} on {law['on']}, {law['reduction']}."
 
 
 def cell_table(pairs: pd.DataFrame) -> Table:
