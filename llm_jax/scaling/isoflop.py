@@ -121,9 +121,11 @@ class IsoflopFit(PowerLaws):
     @property
     def beyond(self) -> list[Beyond]:
         """For each budget, the shares of refits without a minimum within the sizes."""
+        if not len(self.minima):
+            return [Beyond(0.0, 0.0)] * len(self.curves)
         log_n = self.minima[:, :, 0]
         shares = zip((log_n == -np.inf).mean(0), (log_n == np.inf).mean(0), strict=True)
-        return [Beyond(*map(float, pair)) for pair in (shares if len(log_n) else [(0, 0)] * len(self.curves))]
+        return [Beyond(*map(float, pair)) for pair in shares]
 
     @property
     def open_ends(self) -> str:

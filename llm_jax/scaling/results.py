@@ -273,9 +273,10 @@ def remarks(points: Points, warnings: Sequence[str]) -> list[str]:
 
 
 def written(value: Any, indent: str = "") -> str:
-    """Plain values as JSON for readers: what fits in a line stands in one."""
+    """Plain values as JSON for readers: what fits in a line stands in one, a run in a long one."""
     line = json.dumps(value)
-    if len(line) <= 150 or not isinstance(value, (dict, list)):
+    nested = "{" in line[1:] or "[" in line[1:]
+    if not isinstance(value, (dict, list)) or len(line) <= (150 if nested else 300):
         return line
     inner, marks = indent + " ", "{}" if isinstance(value, dict) else "[]"
     if isinstance(value, dict):

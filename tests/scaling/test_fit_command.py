@@ -49,7 +49,7 @@ def test_a_table_becomes_a_law_with_predictions_and_a_json(points, tmp_path):
         assert (told["fitted"], told["residual"]) == pytest.approx((law, math.log(loss / law)), abs=1e-9)
     assert content["runs"][2]["run"] == "line 4"
     lines = (tmp_path / "out" / "fit.json").read_text().splitlines()
-    assert sum('"residual":' in line for line in lines) == 35  # a run a line
+    assert sum('"run":' in line and '"residual":' in line for line in lines) == 35  # a run a line
 
 
 def test_laws_are_compared_with_a_figure_and_what_each_foretells(points, command, tmp_path):

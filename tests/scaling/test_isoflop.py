@@ -1,6 +1,7 @@
 """Approach 2: published minima, refused curves, exponents of known laws."""
 
 import json
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -251,6 +252,9 @@ def test_three_sizes_a_budget_leave_no_interval_and_say_so():
     fitted = fit_isoflop(sweep(sizes=3, noise=0.001), bootstrap=100)
     assert np.isnan(fitted.parameters["a"].low)
     assert any("no intervals" in warning for warning in fitted.warnings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert fitted.to_json()["curves"][0]["refits_beyond"] == {"below": 0.0, "above": 0.0}
 
 
 def test_wrong_settings_are_named():
