@@ -103,6 +103,9 @@ def main() -> None:
     questions = [_numbers(text, "predict") for text in f.predict]
     if f.bootstrap < 0 or 0 < f.bootstrap < 100:
         raise UserError(f"--bootstrap={f.bootstrap}: intervals take 100 refits or more; 0 is without")
+    for name in ("inference_tokens", "flops_per_nd", "level", "delta"):
+        if not abs(f[name].value or 0.0) <= 1e30:  # absl lets NaN pass every bound
+            raise UserError(f"--{name}={f[name].value:g} is no number that a fit could use")
     if f.inference_tokens and not any("loss" in question for question in questions):
         raise UserError("--inference_tokens needs the loss to reach: --predict=loss=2.1")
     options = _options()
@@ -286,6 +289,8 @@ def _numbers(text: str, flag: str) -> dict[str, float]:
             numbers[name] = math.nan
         if not math.isfinite(numbers[name]) or (flag == "predict" and numbers[name] <= 0):
             raise UserError(f"--{flag}={text}: {value!r} is not a {'positive ' * (flag == 'predict')}number")
+        if flag == "predict" and not 1e-6 <= numbers[name] <= 1e60:
+            raise UserError(f"--predict={text}: no run has a {name} of {value}")
     return numbers
 
 
