@@ -102,33 +102,37 @@ class Engine:
     ) -> tuple[Any, Rows, Drawn]:
         """Reads prompts [each at least a token] into free slots and draws the first token of each.
 
-        numbers: which of a request's samples a row is. The state must have room for the longest prompt.
-        What is drawn has a row for each prompt (and more, to be ignored).
+        numbers: which of a request's samples a row is; a prompt of several is read once. The state must have
+        room for the longest prompt. What is drawn has a row for each prompt (and more, to be ignored).
         """
         count, longest = bucket(len(prompts)), max(map(len, prompts))
         fill = count - len(prompts)
-        lengths = np.array([*map(len, prompts), *[0] * fill], np.int32)
-        tokens = np.zeros((count, bucket(longest, 16)), np.int32)
+        texts = [tuple(prompt.tolist()) for prompt in prompts]
+        read = list(dict.fromkeys(texts))
+        sources = np.array([*map(read.index, texts), *[0] * fill], np.int32)
+        lengths = np.array([*map(len, read), *[0] * (bucket(len(read)) - len(read))], np.int32)
+        tokens = np.zeros((len(lengths), bucket(longest, 16)), np.int32)
+        for row, text in enumerate(read):
+            tokens[row, : len(text)] = text
         seen = np.zeros((count, self.vocabulary), bool)
         for row, prompt in enumerate(prompts):
-            tokens[row, : len(prompt)] = prompt
             seen[row, prompt] = True
         with self._on_mesh():
-            fresh = self._empty(count, bucket(longest, SHORTEST))[0]
-            last = jnp.zeros((count, self._width.shape[-1]), self._width.dtype)
+            fresh = self._empty(len(lengths), bucket(longest, SHORTEST))[0]
+            last = jnp.zeros((len(lengths), self._width.shape[-1]), self._width.dtype)
             for start in range(0, longest, PIECE):
                 piece = tokens[:, start : start + PIECE]
                 last, fresh = self._read(self.params, fresh, last, piece, np.int32(start), lengths)
             new = Rows(
                 token=np.zeros(count, np.int32),
-                start=lengths,
+                start=lengths[sources],
                 drawn=np.zeros(count, np.int32),
                 keys=_keys([s.seed for s in samplings] + [0] * fill, [*numbers, *[0] * fill]),
                 seen=seen,
                 settings=Settings.of([*samplings, *[Sampling()] * fill], self.vocabulary),
             )
             places = np.array([*slots, *[len(rows.start)] * fill], np.int32)  # outside: dropped
-            return self._join(self.params, state, rows, fresh, new, last, places)
+            return self._join(self.params, state, rows, fresh, new, last, sources, places)
 
     def step(self, state: Any, rows: Rows, active: np.ndarray) -> tuple[Any, Rows, Drawn]:
         """One more token of each active row [B]; the state must have room for it."""
@@ -179,10 +183,11 @@ class Engine:
         fresh: Any,
         new: Rows,
         last_BD: jax.Array,
+        sources_B: jax.Array,
         places_B: jax.Array,
     ) -> tuple[Any, Rows, Drawn]:
-        """New rows, with their own state, put into their slots, and their first token."""
-        new, drawn = self._draw(params, last_BD, new)
+        """New rows, each with the state of its source, put into their slots, and their first token."""
+        new, drawn = self._draw(params, last_BD[sources_B], new)
 
         def put(old: jax.Array, arrived: jax.Array, axes: Sequence[str | None]) -> jax.Array:
             """The first slots of a cache are those of a longer one as long as none was used twice."""
@@ -190,7 +195,7 @@ class Engine:
             where = tuple(
                 places_B if axis == batch else slice(size) for axis, size in enumerate(arrived.shape)
             )
-            return old.at[where].set(arrived, mode="drop")
+            return old.at[where].set(jnp.take(arrived, sources_B, axis=batch), mode="drop")
 
         flat, tree = jax.tree.flatten(state)
         flat = [put(*leaf) for leaf in zip(flat, jax.tree.leaves(fresh), self._axes(state), strict=True)]

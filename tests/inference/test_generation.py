@@ -26,6 +26,7 @@ from llm_jax.models.transformer import Transformer
 from llm_jax.sharding import MeshConfig, make_mesh, shardings
 
 SCAN = Layout(unroll=False, attention="reference")  # the least to compile
+STRAIGHT = "gpt2", "llama", "gemma3", "qwen3-moe"  # as a CPU runs them
 TINY = Transformer(layers=2, width=16, heads=4, kv_heads=2, vocabulary=257, windows=(20, None))
 
 
@@ -33,9 +34,10 @@ TINY = Transformer(layers=2, width=16, heads=4, kv_heads=2, vocabulary=257, wind
 def test_greedy_tokens_are_those_of_transformers_with_and_without_a_cache(name):
     expected = json.loads((greedy.HERE / "fixtures" / "greedy.json").read_text())["tokens"][name]
     opened = open_model(greedy.MODELS / name)
-    engine = Engine(opened.config, opened.params, layout=Layout(unroll=True, attention="reference"))
+    layout = dataclasses.replace(SCAN, unroll=name in STRAIGHT)
+    engine = Engine(opened.config, opened.params, layout=layout)
     requests = [Request(prompt, max_tokens=greedy.LONGEST) for prompt in greedy.prompts(name)]
-    answers = complete(Batcher(engine, 2, opened.context), requests)
+    answers = complete(Batcher(engine, 2), requests)
     assert [answer.ids for answer in answers] == expected
     model = engine.model
     whole = jax.jit(lambda p, t: model.unembed(p, model.apply(p, {"tokens": t}).hidden).argmax(-1))
@@ -113,6 +115,20 @@ def test_samples_differ_by_number_and_seed_and_repeat_with_them():
     )
     first, other, seeded, again = (answer.ids for answer in answers)
     assert first == again and first != other and first != seeded
+
+
+def test_a_prompt_of_several_samples_is_read_once(monkeypatch):
+    compiled, rows = engine()._read, []
+    monkeypatch.setattr(engine(), "_read", lambda *args: rows.append(len(args[3])) or compiled(*args))
+    asked = [
+        dataclasses.replace(request, number=number, max_tokens=8)
+        for request in requests()[1:3]
+        for number in range(3)
+    ]
+    together = complete(Batcher(engine(), 6), asked)
+    assert rows == [2] and len({tuple(answer.ids) for answer in together}) == 6
+    one_by_one = [complete(Batcher(engine(), 1), [request])[0].ids for request in asked]
+    assert [answer.ids for answer in together] == one_by_one
 
 
 def test_log_probabilities_are_those_of_the_whole_pass():

