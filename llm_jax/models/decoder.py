@@ -109,6 +109,7 @@ class Decoder:
             decode=self.decode,
             state_axes=self.state_axes,
             activations=self.activations,
+            finish=self.finish,
             apart=self.apart,
         )
 
@@ -173,20 +174,24 @@ class Decoder:
             layer_keys = None if group_key is None else jax.random.split(group_key, (repeats, len(blocks)))
             layers = (params[name], None if state is None else state[name], layer_keys)
             x_BTD, new[name] = self.repeat(self.step(blocks, context), x_BTD, layers, repeats)
-        if self.norm is not None:
-            x_BTD = self.norm.apply({"params": params["norm"]}, x_BTD)
-        return x_BTD, new
+        return self.finish(params, x_BTD), new
 
-    def activations(self, params: Params, batch: Batch) -> dict[str, jax.Array]:
+    def finish(self, params: Params, x_BTD: jax.Array) -> jax.Array:
+        """The last norm, if there is one: hidden states of what the last block gives."""
+        return x_BTD if self.norm is None else self.norm.apply({"params": params["norm"]}, x_BTD)
+
+    def activations(self, params: Params, batch: Batch, attention: bool = False) -> dict[str, jax.Array]:
         """What stands in every layer [L, B, T, ...]: what mixer and MLP give, and the stream after the block.
 
-        Also, with L = 1: the embedding, the hidden states and the logits.
+        Also, with L = 1: the embedding, the hidden states and the logits. attention: also what each head
+        attends to, [L, B, H, T, T].
         """
         tokens_BT = batch["tokens"]
         positions_BT = batch.get("positions", jnp.arange(tokens_BT.shape[1])[None])
         context = self.context(positions_BT, segments=batch.get("segments"), attention="reference")
         x_BTD = self.embed.apply({"params": params["embed"]}, tokens_BT, positions_BT)
         found = {"embedding": [x_BTD], "mixer": [], "mlp": [], "stream": []}
+        found |= {"attention": []} if attention else {}
         for name, blocks, repeats in self.groups():
             for layer in range(repeats):
                 for i, block in enumerate(blocks):
@@ -202,8 +207,10 @@ class Decoder:
                     found["mixer"].append(inside["mixer"]["__call__"][0][0])
                     found["mlp"].append(inside["mlp"]["__call__"][0])
                     found["stream"].append(x_BTD)
-        if self.norm is not None:
-            x_BTD = self.norm.apply({"params": params["norm"]}, x_BTD)
+                    if attention:
+                        q_BTHK, k_BTGK, _ = inside["mixer"]["project"][0]
+                        found["attention"].append(block.mixer.weights(q_BTHK, k_BTGK, context))
+        x_BTD = self.finish(params, x_BTD)
         found |= {"hidden": [x_BTD], "logits": [self.unembed(params, x_BTD)]}
         return {name: jnp.stack(layers) for name, layers in found.items()}
 
