@@ -22,8 +22,9 @@ def main() -> None:
     prepare_xla(deterministic=False)
     if not f.model or not f.prompt:
         raise UserError("--model and --prompt are needed, for example --model=runs/mine --prompt='Once upon'")
-    if f.n < 1:
-        raise UserError(f"n is {f.n}; it is at least 1")
+    for name, least in {"n": 1, "slots": 1, "candidates": 0, "max_tokens": 1}.items():
+        if f[name].value < least:
+            raise UserError(f"{name} is {f[name].value}; it is at least {least}")
     opened = open_model(f.model, f.dtype)
     prompts = [opened.encode(text) for text in f.prompt]
     requests = [

@@ -33,17 +33,7 @@ class Scores(NamedTuple):
 
 def score(opened: Opened, ids: np.ndarray) -> Scores:
     """Scores rows of ids [B, T] in one pass; raises UserError for ids it can't score, and for too many."""
-    if ids.size == 0:
-        raise UserError("there is nothing to score: give at least one token")
-    if not np.issubdtype(ids.dtype, np.integer):
-        raise UserError(f"ids are {ids.dtype}; they are integers")
-    vocabulary = opened.config.vocabulary
-    if ids.min() < 0 or ids.max() >= vocabulary:
-        raise UserError(f"ids lie in 0 .. {vocabulary - 1}, and these in {ids.min()} .. {ids.max()}")
-    if opened.context is not None and ids.shape[1] > opened.context:
-        raise UserError(
-            f"the text has {ids.shape[1]:,} tokens, and the model's context is {opened.context:,}: shorten it"
-        )
+    opened.check(ids)
     ids = ids.astype(np.int32)
     logits, following = _scorer(opened.config)(opened.params, ids)
     first = np.full((len(ids), 1), math.nan, np.float32)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import types
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -32,7 +33,6 @@ class Opened(NamedTuple):
     """A model to be talked to.
 
     tokenizer: None where the files have none. context: the longest text it is made for, if that is known.
-    first: ids that every text begins with, beside what the tokenizer itself puts there.
     """
 
     name: str
@@ -40,13 +40,26 @@ class Opened(NamedTuple):
     params: Params
     tokenizer: Portable | None
     context: int | None
-    first: tuple[int, ...] = ()
 
     def encode(self, text: str) -> np.ndarray:
         """The ids of a text from its beginning; raises UserError without a tokenizer."""
         if self.tokenizer is None:
             raise UserError(f"{self.name} has no tokenizer: give token ids")
-        return np.concatenate([np.array(self.first, np.int32), self.tokenizer.encode(text)])
+        return self.tokenizer.encode(text)
+
+    def check(self, ids: np.ndarray) -> None:
+        """Raises UserError for ids [B, T] that the model can't read."""
+        if ids.size == 0:
+            raise UserError("there is nothing to read: give at least one token")
+        if not np.issubdtype(ids.dtype, np.integer):
+            raise UserError(f"ids are {ids.dtype}; they are integers")
+        vocabulary = self.config.vocabulary
+        if ids.min() < 0 or ids.max() >= vocabulary:
+            raise UserError(f"ids lie in 0 .. {vocabulary - 1}, and these in {ids.min()} .. {ids.max()}")
+        if self.context is not None and (size := ids.shape[1]) > self.context:
+            raise UserError(
+                f"the text has {size:,} tokens, and the model's context is {self.context:,}: shorten it"
+            )
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -62,9 +75,9 @@ def open_model(path: str, dtype: Dtype | None = None, mesh: Mesh | None = None) 
     if place.is_file() and place.suffix == ".gguf":
         from llm_jax.interop import gguf
 
-        opened = _portable(place, gguf.load(place, mesh))
+        opened = _portable(place, gguf, mesh)
     elif (place / "config.json").is_file():
-        opened = _of_run(place, mesh) if _is_run(place) else _portable(place, huggingface.load(place, mesh))
+        opened = _of_run(place, mesh) if _is_run(place) else _portable(place, huggingface, mesh)
     else:
         raise UserError(
             f"no model at {path!r}: give a directory in Hugging Face's format, a .gguf file or a run's folder"
@@ -80,9 +93,9 @@ def cast(opened: Opened, dtype: Dtype) -> Opened:
     return opened._replace(params=params, config=dataclasses.replace(opened.config, dtype=dtype))
 
 
-def _portable(place: pathlib.Path, loaded: huggingface.Loaded) -> Opened:
-    config, params, tokenizer = loaded
-    context = tokenizer.context if tokenizer else None
+def _portable(place: pathlib.Path, reader: types.ModuleType, mesh: Mesh | None) -> Opened:
+    config, params, tokenizer = reader.load(place, mesh)
+    context = tokenizer.context if tokenizer else reader.context(place)
     return Opened(place.name, config, params, tokenizer, _limit(config, context))
 
 
@@ -126,7 +139,8 @@ def _of_run(place: pathlib.Path, mesh: Mesh | None) -> Opened:
     part = _published(jax.eval_shape(lambda params: optimizers.init(optimizer, roles, params), shapes))
     params = Checkpoints(place / "checkpoints").restore_params(target, part)
     context = _limit(config, data.sequence_length)
-    return Opened(place.name, config, params, tokenizer, context, (codec.eot,))
+    tokenizer = dataclasses.replace(tokenizer.begun(codec.eot), context=context)
+    return Opened(place.name, config, params, tokenizer, context)
 
 
 def _published(optimizer_state: Any) -> str:

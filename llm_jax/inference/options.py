@@ -1,15 +1,17 @@
 """The flags that score, generate and chat share."""
 
+from collections.abc import Sequence
+
 from absl import flags
 
 from llm_jax.config import UserError
 from llm_jax.inference.sampling import Sampling
 
 
-def define_model() -> None:
+def define_model(dtypes: Sequence[str] = ("float32", "bfloat16", "int8")) -> None:
     """Defines --model and --dtype."""
     flags.DEFINE_string("model", None, "a directory in Hugging Face's format, a .gguf file or a run's folder")
-    flags.DEFINE_enum("dtype", None, ["float32", "bfloat16", "int8"], "of weights; default: as stored")
+    flags.DEFINE_enum("dtype", None, dtypes, "of weights; default: as stored")
 
 
 def define(max_tokens: int = 128) -> None:

@@ -46,6 +46,10 @@ class Family:
                 fields |= feature.read(json)
         except KeyError as error:
             raise UserError(f"config.json of a {self.name} has no {error}") from None
+        except UserError:
+            raise
+        except (AttributeError, TypeError, ValueError, ArithmeticError) as error:
+            raise UserError(f"config.json of a {self.name} is damaged: {error}") from None
         config = Transformer()
         for path, value in fields.items():
             config = configs.replace(config, path, value)
@@ -209,7 +213,8 @@ def _refuse(json: Json) -> None:
 
 def of(json: Json) -> Family:
     """The family of a config.json; raises UserError, with those that are known, for any other."""
-    named = json.get("architectures") or [json.get("model_type")]
+    named = json.get("architectures") or json.get("model_type")
+    named = named if isinstance(named, list) else [named]
     for family in FAMILIES.values():
         if family.architecture in named or family.name in named:
             return family

@@ -1,4 +1,4 @@
-"""GGUF files, which llama.cpp and Ollama run: read in any quantisation, written in F32, F16 and Q8_0.
+"""GGUF files, which llama.cpp and Ollama run: read in any quantisation, written in F32, BF16, F16 and Q8_0.
 
 config, params, tokenizer = gguf.load("SmolLM2-135M-Instruct.Q4_1.gguf")
 gguf.save("model.gguf", config, params, tokenizer, kind="Q8_0")
@@ -26,9 +26,10 @@ from llm_jax.models.positions import Llama3, Rotary, frequencies
 from llm_jax.models.transformer import Transformer
 
 BLOCK = 32  # values that share a scale in Q8_0
-KINDS = {"F32": 0, "F16": 1, "Q8_0": 7}  # and their general.file_type
+KINDS = {"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32}  # and their general.file_type
 WIDE = ("position_embd.weight",)  # matrices that stay F32, as routers do
 STRETCHED = "rope_freqs.weight"  # what each rotary frequency is divided by: Llama 3's three bands
+ORIGINAL = "rope.scaling.original_context_length"
 
 
 def load(path: str | pathlib.Path, mesh: Mesh | None = None) -> Loaded:
@@ -40,9 +41,12 @@ def load(path: str | pathlib.Path, mesh: Mesh | None = None) -> Loaded:
     file = File(pathlib.Path(os.path.expanduser(path)))
     architecture, config = _config_of(file)
     params = tensors.load(file, architecture.tensors, config, jnp.float32, mesh)
-    return Loaded(
-        config, params, gguf_tokenizer.read(file.facts, file.facts.get(f"{file.name}.context_length"))
-    )
+    return Loaded(config, params, gguf_tokenizer.read(file.facts, file.context))
+
+
+def context(path: str | pathlib.Path) -> int | None:
+    """How many tokens the model in a file was made for, if it says so."""
+    return File(pathlib.Path(os.path.expanduser(path))).context
 
 
 def save(
@@ -58,19 +62,29 @@ def save(
     those whose rows aren't a multiple of 32 are F16, and vectors always stay F32. Raises UserError for a
     model or a tokenizer that llama.cpp hasn't.
     """
-    file = pathlib.Path(os.path.expanduser(path))
-    if file.exists():
-        raise UserError(f"{file} exists; give another name")
     if kind not in KINDS:
         raise UserError(f"no kind {kind!r} of GGUF; there are: {', '.join(KINDS)}")
+    if tokenizer is None:
+        raise UserError("a GGUF file holds a tokenizer, and this model has none")
     portable = tokenizers.of(tokenizer)
-    context = portable.context or getattr(config.positions, "length", 2048)
-    architecture, facts = _facts_of(config, context)
+    architecture, facts = _facts_of(config, portable.context or getattr(config.positions, "length", 2048))
     facts |= {"general.file_type": KINDS[kind], "general.alignment": 32}
     facts |= gguf_tokenizer.write(portable, config.vocabulary)
-    partial = file.with_name(f"{file.name}.partial")
-    partial.unlink(missing_ok=True)
-    writer = GGUFWriter(partial, architecture.name)
+    with tensors.whole(pathlib.Path(os.path.expanduser(path))) as file:
+        writer = GGUFWriter(file, architecture.name)
+        _write(writer, facts, architecture, config, params, kind)
+        writer.close()
+
+
+def _write(
+    writer: GGUFWriter,
+    facts: Json,
+    architecture: Architecture,
+    config: Transformer,
+    params: Params,
+    kind: str,
+) -> None:
+    """Metadata, what is said of the tensors, and the tensors one by one."""
     for key, value in facts.items():
         _add(writer, key, value)
     sizes = sizes_of(config)
@@ -78,9 +92,8 @@ def save(
     for name, pieces in plan(architecture.tensors, config, config.build()).items():
         shape = pieces[0].entry.shape(sizes)
         type_ = _type_of(name, shape, kind)
-        stored = quants.quant_shape_to_byte_shape(shape, type_)
         dtype = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16)}.get(type_.name, np.dtype(np.uint8))
-        stored = shape if dtype != np.uint8 else stored
+        stored = shape if dtype != np.uint8 else quants.quant_shape_to_byte_shape(shape, type_)
         writer.add_tensor_info(name, stored, dtype, int(np.prod(stored)) * dtype.itemsize, raw_dtype=type_)
     for name, array in extra.items():
         writer.add_tensor_info(name, array.shape, array.dtype, array.nbytes)
@@ -91,8 +104,6 @@ def save(
         writer.write_tensor_data(_encode(array.astype(np.float32), _type_of(name, array.shape, kind)))
     for array in extra.values():
         writer.write_tensor_data(array)
-    writer.close()
-    partial.rename(file)
 
 
 class File:
@@ -112,6 +123,7 @@ class File:
         except (ValueError, IndexError, KeyError, OverflowError, MemoryError) as error:
             raise UserError(f"{path}: not a whole GGUF file: {error}") from None
         self.name = str(self.facts.get("general.architecture"))
+        self.context = self.facts.get(f"{self.name}.context_length")
         self.divisors = self._tensors.pop(STRETCHED, None)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -120,7 +132,8 @@ class File:
     def read(self, name: str) -> np.ndarray:
         tensor = self._tensors[name]
         try:
-            return quants.dequantize(tensor.data, tensor.tensor_type).reshape(self.shapes()[name])
+            array = quants.dequantize(tensor.data, tensor.tensor_type).reshape(self.shapes()[name])
+            return array.copy() if tensor.tensor_type.name == "F32" else array  # else it is the file's memory
         except NotImplementedError:
             raise UserError(
                 f"{self.source}: {name} is {tensor.tensor_type.name}, which the gguf package can't dequantise"
@@ -146,7 +159,8 @@ def _config_of(file: File) -> tuple[Architecture, Transformer]:
     facts["tied"] = "output.weight" not in shapes
     config = _read(architecture, facts)
     if file.divisors is not None:
-        config = _stretched(config, np.asarray(file.divisors.data, np.float32), file.source)
+        original = facts.get(ORIGINAL, Llama3.original)
+        config = _stretched(config, np.asarray(file.divisors.data, np.float32), original, file.source)
     return architecture, config
 
 
@@ -160,7 +174,7 @@ def _read(architecture: Architecture, facts: Json) -> Transformer:
             theirs: facts[key]
             for key, theirs in {
                 "rope.scaling.factor": "factor",
-                "rope.scaling.original_context_length": "original_max_position_embeddings",
+                ORIGINAL: "original_max_position_embeddings",
             }.items()
             if key in facts
         }
@@ -186,7 +200,7 @@ def _facts_of(config: Transformer, context: int) -> tuple[Architecture, Json]:
         if scaling:
             facts |= {"rope.scaling.type": scaling["rope_type"], "rope.scaling.factor": scaling["factor"]}
             if original := scaling.get("original_max_position_embeddings"):
-                facts["rope.scaling.original_context_length"] = original
+                facts[ORIGINAL] = original
         try:
             read = _read(architecture, facts | {"tied": config.tied})
         except UserError as error:
@@ -198,6 +212,9 @@ def _facts_of(config: Transformer, context: int) -> tuple[Architecture, Json]:
         if not different:
             length = same.size_of_head
             facts |= {"attention.value_length": length, "rope.dimension_count": length}
+            if _is_llama3(same):
+                facts[ORIGINAL] = same.positions.stretch.original
+                _stretched(plain, _divisors(same), facts[ORIGINAL], "the model")
             facts = {f"{architecture.name}.{key}": value for key, value in facts.items()}
             return architecture, facts
         reasons[architecture.name] = [f"model.{name}={getattr(config, name)}" for name in different]
@@ -217,9 +234,9 @@ def _divisors(config: Transformer) -> np.ndarray:
     return np.asarray(plain / config.positions.stretch.stretch(plain, config.positions.theta), np.float32)
 
 
-def _stretched(config: Transformer, divisors: np.ndarray, source: str) -> Transformer:
+def _stretched(config: Transformer, divisors: np.ndarray, original: int, source: str) -> Transformer:
     """The model with the stretch that these divisors come from: Llama 3's, with bands as it was released."""
-    stretch = Llama3(factor=float(divisors.max()))
+    stretch = Llama3(factor=float(divisors.max()), original=original)
     found = dataclasses.replace(config, positions=Rotary(config.positions.theta, stretch))
     if not np.allclose(_divisors(found), divisors, rtol=1e-4):
         raise UserError(f"{source}: {STRETCHED} is not Llama 3's stretch of rotary positions")
@@ -237,9 +254,9 @@ def _plain(value: Any) -> Any:
 def _type_of(name: str, shape: tuple[int, ...], kind: str) -> GGMLQuantizationType:
     if len(shape) < 2 or kind == "F32" or name in WIDE or ".ffn_gate_inp." in name:
         return GGMLQuantizationType.F32
-    if kind == "Q8_0" and shape[-1] % BLOCK == 0:
-        return GGMLQuantizationType.Q8_0
-    return GGMLQuantizationType.F16
+    if kind == "Q8_0" and shape[-1] % BLOCK:
+        return GGMLQuantizationType.F16
+    return GGMLQuantizationType[kind]
 
 
 def _encode(array: np.ndarray, type_: GGMLQuantizationType) -> np.ndarray:

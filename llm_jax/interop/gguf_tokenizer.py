@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from llm_jax.config import UserError
-from llm_jax.interop.tokenizer import SPACE, Portable, spell
+from llm_jax.interop.tokenizer import SPACE, Portable, begin, spell
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # tokenizer.ggml.token_type
 ROLES = {"bos": "bos_token", "eos": "eos_token", "padding": "pad_token", "unknown": "unk_token"}
@@ -48,11 +48,8 @@ def read(facts: Mapping[str, Any], context: int | None) -> Portable | None:
             tokenizer.add_tokens([AddedToken(token, special=kind != USER_DEFINED, normalized=False)])
     ids = {role: facts.get(f"tokenizer.ggml.{key}_token_id") for key, role in ROLES.items()}
     special = {role: tokens[number] for role, number in ids.items() if number is not None}
-    if facts.get("tokenizer.ggml.add_bos_token", model == "llama"):
-        bos = special["bos_token"]
-        tokenizer.post_processor = processors.TemplateProcessing(
-            f"{bos} $A", special_tokens=[(bos, ids["bos_token"])]
-        )
+    if facts.get("tokenizer.ggml.add_bos_token", model == "llama") and ids["bos_token"] is not None:
+        begin(tokenizer, ids["bos_token"])
     stops = [ids["eos_token"], facts.get("tokenizer.ggml.eot_token_id")]
     stops = tuple(dict.fromkeys(stop for stop in stops if stop is not None))
     template = facts.get("tokenizer.chat_template")

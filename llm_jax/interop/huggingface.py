@@ -9,11 +9,9 @@ import json
 import os
 import pathlib
 import re
-import shutil
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
@@ -23,6 +21,7 @@ from jax.sharding import Mesh
 from llm_jax.config import UserError
 from llm_jax.interop import families, tensors
 from llm_jax.interop import tokenizer as tokenizers
+from llm_jax.interop.features import Json
 from llm_jax.interop.tokenizer import Portable
 from llm_jax.models import Params
 from llm_jax.models.positions import Learned
@@ -46,20 +45,27 @@ def load(directory: str | pathlib.Path, mesh: Mesh | None = None) -> Loaded:
     architecture that isn't known, a damaged file, and tensors that don't fit the config or are left over.
     """
     folder = pathlib.Path(os.path.expanduser(directory))
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder}: no config.json there; give a directory in Hugging Face's format")
-    try:
-        facts = json.loads((folder / "config.json").read_text())
-    except ValueError as error:
-        raise UserError(f"{folder}/config.json: not JSON: {error}") from None
+    facts = _facts(folder)
     family = families.of(facts)
     config, shards = family.read(facts), Shards(folder, family)
     if config.tied:
         shards.where.pop("lm_head.weight", None)
     dtype = shards.dtype()
     params = tensors.load(shards, family.tensors, config, dtype, mesh)
-    tokenizer = tokenizers.read(folder, facts.get("max_position_embeddings") or facts.get("n_positions"))
+    tokenizer = tokenizers.read(folder, context(folder))
     return Loaded(dataclasses.replace(config, dtype=jnp.dtype(dtype).name), params, tokenizer)
+
+
+def context(directory: str | pathlib.Path) -> int | None:
+    """How many tokens the model in a directory was made for, if its config says so."""
+    facts = _facts(pathlib.Path(os.path.expanduser(directory)))
+    return facts.get("max_position_embeddings") or facts.get("n_positions")
+
+
+def _facts(folder: pathlib.Path) -> Json:
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: no config.json there; give a directory in Hugging Face's format")
+    return tokenizers.read_json(folder / "config.json")
 
 
 def save(
@@ -69,32 +75,30 @@ def save(
     tokenizer: Portable | None = None,
     family: str | None = None,
     shard_bytes: int = 5_000_000_000,
+    dtype: str | None = None,
+    context: int | None = None,
 ) -> None:
     """Writes a directory that `load` and transformers read; it must not exist.
 
     tokenizer: a `Portable`, or a codec of `data/tokenizers.py`. family: by default the first that can be this
-    model. Raises UserError if none can.
+    model. dtype: float32, bfloat16 or float16, by default as they are. context: how many tokens the model was
+    made for, if the tokenizer doesn't say. Raises UserError if no family can be the model.
     """
-    folder = pathlib.Path(os.path.expanduser(directory))
-    if folder.exists():
-        raise UserError(f"{folder} exists; give another directory")
     chosen, facts = families.fitting(config, family)
-    dtypes = {leaf.dtype.name for leaf in jax.tree.leaves(params)}
-    name = "bfloat16" if dtypes == {"bfloat16"} else "float32"
+    name = dtype or tensors.stored(params)
     tokenizer = None if tokenizer is None else tokenizers.of(tokenizer)
-    context = (tokenizer and tokenizer.context) or getattr(config.positions, "length", 2048)
+    context = (tokenizer and tokenizer.context) or context or getattr(config.positions, "length", 2048)
     facts |= {"dtype": name, "torch_dtype": name, "use_cache": True}
     if not isinstance(config.positions, Learned):
         facts["max_position_embeddings"] = context
     facts |= tokenizers.ids(tokenizer)
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    _write_shards(partial, tensors.save(params, chosen.tensors, config), shard_bytes)
-    if tokenizer:
-        tokenizers.write(tokenizer, partial)
-    (partial / "config.json").write_text(json.dumps(facts, indent=2))
-    partial.rename(folder)
+    named = tensors.save(params, chosen.tensors, config)
+    with tensors.whole(pathlib.Path(os.path.expanduser(directory))) as folder:
+        folder.mkdir()
+        _write_shards(folder, ((path, array.astype(jnp.dtype(name))) for path, array in named), shard_bytes)
+        if tokenizer:
+            tokenizers.write(tokenizer, folder)
+        (folder / "config.json").write_text(json.dumps(facts, indent=2))
 
 
 class Shards:
@@ -104,10 +108,10 @@ class Shards:
         self.source = str(folder)
         index = folder / "model.safetensors.index.json"
         if index.is_file():
-            try:
-                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError):
-                raise UserError(f"{index}: not an index of shards: no weight_map") from None
+            where = tokenizers.read_json(index).get("weight_map")
+            if not isinstance(where, dict):
+                raise UserError(f"{index}: not an index of shards: no weight_map")
+            names = sorted({str(name) for name in where.values()})
             if missing := [name for name in names if not (folder / name).is_file()]:
                 raise UserError(f"{index} names {', '.join(missing)}, not in {folder}")
         else:

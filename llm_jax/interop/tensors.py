@@ -1,5 +1,8 @@
 """Parameters from a file's tensors and back, one tensor in host memory at a time."""
 
+import contextlib
+import pathlib
+import shutil
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -9,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from llm_jax.config import UserError
-from llm_jax.interop.layouts import Piece, Table, plan, sizes_of
+from llm_jax.interop.layouts import Piece, Sizes, Table, plan, sizes_of
 from llm_jax.models import Params
 from llm_jax.models.transformer import Transformer
 from llm_jax.sharding import MeshConfig, make_mesh, shardings
@@ -51,9 +54,7 @@ def load(
     for path, leaf in _leaves(shapes):
         axes, arrays = roles[path].axes, []
         for name, piece in sorted(slices[path], key=lambda named: named[1].index):
-            array = piece.entry.read(reader.read(name), sizes).astype(dtype)
-            place = shardings(array, axes[len(piece.index) :], mesh)
-            arrays.append(jax.make_array_from_callback(array.shape, place, lambda at, a=array: a[at]))
+            arrays.append(_sent(reader.read(name), piece, sizes, dtype, axes[len(piece.index) :], mesh))
         place = shardings(jax.ShapeDtypeStruct(leaf.shape, dtype), axes, mesh)
         filled[path] = _stack(arrays, leaf.shape, place) if slices[path][0][1].index else arrays[0]
     return _tree(filled)
@@ -66,6 +67,36 @@ def save(params: Params, table: Table, config: Transformer) -> Iterator[tuple[st
         pieces = sorted(pieces, key=lambda piece: piece.entry.part)
         parts = [piece.entry.write(np.asarray(leaves[piece.path][piece.index]), sizes) for piece in pieces]
         yield name, np.ascontiguousarray(np.concatenate(parts, axis=pieces[0].entry.axis))
+
+
+def stored(params: Params) -> str:
+    """The type that a file of these parameters has: bfloat16 if all are, else float32."""
+    return "bfloat16" if {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"bfloat16"} else "float32"
+
+
+@contextlib.contextmanager
+def whole(place: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Where to write a file or folder, which takes its name when it is complete; else nothing stays.
+
+    Raises UserError where there is one already, or none can be written.
+    """
+    if place.exists():
+        raise UserError(f"{place} exists; give another name")
+    partial = place.with_name(f"{place.name}.partial")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        _remove(partial)
+        yield partial
+        partial.rename(place)
+    except OSError as error:
+        raise UserError(f"can't write {place}: {error}") from None
+    finally:
+        _remove(partial)
+
+
+def _remove(place: pathlib.Path) -> None:
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        shutil.rmtree(place) if place.is_dir() else place.unlink()
 
 
 def _check(reader: Reader, wanted: Plan, config: Transformer) -> None:
@@ -82,6 +113,15 @@ def _check(reader: Reader, wanted: Plan, config: Transformer) -> None:
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def _sent(
+    tensor: np.ndarray, piece: Piece, sizes: Sizes, dtype: jnp.dtype, axes: tuple[str | None, ...], mesh: Mesh
+) -> jax.Array:
+    """A file's tensor on the mesh, spread as its parameter will be; the host needs it no more."""
+    array = piece.entry.read(tensor, sizes).astype(dtype, copy=False)
+    place = shardings(array, axes, mesh)
+    return jax.make_array_from_callback(array.shape, place, lambda at: array[at]).block_until_ready()
 
 
 def _stack(arrays: list[jax.Array], shape: tuple[int, ...], place: NamedSharding) -> jax.Array:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import tokenizers
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
 from llm_jax.config import UserError
 from llm_jax.data.templates import Template
@@ -56,6 +56,13 @@ class Portable:
         """The text of token ids, special tokens left out."""
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
+    def begun(self, number: int) -> "Portable":
+        """The same tokenizer, but that every text begins with the token `number`: bos from now on."""
+        tokenizer = tokenizers.Tokenizer.from_str(self.data)
+        begin(tokenizer, number)
+        special = {**self.special, "bos_token": tokenizer.id_to_token(number)}
+        return dataclasses.replace(self, data=tokenizer.to_str(), special=special)
+
     def codec(self) -> HuggingFaceCodec:
         """The same tokenizer for data: eos is eot, and names of special tokens in a text are text."""
         return HuggingFaceCodec(self.data.encode(), "tokenizer.json", self.special.get("eos_token"))
@@ -66,7 +73,7 @@ class Portable:
 
 def read(folder: pathlib.Path, context: int | None) -> Portable | None:
     """The tokenizer in a directory, if there is one; a SentencePiece `tokenizer.model` is converted."""
-    facts = _json(folder / "special_tokens_map.json") | _json(folder / "tokenizer_config.json")
+    facts = read_json(folder / "special_tokens_map.json") | read_json(folder / "tokenizer_config.json")
     special = {role: _content(facts[role]) for role in ROLES if facts.get(role)}
     if (folder / "tokenizer.json").is_file():
         found = Portable((folder / "tokenizer.json").read_text(), special)
@@ -74,7 +81,7 @@ def read(folder: pathlib.Path, context: int | None) -> Portable | None:
         found = of_sentencepiece((folder / "tokenizer.model").read_bytes())
     else:
         return None
-    generation = _json(folder / "generation_config.json") or _json(folder / "config.json")
+    generation = read_json(folder / "generation_config.json") or read_json(folder / "config.json")
     stops = generation.get("eos_token_id")
     stops = [found.id_of("eos_token")] if stops is None else stops if isinstance(stops, list) else [stops]
     template = facts.get("chat_template")
@@ -109,15 +116,25 @@ def ids(tokenizer: Portable | None) -> dict[str, Any]:
     return said | ({"eos_token_id": stops[0] if len(stops) == 1 else stops} if stops else {})
 
 
-def _json(path: pathlib.Path) -> dict[str, Any]:
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """The object in a JSON file, {} where there is none; raises UserError for anything else."""
     try:
-        return json.loads(path.read_text()) if path.is_file() else {}
+        found = json.loads(path.read_text()) if path.is_file() else {}
     except ValueError as error:
         raise UserError(f"{path}: not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: a {type(found).__name__}, and it should be an object of keys and values")
+    return found
 
 
 def _content(token: str | dict[str, Any]) -> str:
     return token["content"] if isinstance(token, dict) else token
+
+
+def begin(tokenizer: tokenizers.Tokenizer, number: int) -> None:
+    """Makes every text begin with the token `number`."""
+    token = tokenizer.id_to_token(number)
+    tokenizer.post_processor = processors.TemplateProcessing(f"{token} $A", special_tokens=[(token, number)])
 
 
 # ---- from tokenizers of this house ----
@@ -129,14 +146,14 @@ def of(codec: Any) -> Portable:
         return codec
     if isinstance(codec, Bytes):
         return of_bytes()
-    if isinstance(codec, SentencePieceCodec):
-        return of_sentencepiece(codec.model)
-    tokenizer = tokenizers.Tokenizer.from_str(codec.data)
+    pieces = isinstance(codec, SentencePieceCodec)
+    found = of_sentencepiece(codec.model) if pieces else Portable(codec.data)
+    tokenizer = tokenizers.Tokenizer.from_str(found.data)
     name = tokenizer.id_to_token(codec.eot) or END
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False)])
     if tokenizer.token_to_id(name) != codec.eot:
         raise UserError(f"the tokenizer's ids have holes, so eot can't be {codec.eot} elsewhere: name one")
-    return Portable(tokenizer.to_str(), {"eos_token": name}, (codec.eot,))
+    return Portable(tokenizer.to_str(), {**found.special, "eos_token": name}, (codec.eot,))
 
 
 def with_turns(tokenizer: Portable, template: Template) -> Portable:

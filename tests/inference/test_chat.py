@@ -134,7 +134,7 @@ def test_what_is_no_model_or_no_text_is_refused(folder, tmp_path):
     for ids, message in [
         (np.zeros((1, 97), int), "97 tokens, and the model's context is 96"),
         (np.array([[300]]), "ids lie in 0"),
-        (np.zeros((1, 0), int), "nothing to score"),
+        (np.zeros((1, 0), int), "nothing to read"),
         (np.zeros((1, 2)), "they are integers"),
     ]:
         with pytest.raises(UserError, match=message):

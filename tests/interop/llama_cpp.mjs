@@ -15,7 +15,8 @@ for (const modelPath of models) {
         found.push(token);
         if (found.length === count) break;
     }
-    answers.push({continuation: found, text: model.tokenize(text, true)});
+    const first = model.tokens.shouldPrependBosToken ? [model.tokens.bos] : [];
+    answers.push({continuation: found, text: [...first, ...model.tokenize(text, true)]});
     await model.dispose();
 }
 console.log(JSON.stringify(answers));

@@ -2,10 +2,12 @@
 
 import dataclasses
 import functools
+import io
 import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 
 import gguf as package
@@ -13,15 +15,19 @@ import jax
 import numpy as np
 import pytest
 import reference
+import sentencepiece
 import tokenizers
-from reference import FIXTURES
+from reference import FIXTURES, characters
 from test_huggingface import TOLERANCE, logits
 from tiny import parameters
 from tokenizers import pre_tokenizers
 
 from llm_jax.config import UserError
 from llm_jax.data.tokenizers import Bytes, SentencePiece, SentencePieceCodec
-from llm_jax.interop import families, gguf, tokenizer
+from llm_jax.inference.batching import Batcher, Request, complete
+from llm_jax.inference.generation import Engine
+from llm_jax.interop import families, gguf, huggingface, tokenizer
+from llm_jax.models import Layout
 from llm_jax.models.experts import Experts
 from llm_jax.models.positions import Linear, Llama3, Rotary
 from llm_jax.models.transformer import Attending, Transformer
@@ -30,7 +36,7 @@ from llm_jax.models.transformer import Attending, Transformer
 LOCAL = Rotary(10_000.0)
 SAID = {
     "gpt2": {},
-    "llama": {"head_width": 16, "positions": Rotary(5e5, Llama3(32.0))},
+    "llama": {"head_width": 16, "positions": Rotary(5e5, Llama3(32.0, original=4096))},
     "qwen2": {"windows": (None,)},
     "qwen3": {},
     "gemma": {},
@@ -50,7 +56,6 @@ SAID = {
 }
 # llama.cpp takes OLMoE to have a key head for each query head, as the released ones do.
 COMPARED = [name for name in SAID if name != "olmoe"]
-TOKENIZER = tokenizer.of_bytes()
 
 
 def of_fixture(name):
@@ -63,14 +68,6 @@ def said(name):
     """A model of the family that GGUF can say, and random parameters."""
     config = dataclasses.replace(of_fixture(name), **SAID[name])
     return families.canonical(config), parameters(config.build())
-
-
-def characters(size):
-    """A tokenizer of `size` single bytes."""
-    facts = json.loads(TOKENIZER.data)
-    facts["added_tokens"] = []
-    facts["model"]["vocab"] = {k: v for k, v in facts["model"]["vocab"].items() if v < size}
-    return tokenizer.Portable(json.dumps(facts))
 
 
 @pytest.mark.parametrize("name", SAID)
@@ -101,6 +98,14 @@ def test_half_and_quantised_files_hold_the_weights_to_their_precision(kind, erro
         assert np.abs(ours - theirs).max() < error * np.abs(ours).max()
 
 
+def test_rows_that_no_block_fits_are_half_precision(tmp_path):
+    config = dataclasses.replace(trained()[0], mlp_width=40)
+    gguf.save(tmp_path / "model.gguf", config, parameters(config.build()), Bytes(), "Q8_0")
+    types = {t.name: t.tensor_type.name for t in package.GGUFReader(tmp_path / "model.gguf").tensors}
+    assert (types["blk.0.ffn_down.weight"], types["blk.0.ffn_up.weight"]) == ("F16", "Q8_0")
+    assert gguf.load(tmp_path / "model.gguf").config == config
+
+
 def test_transformers_reads_the_weights_of_a_file_written_here(tmp_path):
     pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
@@ -124,6 +129,26 @@ def test_a_sentencepiece_model_trained_here_encodes_the_same_as_a_tokenizer_json
         assert portable.encode(text).tolist() == codec.encode(text).tolist()
         assert portable.decode(portable.encode(text)) == text
     assert portable.stops == (codec.eot,) and portable.vocabulary == codec.vocabulary
+
+
+def test_a_tokenizer_model_that_begins_texts_with_a_space_is_read_and_no_gguf_file(tmp_path):
+    written = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS), model_writer=written, model_type="bpe", vocab_size=300,
+        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
+        minloglevel=2,
+    )  # fmt: skip
+    theirs = sentencepiece.SentencePieceProcessor(model_proto=written.getvalue())
+    shutil.copytree(FIXTURES / "llama", tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.model").write_bytes(written.getvalue())
+    config, params, found = huggingface.load(tmp_path / "model")
+    assert (found.id_of("bos_token"), found.stops, found.context) == (1, (2,), 64)
+    for text in [*TEXTS, " two  spaces", "naïve"]:
+        assert found.encode(text).tolist() == theirs.encode(text)
+        assert found.decode(found.encode(text)) == text
+    with pytest.raises(UserError, match="puts '▁' before each text"):
+        gguf.save(tmp_path / "model.gguf", dataclasses.replace(config, vocabulary=300), params, found)
+    assert not (tmp_path / "model.gguf").exists()
 
 
 def test_what_cannot_be_read_or_written_is_one_clear_line(tmp_path):
@@ -182,18 +207,39 @@ def test_smollm2_has_its_parameters_its_template_and_digits_one_by_one():
     assert [found.decode([i]) for i in found.encode("in 1234")] == ["in", " ", "1", "2", "3", "4"]
 
 
+@functools.cache
+def smollm2_continued():
+    """The prompt, what transformers made of it, and the logits of that here."""
+    config, params, found = smollm2()
+    stored = np.load(FIXTURES / f"{reference.REAL}.npz")
+    return found.encode(reference.PROMPT), stored, logits(config, params, stored["whole"][None])
+
+
+@pytest.mark.slow
+def test_smollm2_s_logits_and_greedy_continuation_are_those_that_transformers_computed():
+    prompt, stored, got = smollm2_continued()
+    assert prompt.tolist() == stored["prompt"].tolist()
+    best = np.take_along_axis(got[0], stored["best"], -1)
+    np.testing.assert_allclose(best, stored["logits"], rtol=0, atol=1e-3)
+    here = reference.digest(got[0])
+    for name in ("mean", "rms"):
+        np.testing.assert_allclose(here[name], stored[name], rtol=0, atol=1e-3)
+    # Token for token: each is the best after those before it.
+    continuation = stored["whole"][len(prompt) :].tolist()
+    assert len(continuation) == 40 and here["best"][len(prompt) - 1 : -1, 0].tolist() == continuation
+    config, params, _ = smollm2()
+    engine = Engine(config, params, layout=Layout(unroll=False, attention="reference"))
+    assert complete(Batcher(engine, 1), [Request(prompt, max_tokens=40)])[0].ids == continuation
+
+
 @pytest.mark.slow
 def test_smollm2_s_logits_and_greedy_continuation_are_those_of_transformers():
     for name in ("torch", "transformers", "accelerate"):
         pytest.importorskip(name)
-    config, params, found = smollm2()
-    prompt = found.encode(reference.PROMPT)
+    prompt, stored, got = smollm2_continued()
     whole, expected = reference.continued(reference.smollm2(), prompt[None])
-    got = logits(config, params, whole)
+    np.testing.assert_array_equal(whole[0], stored["whole"])
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-3)
-    # Token for token: each is the best after those before it.
-    assert got[0, len(prompt) - 1 : -1].argmax(-1).tolist() == whole[0, len(prompt) :].tolist()
-    assert whole.shape[1] >= len(prompt) + 20
 
 
 # ---- llama.cpp, where node and the package stand ----
