@@ -104,7 +104,8 @@ def test_the_inside_notebook_shows_how_a_real_model_comes_to_its_word(monkeypatc
     assert figures == 3
     assert "30 layers of 9 heads read" in text and "the model goes on with ' Rome'" in text
     agrees = [int(share) for share in re.findall(r"says what the model says at (\d+)%", text)]
-    assert len(agrees) == 3 and agrees == sorted(agrees) and agrees[0] < agrees[-1]  # early, middle, late
+    early, _, late = agrees
+    assert early < late and "London 0.6" in text  # near Paris
 
 
 @pytest.mark.slow
