@@ -57,10 +57,10 @@ class Portable:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def begun(self, number: int) -> "Portable":
-        """The same tokenizer, but that every text begins with the token `number`: bos from now on."""
+        """The same tokenizer, but that every text begins with the token `number`: bos, if there is none."""
         tokenizer = tokenizers.Tokenizer.from_str(self.data)
         begin(tokenizer, number)
-        special = {**self.special, "bos_token": tokenizer.id_to_token(number)}
+        special = {"bos_token": tokenizer.id_to_token(number), **self.special}
         return dataclasses.replace(self, data=tokenizer.to_str(), special=special)
 
     def codec(self) -> HuggingFaceCodec:
