@@ -75,17 +75,20 @@ class Answer:
 
 
 class Batcher:
-    """Decodes up to `slots` requests at once; more wait. context: how long a row may become, if limited."""
+    """Decodes up to `slots` requests at once; more wait. context: how long a row may become, if limited.
+
+    A step takes longer with more rows, used or not, so there are only as many as were needed at once since
+    the batcher was last idle, rounded up to a power of two.
+    """
 
     def __init__(
         self, engine: Engine, slots: int, context: int | None = None, tokenizer: Portable | None = None
     ) -> None:
         self.engine, self.context, self.tokenizer = engine, context, tokenizer
+        self._most = slots
         self._waiting: collections.deque[Answer] = collections.deque()
-        self._slots: list[Answer | None] = [None] * slots
+        self._slots: list[Answer | None] = []
         self._lengths = np.zeros(slots, np.int64)  # of each row, its last token included
-        self._room = SHORTEST
-        self._state, self._rows = engine.empty(slots, self._room)
 
     @property
     def busy(self) -> bool:
@@ -123,23 +126,26 @@ class Batcher:
 
         Returns the answers that grew, each with the text that became certain.
         """
-        free = [slot for slot, answer in enumerate(self._slots) if answer is None]
-        if free and self._waiting:
-            return self._admit(free)
-        active = np.array([answer is not None for answer in self._slots])
+        active = np.array([answer is not None for answer in self._slots], bool)
+        arriving = min(len(self._waiting), self._most - int(active.sum()))
+        if arriving:
+            return self._admit(arriving)
         if not active.any():
             return []
-        self._make_room(int(self._lengths[active].max()))
+        self._make_room(len(self._slots), int(self._lengths[: len(active)][active].max()))
         self._state, self._rows, drawn = self.engine.step(self._state, self._rows, active)
         return self._give(drawn, {int(slot): int(slot) for slot in np.flatnonzero(active)})
 
-    def _admit(self, free: list[int]) -> list[tuple[Answer, str]]:
-        arriving = [self._waiting.popleft() for _ in range(min(len(free), len(self._waiting)))]
-        slots = free[: len(arriving)]
+    def _admit(self, count: int) -> list[tuple[Answer, str]]:
+        arriving = [self._waiting.popleft() for _ in range(count)]
         requests = [answer.request for answer in arriving]
+        if not any(self._slots):
+            self._slots = []  # what there was is forgotten
+        used = len(self._slots) - self._slots.count(None)
+        self._make_room(used + count, max(len(request.prompt) for request in requests))
+        slots = [slot for slot, answer in enumerate(self._slots) if answer is None][:count]
         for slot, answer in zip(slots, arriving, strict=True):
             self._slots[slot], self._lengths[slot] = answer, len(answer.request.prompt)
-        self._make_room(bucket(max(len(request.prompt) for request in requests)))
         self._state, self._rows, drawn = self.engine.join(
             self._state,
             self._rows,
@@ -164,10 +170,15 @@ class Batcher:
                 self._slots[slot] = None
         return given
 
-    def _make_room(self, tokens: int) -> None:
-        if tokens > self._room:
-            self._room = bucket(tokens)
-            self._state = self.engine.grow(self._state, self._room)
+    def _make_room(self, rows: int, tokens: int) -> None:
+        """For so many rows, and so many tokens in each."""
+        if not self._slots:
+            self._slots, self._room = [None] * min(bucket(rows), self._most), bucket(tokens, SHORTEST)
+            self._state, self._rows = self.engine.empty(len(self._slots), self._room)
+        elif rows > len(self._slots) or tokens > self._room:
+            self._slots += [None] * (min(bucket(rows), self._most) - len(self._slots))
+            self._room = max(self._room, bucket(tokens))
+            self._state, self._rows = self.engine.grow(self._state, self._rows, len(self._slots), self._room)
 
 
 def complete(batcher: Batcher, requests: Sequence[Request]) -> list[Answer]:

@@ -78,7 +78,7 @@ class Engine:
         self._read = jax.jit(self._read, donate_argnums=(1, 2))
         self._join = jax.jit(self._join, donate_argnums=(1, 2))
         self._step = jax.jit(self._step, donate_argnums=(1, 2))
-        self._grow = jax.jit(self._grow, static_argnums=1)
+        self._grow = jax.jit(self._grow, static_argnums=(2, 3))
         self._empty = jax.jit(self._empty, static_argnums=(0, 1))
 
     def empty(self, slots: int, length: int) -> tuple[Any, Rows]:
@@ -86,10 +86,10 @@ class Engine:
         with self._on_mesh():
             return self._empty(slots, length)
 
-    def grow(self, state: Any, length: int) -> Any:
-        """The same state with room for `length` tokens."""
+    def grow(self, state: Any, rows: Rows, slots: int, length: int) -> tuple[Any, Rows]:
+        """The same state and rows among `slots` rows, with room for `length` tokens each."""
         with self._on_mesh():
-            return self._grow(state, length)
+            return self._grow(state, rows, slots, length)
 
     def join(
         self,
@@ -148,13 +148,12 @@ class Engine:
         rows = Rows(*(zeros(jnp.int32),) * 3, jnp.zeros((slots, 2), jnp.uint32), seen, settings)
         return self._placed(self.model.init_state(slots, length)), rows
 
-    def _grow(self, state: Any, length: int) -> Any:
-        slots = {
-            leaf.shape[axes.index("batch")]
-            for leaf, axes in zip(jax.tree.leaves(state), self._axes(state), strict=True)
-        }
-        room = self.model.init_state(slots.pop(), length)
-        return self._placed(jax.tree.map(lambda r, s: r.at[tuple(map(slice, s.shape))].set(s), room, state))
+    def _grow(self, state: Any, rows: Rows, slots: int, length: int) -> tuple[Any, Rows]:
+        def put(room: jax.Array, old: jax.Array) -> jax.Array:
+            return room.at[tuple(map(slice, old.shape))].set(old)
+
+        state, rows = jax.tree.map(put, self._empty(slots, length), (state, rows))
+        return self._placed(state), rows
 
     def _read(
         self,

@@ -106,6 +106,17 @@ def test_a_cancelled_request_gives_its_slot_to_the_next():
     assert len(gone.ids) == 1 and stays.ids == alone()[4]
 
 
+def test_there_are_as_many_rows_as_were_needed_at_once():
+    batcher = Batcher(engine(), 4)
+    for together, rows in ((slice(0, 1), 1), (slice(1, 4), 4), (slice(0, 1), 1)):
+        answers = [batcher.submit(request) for request in requests()[together]]
+        batcher.step()
+        assert len(batcher._rows.token) == rows
+        while batcher.busy:
+            batcher.step()
+        assert [answer.ids for answer in answers] == alone()[together]
+
+
 def test_samples_differ_by_number_and_seed_and_repeat_with_them():
     prompt = np.array([1, 2, 3], np.int32)
     rows = [(0, 0), (0, 1), (1, 0), (0, 0)]
