@@ -1,6 +1,7 @@
-"""A chat in the terminal, with one model or with two at once.
+"""A chat in the terminal or on a page, with one model or with two at once.
 
 python -m llm_jax.chat --model=DIR|FILE.gguf|RUN --compare=OTHER --temperature=0.7
+python -m llm_jax.chat --model=… --web       # the same as a page, and the OpenAI API behind it
 
 The models keep nothing: each turn sends the whole conversation, which /context shows as they see it.
 """
@@ -190,6 +191,32 @@ def talk(chat: Chat, ask: TextIO) -> None:
             print(f"error: {error}", file=sys.stderr)
 
 
+def opened(**batch: int) -> list[Speaker]:
+    """The speakers that --model and --compare name; batch: of each, as `Speaker` has it."""
+    f = flags.FLAGS
+    found = [open_model(path, f.dtype) for path in (f.model, f.compare) if path]
+    if len(found) == 2 and found[0].name == found[1].name:
+        found[1] = found[1]._replace(name=f"{found[1].name} (2)")
+    for one in found:
+        if one.tokenizer is None:
+            raise UserError(f"{one.name} has no tokenizer: it can't be talked to")
+        options.sampling().check(one.config.vocabulary)
+    return [Speaker(one, **batch) for one in found]
+
+
+def web() -> None:
+    f = flags.FLAGS
+    try:
+        from llm_jax.inference import api, server
+    except ImportError as error:
+        raise UserError(f"--web needs the extra `web` (pip install 'llm-jax[web]'): {error}") from None
+    with server.listen(f.host, f.port, f.token) as socket:
+        defaults = {"system": f.system, "max_tokens": f.max_tokens, "stop": f.stop}
+        defaults |= dataclasses.asdict(options.sampling())
+        speakers = opened(slots=f.slots, candidates=api.CANDIDATES)
+        server.serve(speakers, socket, f.token, defaults)
+
+
 def main() -> None:
     f = flags.FLAGS
     prepare_xla(deterministic=False)
@@ -197,17 +224,13 @@ def main() -> None:
         raise UserError(
             "--model is missing: a directory in Hugging Face's format, a .gguf file or a run's folder"
         )
-    speakers = [Speaker(open_model(path, f.dtype)) for path in (f.model, f.compare) if path]
-    sampling = options.sampling()
-    for speaker in speakers:
-        if speaker.opened.tokenizer is None:
-            raise UserError(f"{speaker.name} has no tokenizer: it can't be talked to")
-        sampling.check(speaker.opened.config.vocabulary)
-    chat = Chat(speakers, sampling, f.max_tokens, tuple(f.stop), f.system)
+    if f.web:
+        return web()
+    chat = Chat(opened(), options.sampling(), f.max_tokens, tuple(f.stop), f.system)
     if sys.stdin.isatty():
         import readline  # noqa: F401 (input() then edits and remembers lines)
 
-        print(f"{' and '.join(speaker.name for speaker in speakers)}; /help lists the commands")
+        print(f"{' and '.join(speaker.name for speaker in chat.speakers)}; /help lists the commands")
     talk(chat, sys.stdin)
 
 
@@ -215,4 +238,9 @@ if __name__ == "__main__":
     options.define(max_tokens=512)
     flags.DEFINE_string("compare", None, "another model, which answers beside the first")
     flags.DEFINE_string("system", "", "what the models are told first")
+    flags.DEFINE_bool("web", False, "a page instead of the terminal, and the OpenAI API under /v1")
+    flags.DEFINE_string("host", "127.0.0.1", "where --web is served; elsewhere than on loopback with --token")
+    flags.DEFINE_integer("port", 8000, "of --web; 0 takes a free one")
+    flags.DEFINE_string("token", None, "what who asks --web has to show: 'Authorization: Bearer TOKEN'")
+    flags.DEFINE_integer("slots", 8, "how many answers --web decodes at once")
     config.run_main(main)

@@ -1,11 +1,14 @@
 """Shared fixtures: the compilation cache, the reference data's place, eight fake devices."""
 
+import contextlib
 import os
 import pathlib
 import runpy
+import shutil
 import signal
 import sys
 import warnings
+from collections.abc import Iterator
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
@@ -29,6 +32,18 @@ def reference_data() -> pathlib.Path:
     if not folder.is_dir():
         pytest.skip(f"no reference data at {folder}; set LLM_JAX_REFERENCE_DATA")
     return folder
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Browser"]:  # noqa: F821 (imported late)
+    """Debian's Chromium; tests that need it are skipped where it is not installed."""
+    from browser import Browser
+
+    program = shutil.which("chromium")
+    if program is None:
+        pytest.skip("no chromium here: on Debian, apt-get install chromium")
+    with contextlib.closing(Browser(program, tmp_path_factory.mktemp("chromium"))) as found:
+        yield found
 
 
 @pytest.fixture

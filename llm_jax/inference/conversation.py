@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -13,12 +14,20 @@ from llm_jax.inference.sampling import Sampling
 
 
 class Speaker:
-    """A model that answers. Without a chat template (a base model) it goes on with a plain transcript."""
+    """A model that answers. Without a chat template (a base model) it goes on with a plain transcript.
 
-    def __init__(self, opened: Opened) -> None:
+    slots: how many answers are decoded at once. candidates: of how many tokens each step tells.
+    """
+
+    def __init__(self, opened: Opened, slots: int = 1, candidates: int = 0) -> None:
         self.opened = opened._replace(params=None)  # the engine has them
         self.template = opened.tokenizer.chat_template if opened.tokenizer else None
-        self._batcher = Batcher(Engine(opened.config, opened.params), 1, opened.context, opened.tokenizer)
+        self._engine, self._slots = Engine(opened.config, opened.params, candidates), slots
+        self.batcher = self.new_batcher()
+
+    def new_batcher(self) -> Batcher:
+        """One that nobody has asked anything."""
+        return Batcher(self._engine, self._slots, self.opened.context, self.opened.tokenizer)
 
     @property
     def name(self) -> str:
@@ -36,17 +45,20 @@ class Speaker:
             return self.opened.encode(text)
         return self.opened.tokenizer.encode(text, special=False)
 
-    def reply(
+    def request(
         self,
         messages: Sequence[Message],
         sampling: Sampling = Sampling(),
         max_tokens: int = 512,
         stops: Sequence[str] = (),
-    ) -> "Reply":
-        """The answer to a conversation, begun when it is iterated over; raises UserError for one too long."""
+    ) -> Request:
+        """What asks for the answer to a conversation."""
         stops = (*stops, *(TRANSCRIPT_STOPS if self.template is None else ()))
-        request = Request(self.ids(messages), sampling, max_tokens, self.opened.stop_ids, stops)
-        return Reply(self._batcher, request)
+        return Request(self.ids(messages), sampling, max_tokens, self.opened.stop_ids, stops)
+
+    def reply(self, *asked: Any, **options: Any) -> "Reply":
+        """The answer to a `request`, begun when it is iterated over; raises UserError for one too long."""
+        return Reply(self.batcher, self.request(*asked, **options))
 
 
 class Reply:

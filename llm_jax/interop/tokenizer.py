@@ -1,8 +1,10 @@
 """A tokenizer as other tools keep it: a `tokenizer.json`, its special tokens, the chat template."""
 
 import dataclasses
+import functools
 import json
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -62,6 +64,25 @@ class Portable:
         begin(tokenizer, number)
         special = {"bos_token": tokenizer.id_to_token(number), **self.special}
         return dataclasses.replace(self, data=tokenizer.to_str(), special=special)
+
+    def spelling(self, token: int) -> bytes:
+        """The bytes that a token stands for inside a text, perhaps a part of a character; or a name's."""
+        piece = self._tokenizer.id_to_token(token) or ""  # a padded vocabulary has more ids than pieces
+        if token in self._named:
+            return piece.encode()
+        if self._byte_level and all(sign in _BYTES for sign in piece):
+            return bytes(_BYTES[sign] for sign in piece)
+        if byte := re.fullmatch("<0x([0-9A-F]{2})>", piece):
+            return bytes.fromhex(byte[1])
+        return piece.replace(SPACE, " ").encode()
+
+    @functools.cached_property
+    def _named(self) -> Mapping[int, AddedToken]:
+        return self._tokenizer.get_added_tokens_decoder()
+
+    @functools.cached_property
+    def _byte_level(self) -> bool:
+        return "ByteLevel" in json.dumps(json.loads(self.data).get("decoder"))
 
     def codec(self) -> HuggingFaceCodec:
         """The same tokenizer for data: eos is eot, and names of special tokens in a text are text."""
@@ -187,6 +208,9 @@ def _byte_signs() -> list[str]:
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = iter(range(256, 512))
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
+_BYTES = {sign: byte for byte, sign in enumerate(_byte_signs())}
 
 
 def of_sentencepiece(model: bytes) -> Portable:

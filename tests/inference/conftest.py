@@ -3,5 +3,19 @@
 import pathlib
 import sys
 
+import pytest
+
 TESTS = pathlib.Path(__file__).parent.parent
 sys.path[:0] = [str(TESTS / "models"), str(TESTS / "interop"), str(TESTS / "inference")]
+
+
+@pytest.fixture(scope="session")
+def web():
+    """A server of a tiny model with a chat template, and of one without."""
+    from serving import BASE, TINY, Web
+
+    from llm_jax.inference.conversation import Speaker
+
+    speakers = [Speaker(TINY, slots=4, candidates=20), Speaker(BASE, slots=4, candidates=20)]
+    with Web(speakers, system="Be.") as found:
+        yield found

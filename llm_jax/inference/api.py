@@ -1,0 +1,210 @@
+"""The requests of the OpenAI API, checked field by field.
+
+A field that isn't known, or that asks for what isn't here, is refused by name; null is the same as not given.
+"""
+
+import uuid
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+import numpy as np
+import pydantic
+import pydantic_core
+from pydantic import BeforeValidator, Field
+
+from llm_jax.config import UserError, nearest
+from llm_jax.inference.batching import Request
+from llm_jax.inference.conversation import Speaker
+from llm_jax.inference.sampling import Sampling
+
+CANDIDATES = 20  # the most that are told of at a place
+
+# Fields of the API that aren't here, with the values that ask for nothing.
+ABSENT: Mapping[str, tuple[Any, ...]] = {
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "best_of": (1,),
+    "suffix": ("",),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "store": (False,),
+}
+
+
+class RefusedError(UserError):
+    """A request that isn't answered: its HTTP status, and the field and code that the API tells with it."""
+
+    def __init__(self, message: str, status: int = 400, param: str | None = None, code: str | None = None):
+        super().__init__(message)
+        self.status, self.param, self.code = status, param, code
+
+
+class Body(pydantic.BaseModel):
+    """A JSON object with known fields of the right types."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, given: Any) -> Any:
+        return {k: v for k, v in given.items() if v is not None} if isinstance(given, dict) else given
+
+    @classmethod
+    def parse(cls, data: bytes) -> Self:
+        """The request in a body; raises RefusedError."""
+        try:
+            given = pydantic_core.from_json(data, allow_inf_nan=False)
+        except ValueError as error:
+            raise RefusedError(f"the body is not JSON: {error}") from None
+        for name, harmless in ABSENT.items() if isinstance(given, dict) else ():
+            if (value := given.pop(name, None)) is not None and value not in harmless:
+                raise RefusedError(f"{name} is not supported here", param=name)
+        try:
+            return cls.model_validate(given)
+        except pydantic.ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            param = str(first["loc"][0]) if first["loc"] else None
+            raise RefusedError(cls._plainly(first), param=param) from None
+
+    @classmethod
+    def _plainly(cls, error: Mapping[str, Any]) -> str:
+        """pydantic's complaint as one line in plain words."""
+        place, kind = ".".join(map(str, error["loc"])), error["type"]
+        if kind == "extra_forbidden":
+            return f"no field {place!r}" + (
+                f"; {nearest(place, cls.model_fields)}" if "." not in place else ""
+            )
+        if kind == "missing":
+            return f"{place} is missing"
+        words = str(error["ctx"]["error"]) if kind == "value_error" else error["msg"].lower()
+        return f"{place or 'the body'}: {words}"
+
+
+# ---- values that may be written in several ways ----
+
+
+def _texts(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _prompts(value: Any) -> list[str | list[int]]:
+    """A text, texts, ids or lists of ids, as texts and lists of ids."""
+    one = isinstance(value, str) or (isinstance(value, list) and any(map(_is_id, value)))
+    found = [value] if one else value
+    if not isinstance(found, list) or not found or not all(map(_is_prompt, found)):
+        raise ValueError("it is a text, a list of texts, a list of token ids or a list of such lists")
+    return found
+
+
+def _is_prompt(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(map(_is_id, value)))
+
+
+def _is_id(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 31
+
+
+def _content(value: Any) -> Any:
+    """A text, or parts that are texts, as one text."""
+    if not isinstance(value, list):
+        return value
+    if not all(isinstance(part, dict) and set(part) == {"type", "text"} for part in value):
+        raise ValueError('its parts are {"type": "text", "text": …}; nothing else is read here')
+    return "".join(str(part["text"]) for part in value)
+
+
+def _biases(value: Any) -> Any:
+    if not isinstance(value, dict) or not all(token.isdecimal() for token in value):
+        raise ValueError("it maps token ids to numbers")
+    return {int(token): bias for token, bias in value.items()}
+
+
+# ---- the requests ----
+
+
+class Turn(Body):
+    role: Literal["system", "user", "assistant"]
+    content: Annotated[str, BeforeValidator(_content)]
+
+
+class StreamOptions(Body):
+    include_usage: bool = False
+
+
+class Conversation(Body):
+    """What a model is told."""
+
+    model: str
+    messages: list[Turn] = Field(min_length=1)
+
+    def turns(self) -> list[dict[str, str]]:
+        return [turn.model_dump() for turn in self.messages]
+
+
+class Sampled(Body):
+    """What chats and completions share; sampling as the API has it, and the settings it lacks."""
+
+    model: str
+    n: int = Field(1, ge=1, le=128)
+    max_tokens: int | None = None
+    stop: Annotated[list[str], BeforeValidator(_texts)] = []
+    seed: int | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Annotated[dict[int, float], BeforeValidator(_biases)] = {}
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    user: str = ""  # whoever it is, the answer is the same
+
+    def sampling(self) -> Sampling:
+        """Without a seed, another one each time."""
+        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "logit_bias")
+        seed = uuid.uuid4().int % (1 << 32) if self.seed is None else self.seed
+        return Sampling(**{name: getattr(self, name) for name in names}, seed=seed)
+
+
+class Chat(Sampled, Conversation):
+    """POST /v1/chat/completions"""
+
+    max_completion_tokens: int | None = None
+    logprobs: bool = False
+    top_logprobs: int = Field(0, ge=0, le=CANDIDATES)
+
+    def prompts(self, speaker: Speaker, longest: int) -> list[Request]:
+        """What asks for the answers, one for each prompt; longest: an answer whose length isn't limited."""
+        if self.top_logprobs and not self.logprobs:
+            raise RefusedError("top_logprobs comes with logprobs: true", param="top_logprobs")
+        if self.max_tokens is not None and self.max_completion_tokens is not None:
+            raise RefusedError("max_completion_tokens is max_tokens: give one of them", param="max_tokens")
+        given = (self.max_tokens, self.max_completion_tokens, longest)
+        most = next(tokens for tokens in given if tokens is not None)
+        return [speaker.request(self.turns(), self.sampling(), most, self.stop)]
+
+
+class Completion(Sampled):
+    """POST /v1/completions"""
+
+    prompt: Annotated[list, BeforeValidator(_prompts)]
+    max_tokens: int = 16
+    logprobs: int | None = Field(None, ge=0, le=CANDIDATES)
+    echo: bool = False
+
+    def prompts(self, speaker: Speaker, longest: int) -> list[Request]:
+        """What asks for the answers, one for each prompt."""
+        if self.echo and self.logprobs is not None:
+            raise RefusedError(
+                "logprobs with echo is not supported: llm_jax.score tells a prompt's", param="echo"
+            )
+        opened, sampling = speaker.opened, self.sampling()
+        ids = [
+            opened.encode(text) if isinstance(text, str) else np.array(text, np.int32) for text in self.prompt
+        ]
+        return [
+            Request(prompt, sampling, self.max_tokens, opened.stop_ids, tuple(self.stop)) for prompt in ids
+        ]
