@@ -11,19 +11,21 @@ import pandas as pd
 
 from llm_jax.config import UserError
 from llm_jax.scaling import laws, sensitivity
-from llm_jax.scaling.fits import fit_law
+from llm_jax.scaling.fits import fit_law, refit
 from llm_jax.scaling.law import Inputs, Law, Optimum, Parameter
+from llm_jax.scaling.objectives import objective
 from llm_jax.scaling.results import Fit, plain
 from llm_jax.scaling.tables import check_points
 
-COLUMN = "recipe"
+COLUMN = "second recipe"  # no name that an expression could have, so no column of a user's
 
 
 @dataclasses.dataclass(frozen=True)
 class Compared:
     """A law's fit beside others: AICc, and what it misses of every budget predicted without it.
 
-    AICc (Hurvich and Tsai 1989) takes residuals of ln loss as normal; lower is better.
+    AICc (Hurvich and Tsai 1989) takes residuals of ln loss as normal, so it is of least squares; lower is
+    better.
     """
 
     fit: Fit
@@ -41,8 +43,9 @@ class Compared:
 
     @property
     def largest(self) -> float:
-        """Rms of ln loss on the largest budget, predicted without it."""
-        return self.held_out[-1].rms if self.held_out else np.inf
+        """Rms of ln loss on the largest budget, predicted without it (infinite where it can't be)."""
+        test = sensitivity.largest(self.fit, self.held_out)
+        return test.rms if test else np.inf
 
     @property
     def others(self) -> float:
@@ -69,7 +72,10 @@ def compare(points: pd.DataFrame, names: Sequence[str], **options: Any) -> list[
 
 def _judged(fit: Fit) -> Compared:
     n, k = len(fit.residuals), fit.free + 1  # the noise is a parameter too
-    square = float((fit.residuals**2).mean())
+    normal = dataclasses.replace(fit.problem, objective=objective("l2"))
+    theta = normal.theta(refit(fit, normal, fit.data))
+    residuals = fit.data.y[0] - fit.law.log_loss(theta, fit.problem.x)[0]
+    square = float((fit.points.weights * residuals**2).mean())
     aicc = n * np.log(max(square, 1e-300)) + 2 * k + (2 * k * (k + 1) / (n - k - 1) if n > k + 1 else np.inf)
     return Compared(fit, float(aicc), tuple(sensitivity.held_out(fit)))
 
@@ -89,7 +95,7 @@ def compared_table(rows: Sequence[Compared]) -> str:
 def paired(base: Law) -> Law:
     """`base` for two recipes: coefficients of their own, asymptote and exponents shared.
 
-    x["recipe"] is 0 or 1. A ratio multiplies every coefficient of the second recipe. On the compute frontier
+    x[COLUMN] is 0 or 1. A ratio multiplies every coefficient of the second recipe. On the compute frontier
     the loss is E + K C^-c, with K of each recipe's coefficients, so that the second reaches with C what the
     first does with (K_1/K_2)^(1/c) C, whatever C is: the compute multiplier.
     """
@@ -177,8 +183,9 @@ def multiplier(points: pd.DataFrame, law: str | Law, column: str, **options: Any
     fit = fit_law(coded, paired(base), **options)
     fit = dataclasses.replace(fit, conventions={**fit.conventions, "recipes": {column: recipes}})
     number = fit.parameters["multiplier"]
+    spent = "C" if {"N", "D"} <= set(base.inputs) else base.inputs[0]
     text = (
-        f"{column}={recipes[1]} reaches with C what {column}={recipes[0]} reaches with {number.value:.4g} C "
-        f"({fit.level:.0%} interval {number.low:.4g} to {number.high:.4g})"
+        f"{column}={recipes[1]} reaches with {spent} what {column}={recipes[0]} reaches with "
+        f"{number.value:.4g} {spent} ({fit.level:.0%} interval {number.low:.4g} to {number.high:.4g})"
     )
     return fit, text

@@ -99,6 +99,10 @@ def fit_envelope(
     )
     finite = np.isfinite(draws).all((1, 2))
     warnings = []
+    if bootstrap:
+        warnings.append(
+            "intervals tell how far the envelope hangs on single runs, not how noise moves them all"
+        )
     if not finite.all():
         warnings.append(f"{(~finite).sum()} of {bootstrap} refits have no envelope and are left out")
     used = np.flatnonzero(whole >= 0)

@@ -28,7 +28,7 @@ from llm_jax.scaling.envelope import EnvelopeFit
 from llm_jax.scaling.fits import AnyFit, fit
 from llm_jax.scaling.isoflop import IsoflopFit
 from llm_jax.scaling.law import Law
-from llm_jax.scaling.reading import read_points
+from llm_jax.scaling.reading import numbers, pairs, read_points
 from llm_jax.scaling.results import Estimate, Fit, plain, row, written
 
 LAWS = ("3", "vp")
@@ -100,7 +100,7 @@ def main() -> None:
         raise UserError("--points is missing, for example --points=points.csv (columns N, D, loss)")
     if f.out:
         check_folder(pathlib.Path(f.out))
-    questions = [_numbers(text, "predict") for text in f.predict]
+    questions = [numbers(text, "predict") for text in f.predict]
     if f.bootstrap < 0 or 0 < f.bootstrap < 100:
         raise UserError(f"--bootstrap={f.bootstrap}: intervals take 100 refits or more; 0 is without")
     for name in ("inference_tokens", "flops_per_nd", "level", "delta"):
@@ -161,9 +161,9 @@ def _show(
 ) -> None:
     """Prints what was found, and with --out writes fit.json and the figures as PNGs."""
     print(text)
-    for asked, numbers in answers:
+    for asked, found in answers:
         print(f"\nat {asked}")
-        print("\n".join(row(name, number) for name, number in numbers.items()))
+        print("\n".join(row(name, number) for name, number in found.items()))
     if not flags.FLAGS.out:
         return
     from llm_jax.scaling import figures, style  # matplotlib, only where files are asked for
@@ -238,7 +238,7 @@ def _options() -> dict[str, Any]:
             raise UserError(f"--{name} belongs to Approach {kinds}, this is --approach={f.approach}")
     if f.approach == "vp" and (f["loss"].present or f["on"].present or f["delta"].present):
         raise UserError("--approach=vp is least squares of L itself; --loss and --on belong to --approach=3")
-    options = {name: f[name].value for name in COMMON} | {"columns": _pairs(f.columns, "columns")}
+    options = {name: f[name].value for name in COMMON} | {"columns": pairs(f.columns, "columns")}
     if f.compare and (f.multiplier or f["law"].present):
         other = "multiplier" if f.multiplier else "law"
         raise UserError(f"--compare fits the laws that it names; --{other} belongs to another question")
@@ -252,46 +252,22 @@ def _options() -> dict[str, Any]:
         "loss": f.loss if f.delta is None else f"huber:{f.delta}",
         "on": f.on,
         "weights": f.weights,
-        "fixed": _numbers(f.fix, "fix"),
-        "tied": None if f.tie is None else _pairs(f.tie, "tie"),
+        "fixed": numbers(f.fix, "fix"),
+        "tied": None if f.tie is None else pairs(f.tie, "tie"),
         "bounds": _ranges(f.bounds),
     }
-
-
-def _pairs(text: str, flag: str) -> dict[str, str]:
-    """{"N": "params"} from N=params,D=tokens."""
-    pairs = [item.partition("=") for item in text.split(",") if item.strip()]
-    for name, equals, value in pairs:
-        if not (name.strip() and equals and value.strip()):
-            raise UserError(f"--{flag}={text}: write NAME=VALUE, separated by commas")
-    return {name.strip(): value.strip() for name, _, value in pairs}
 
 
 def _ranges(text: str) -> dict[str, tuple[float, float]]:
     """{"E": (0.5, 3.0)} from E=0.5:3."""
     ranges = {}
-    for name, value in _pairs(text, "bounds").items():
+    for name, value in pairs(text, "bounds").items():
         low, _, high = value.partition(":")
         try:
             ranges[name] = float(low), float(high)
         except ValueError:
             raise UserError(f"--bounds={text}: {value!r} is no range such as 0.5:3") from None
     return ranges
-
-
-def _numbers(text: str, flag: str) -> dict[str, float]:
-    """{"N": 1e9} from N=1e9; predictions are asked at positive numbers."""
-    numbers = {}
-    for name, value in _pairs(text, flag).items():
-        try:
-            numbers[name] = float(value)
-        except ValueError:
-            numbers[name] = math.nan
-        if not math.isfinite(numbers[name]) or (flag == "predict" and numbers[name] <= 0):
-            raise UserError(f"--{flag}={text}: {value!r} is not a {'positive ' * (flag == 'predict')}number")
-        if flag == "predict" and not 1e-6 <= numbers[name] <= 1e60:
-            raise UserError(f"--predict={text}: no run has a {name} of {value}")
-    return numbers
 
 
 if __name__ == "__main__":

@@ -80,11 +80,14 @@ class IsoflopFit(PowerLaws):
                         "center": curve.center,
                         "coefficients": curve.coefficients,
                         "refused": curve.refused or None,
+                        "correction": dict(zip(("ln_N", "ln_D", "ln_loss"), by, strict=True)),
                         **{name: e._asdict() for name, e in numbers.items()},
                         "refits_beyond": beyond._asdict(),
                         "fitted": self._fitted(curve),
                     }
-                    for curve, numbers, beyond in zip(self.curves, self.optima, self.beyond, strict=True)
+                    for curve, numbers, beyond, by in zip(
+                        self.curves, self.optima, self.beyond, self.corrections, strict=True
+                    )
                 ],
             }
         )
@@ -189,6 +192,7 @@ def fit_isoflop(
     groups = [group for group in groups if group["N"].nunique() >= 3]
     curves = [curve_of(group, method, window) for group in groups]
     shaped = shapes(groups, curves, method, window)
+    uncorrected = {f"{c.C:.3g}": s.why_none for c, s in zip(curves, shaped, strict=True) if s.why_none}
     corrections = np.reshape([shape.correction * (method == "local") for shape in shaped], (-1, 3))
     curves = [shifted(curve, by) for curve, by in zip(curves, corrections, strict=True)]
     accepted = [curve for curve in curves if not curve.refused]
@@ -224,6 +228,9 @@ def fit_isoflop(
     draws = np.stack([lines_through(x, np.where(has, kept[:, :, i], np.nan)) for i in range(3)], axis=1)
     if bootstrap and has.all(1).mean() < 0.95:
         warnings.append("sizes are too few or too close: in many refits a budget has no minimum")
+    if uncorrected and method == "local":
+        why = "; ".join(f"{budget}: {reason}" for budget, reason in uncorrected.items())
+        warnings.append(f"minima not corrected for the law's skew, at C = {why}")
     if method == "full" and _misfit(accepted, window) > 3:
         warnings.append("these isoFLOP curves are no parabolas over their full range; use the local one")
     if off := off_budget(frame):
@@ -238,7 +245,7 @@ def fit_isoflop(
         "on": "of ln loss over ln N",
         "weights": weights,
         "reduction": f"least squares, each run of weight {weights or 1}, each budget of 1",
-        "resampled": "residuals of the parabolas",
+        "resampled": "residuals of the curves, around the law of all runs moved to each minimum",
         "columns": dict(columns or {}),
         "where": where,
         "seed": seed,

@@ -43,8 +43,13 @@ class Choices:
         for name, value in self.fixed.items():
             if name in self.tied:
                 raise UserError(f"--fix: {name} is tied to {self.tied[name]} in {law.formula}; fix that")
-            if value < 0 and law.parameters[law.places[name]].log:
+            parameter = law.parameters[law.places[name]]
+            if value < 0 and parameter.log:
                 raise UserError(f"--fix={name}={value:g}: a coefficient is not negative")
+            if not parameter.log and not parameter.lower <= value <= parameter.upper:
+                raise UserError(
+                    f"--fix={name}={value:g}: it lies between {parameter.lower:g} and {parameter.upper:g}"
+                )
         for name, (low, high) in self.bounds.items():
             if name in self.fixed or name in self.tied:
                 raise UserError(f"--bounds: {name} is {'fixed' if name in self.fixed else 'tied'}")
@@ -74,6 +79,11 @@ def pose(
         if parameter.name in choices.bounds:
             low, high = (parameter.inner(end) for end in choices.bounds[parameter.name])
             lower[row], upper[row] = max(low, lower[row]), high
+            if not lower[row] < high:
+                least, most = (parameter.natural(end) for end in (lower[row], high))
+                raise UserError(
+                    f"--bounds: {parameter.name} is at least {least:.3g}, and at most {most:.3g} here"
+                )
     grid = np.array(list(itertools.product(*(p.grid for p in free))))
     frame = points.frame
     problem = Problem(
@@ -137,11 +147,30 @@ def judge(
                 warnings.append(f"{name} is at its {side} bound in {share:.0%} of the refits")
         if effect[index] < 1e-6 and name not in hit:
             warnings.append(f"{name} changes no loss by 1e-6: these points don't determine its term")
+    if together := _rise_together(problem):
+        warnings.append(together)
     if condition > 1e8:
         warnings.append(f"flat valley: condition number {condition:.1e}; the parameters are not told apart")
     if agree.sum() < min(max(2, 0.01 * len(agree)), len(agree)):
         warnings.append(f"only {agree.sum()} of {len(agree)} starts reach the optimum")
     return warnings, condition, hit
+
+
+_LADDER = 0.25  # of ln D, beside a power of N
+
+
+def _rise_together(problem: Problem) -> str:
+    """What to say where D is nearly a power of N in all runs, as on a ladder of one D/N; "" elsewhere."""
+    if not {"N", "D"} <= set(problem.law.inputs):
+        return ""
+    x, y = problem.x["N"], problem.x["D"]
+    beside = float(np.std(y - np.polyval(np.polyfit(x, y, 1), x)))
+    if beside >= _LADDER:
+        return ""
+    return (
+        f"D is a power of N to {np.expm1(beside):.0%} in these runs: which of the two lowers the loss they "
+        "hardly tell, and exponents and optima mean little whatever their intervals say"
+    )
 
 
 def sensitivities(problem: Problem, free: np.ndarray) -> tuple[np.ndarray, float]:

@@ -6,6 +6,7 @@ What a file is not is said in a line that names what it is; what was understood 
 
 import csv
 import json
+import math
 import pathlib
 from typing import Any
 
@@ -162,3 +163,30 @@ def _typed(cells: tuple[str, ...]) -> np.ndarray:
     if {cell and cell.lower() for cell in filled} <= {"true", "false"}:
         return np.array([cell.lower() == "true" for cell in filled])
     return np.array(filled, dtype=object)
+
+
+# ---- flags ----
+
+
+def pairs(text: str, flag: str) -> dict[str, str]:
+    """{"N": "params"} from N=params,D=tokens."""
+    pairs = [item.partition("=") for item in text.split(",") if item.strip()]
+    for name, equals, value in pairs:
+        if not (name.strip() and equals and value.strip()):
+            raise UserError(f"--{flag}={text}: write NAME=VALUE, separated by commas")
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def numbers(text: str, flag: str) -> dict[str, float]:
+    """{"N": 1e9} from N=1e9; predictions are asked at positive numbers."""
+    numbers = {}
+    for name, value in pairs(text, flag).items():
+        try:
+            numbers[name] = float(value)
+        except ValueError:
+            numbers[name] = math.nan
+        if not math.isfinite(numbers[name]) or (flag == "predict" and numbers[name] <= 0):
+            raise UserError(f"--{flag}={text}: {value!r} is not a {'positive ' * (flag == 'predict')}number")
+        if flag == "predict" and not 1e-6 <= numbers[name] <= 1e60:
+            raise UserError(f"--predict={text}: no run has a {name} of {value}")
+    return numbers

@@ -118,8 +118,12 @@ class Fit:
     def optimum(self, C: float, **given: float) -> Optimum:
         """N, D and loss of the best run at C FLOPs (C = flops_per_nd N D, by the fit's conventions).
 
-        given: what else the law depends on, such as U.
+        given: what else the law depends on, such as U. Raises UserError for what it doesn't.
         """
+        if unknown := set(given) - (set(self.law.inputs) - {"N", "D", "C"}):
+            raise UserError(
+                f"{self.law.formula} has its best N and D at C; it knows no {min(unknown)} beside"
+            )
         flops_per_nd = self.conventions["flops_per_nd"]
 
         def at(theta: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -153,8 +157,9 @@ class Fit:
 
     @property
     def noise(self) -> float:
-        """Standard deviation of ln loss of one run, from the residuals (nan if there is no freedom)."""
-        return float(np.sqrt(np.sum(self.residuals**2) / self.freedom)) if self.freedom > 0 else float("nan")
+        """Standard deviation of ln loss of one run of weight 1, from the residuals (nan without freedom)."""
+        squares = self.points.weights * self.residuals**2
+        return float(np.sqrt(np.sum(squares) / self.freedom)) if self.freedom > 0 else float("nan")
 
     @property
     def seed_noise(self) -> tuple[float, int]:

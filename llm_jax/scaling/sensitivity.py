@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -56,7 +56,7 @@ def groups(fit: Fit) -> tuple[np.ndarray, np.ndarray]:
 
 
 def held_out(fit: Fit) -> list[HeldOut]:
-    """Every budget predicted by a fit to the others; the last is the largest, an extrapolation.
+    """Every budget predicted by a fit to the others, in rising order; the largest is an extrapolation.
 
     Budgets whose absence leaves too few runs are passed over.
     """
@@ -71,6 +71,13 @@ def held_out(fit: Fit) -> list[HeldOut]:
         C = float(np.exp(np.log(compute[~kept]).mean()))
         out.append(HeldOut(C, int((~kept).sum()), float(np.sqrt((left**2).mean())), float(left.mean())))
     return out
+
+
+def largest(fit: Fit, tests: Sequence[HeldOut]) -> HeldOut | None:
+    """That of the largest budget; None where the others are too few to predict it."""
+    compute, labels = groups(fit)
+    last = float(np.exp(np.log(compute[labels == labels.max()]).mean()))
+    return next((test for test in tests if last == test.C), None)
 
 
 def variants(fit: Fit) -> Iterator[Variant]:
@@ -140,8 +147,9 @@ def of_minima(fit: IsoflopFit) -> dict[str, Any]:
             law = others.optimum(curve.C)
             missed = (np.log(getattr(curve, name) / getattr(law, name).value) for name in ("N", "D", "loss"))
             tests.append(HeldOutMinimum(curve.C, *map(float, missed)))
+    highest = max(fit.curves, key=lambda curve: curve.C).C
     return {
-        "leave_largest_out": tests[-1]._asdict() if tests else None,
+        "leave_largest_out": next((test._asdict() for test in tests if highest == test.C), None),
         "leave_one_out": [test._asdict() for test in tests],
         "sensitivity": [row._asdict() for row in rows],
     }
@@ -162,8 +170,9 @@ def facts(fit: Fit | IsoflopFit) -> dict[str, Any]:
     if isinstance(fit, IsoflopFit):
         return of_minima(fit)
     tests = held_out(fit)
+    found = largest(fit, tests)
     return {
-        "leave_largest_out": tests[-1]._asdict() if tests else None,
+        "leave_largest_out": found and found._asdict(),
         "leave_one_out": [test._asdict() for test in tests],
         "sensitivity": [variant._asdict() for variant in variants(fit)],
     }
@@ -178,14 +187,14 @@ def table(content: dict[str, Any]) -> str:
         lines.append(
             f"  {row['change']:30} {row['runs']:5d} " + " ".join(f"{row['values'][n]:10.5g}" for n in names)
         )
-    largest = content["leave_largest_out"]
-    if largest and "runs" not in largest:
-        missed = ", ".join(f"{name} {np.expm1(largest[name]):+.1%}" for name in ("N", "D", "loss"))
-        lines.append(f"minimum of the largest budget ({largest['C']:.3g}) beside the others' laws: {missed}")
-    elif largest:
+    last = content["leave_largest_out"]
+    if last and "runs" not in last:
+        missed = ", ".join(f"{name} {np.expm1(last[name]):+.1%}" for name in ("N", "D", "loss"))
+        lines.append(f"minimum of the largest budget ({last['C']:.3g}) beside the others' laws: {missed}")
+    elif last:
         lines.append(
-            f"largest budget ({largest['C']:.3g}, {largest['runs']} runs) predicted by the others: "
-            f"{largest['rms']:.2%} rms, {largest['mean']:+.2%} on average"
+            f"largest budget ({last['C']:.3g}, {last['runs']} runs) predicted by the others: "
+            f"{last['rms']:.2%} rms, {last['mean']:+.2%} on average"
         )
     return "\n".join(lines)
 

@@ -17,11 +17,12 @@ _MOST = 0.25  # of ln N: a larger miss is no small correction, and is left alone
 
 class Shape(NamedTuple):
     """Of a budget's curve: what to add to ln N, ln D and ln loss [3] of its minimum, and ln losses [n] of its
-    runs, in the order of N, by a smooth curve that has its minimum there.
+    runs, in the order of N, by a smooth curve that has its minimum there. why_none: why nothing is added.
     """
 
     correction: np.ndarray
     smooth: np.ndarray
+    why_none: str = ""
 
 
 def shapes(groups: list[pd.DataFrame], curves: list[Curve], method: str, window: int) -> list[Shape]:
@@ -38,6 +39,10 @@ def shapes(groups: list[pd.DataFrame], curves: list[Curve], method: str, window:
     pairs = [(group, curve) for group, curve in zip(groups, curves, strict=True) if not curve.refused]
     if not pairs:
         return out
+
+    def none(why: str) -> list[Shape]:
+        return [shape._replace(why_none=why) for shape in out]
+
     # As the curves have their runs, in the order of N; only those near a minimum show the skew there.
     frame = pd.concat([group.sort_values("N", kind="stable")[curve.used] for group, curve in pairs])
     try:
@@ -46,10 +51,10 @@ def shapes(groups: list[pd.DataFrame], curves: list[Curve], method: str, window:
         points = Points(frame, weights, np.arange(len(frame)))
         problem, data, _, names = pose(law, points, objective("l2", "raw"), Choices({}, {}, {}))
         if check_enough(problem, names):
-            return out
+            return none("the runs near the minima are too few for a law")
         ends = projection.solve(projection.project(problem, names), data)
-    except UserError:
-        return out
+    except UserError as error:
+        return none(str(error))
     theta = problem.theta(ends.free[[ends.objective.argmin()]])
 
     def along(log_n: np.ndarray, log_d: np.ndarray) -> np.ndarray:
@@ -62,6 +67,7 @@ def shapes(groups: list[pd.DataFrame], curves: list[Curve], method: str, window:
         log_n, log_d = np.log(curve.sizes), np.log(curve.tokens)
         drawn = curve_of(group.assign(loss=np.exp(along(log_n, log_d))), method, window)
         if drawn.refused:
+            out[index] = out[index]._replace(why_none=f"the law's own losses there have {drawn.refused}")
             continue
         # C = k N D with k nearly constant: ln D + ln N is a smooth function of ln N.
         (knots, place), sums = curve.knots, log_d + log_n
@@ -73,6 +79,8 @@ def shapes(groups: list[pd.DataFrame], curves: list[Curve], method: str, window:
             moved = np.log(curve.N) + by[0] - where
             smooth = along(log_n - moved, log_d + moved) + np.log(curve.loss) + by[2] - low
             out[index] = Shape(by, smooth)
+        else:
+            out[index] = out[index]._replace(why_none=f"it would move the minimum by {np.expm1(by[0]):+.0%}")
     return out
 
 

@@ -102,6 +102,11 @@ def check_points(
     if not curves:
         _refuse_repeats(frame, list(needs[:-1]))
     numbers = pd.factorize(frame[run])[0] if run else np.arange(len(frame))
+    if (nameless := numbers < 0).any():
+        if curves:
+            line = frame.index[nameless][0]
+            raise UserError(f"row {line} has no {run}, which says whose training curve it belongs to")
+        numbers[nameless] = numbers.max() + 1 + np.arange(nameless.sum())  # each by itself
     return Points(frame, _weights(frame, weights), numbers, tuple(excluded), tuple(notes))
 
 
