@@ -65,7 +65,7 @@ def drift(runs: pd.DataFrame, bootstrap: int = 1000, window: int = 5) -> Drift:
             raise UserError(f"size {size:g}: {group['N'].nunique()} rates didn't diverge, a minimum needs 3")
     curves = [curve_of(group, "parabola", window) for group in groups.values()]
     try:
-        fit = fit_isoflop(table, window=window, bootstrap=bootstrap)
+        fit = fit_isoflop(table, method="parabola", window=window, bootstrap=bootstrap)
     except UserError as error:
         best = [_best(curve, NOTHING, curves[0]) for curve in curves]
         return Drift(tuple(best), NOTHING, np.nan, np.nan, _of_rates(str(error)), ())

@@ -270,3 +270,15 @@ def test_runs_off_their_budget_are_named():
     frame.loc[3, "C"] *= 1.5
     warnings = fit_isoflop(frame, bootstrap=0).warnings
     assert any("off their budget by more than 10%: run3 (+50%)" in warning for warning in warnings)
+
+
+def test_minima_that_the_law_is_too_skew_to_correct_are_named():
+    truth = dict(E=0.5, A=2000, alpha=0.465, B=60, beta=0.155)
+    found = fit_isoflop(sweep(truth, sizes=5, span=32), bootstrap=0)
+    (told,) = (text for text in found.warnings if "skew" in text)
+    assert told.startswith("minima not corrected for the law's skew, at C = ")
+    uncorrected = ~found.corrections.any(1)
+    assert uncorrected.any() and told.count("it would move the minimum by") <= uncorrected.sum()
+    written = found.to_json()["curves"]
+    assert [curve["correction"]["ln_N"] == 0 for curve in written] == uncorrected.tolist()
+    assert not any("skew" in text for text in fit_isoflop(sweep(truth), bootstrap=0).warnings)

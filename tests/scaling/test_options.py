@@ -212,3 +212,72 @@ def test_the_envelope_of_training_curves_has_the_exponent_of_the_law():
         fit(curves().drop(columns="run"), approach=1)
     with pytest.raises(UserError, match="3 training curves or more"):
         fit(curves(2), approach=1)
+
+
+def test_runs_of_small_weight_add_no_noise():
+    points = sweep(noise=0.003).assign(weight=1.0)
+    points.loc[:4, "loss"] *= 1.2
+    points.loc[:4, "weight"] = 1e-6
+    weighted = fit(points, few_starts(), weights="weight", bootstrap=100)
+    assert weighted.noise == pytest.approx(0.003, rel=0.5)
+    aim = {"N": 1e9, "D": 2e10}
+    law, run = weighted.predict(**aim), weighted.one_run(**aim)
+    assert run.high - run.low < 0.05 * law.value
+
+
+def test_runs_on_a_ladder_of_one_ratio_are_told_of():
+    rungs = sweep(noise=0.003).drop(columns="C")
+    ladder = rungs.assign(D=20 * rungs["N"] * np.exp(0.1 * np.random.default_rng(0).normal(size=len(rungs))))
+    ladder["loss"] = [
+        TRUTH["E"] + TRUTH["A"] / N ** TRUTH["alpha"] + TRUTH["B"] / D ** TRUTH["beta"]
+        for N, D in zip(ladder["N"], ladder["D"], strict=True)
+    ]
+    told = [text for text in fit(ladder, few_starts(), bootstrap=0).warnings if "power of N" in text]
+    assert len(told) == 1 and "which of the two lowers the loss" in told[0]
+    assert not any("power of N" in text for text in fit(rungs, few_starts(), bootstrap=0).warnings)
+
+
+def test_the_larger_law_has_the_smaller_residuals_that_its_aicc_is_of():
+    for seed in range(5):
+        points = sweep(noise=0.01, seed=seed)
+        rows = {
+            row.law: row for row in compare.compare(points, ["chinchilla", "chinchilla-tied"], bootstrap=0)
+        }
+        # One parameter more costs at most this; the likelihood can't fall.
+        assert rows["chinchilla"].aicc < rows["chinchilla-tied"].aicc + 3.2
+
+
+def test_the_largest_budget_is_itself_or_none():
+    points = sweep(noise=0.003)
+    few = pd.concat(
+        [points[points["C"] < points["C"].quantile(0.1)], points[points["C"] > points["C"].quantile(0.5)]]
+    )
+    found = fit(few, few_starts(), bootstrap=0)
+    tests = sensitivity.held_out(found)
+    largest = sensitivity.largest(found, tests)
+    assert largest is None or max(test.C for test in tests) == largest.C
+    assert sensitivity.largest(found, tests[:-1]) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"bounds": {"alpha": (-1.0, -0.5)}}, "--bounds: alpha is at least"),
+        ({"fixed": {"alpha": 1e9}}, r"--fix=alpha=1e\+09: it lies between"),
+    ],
+)
+def test_values_that_no_law_has_are_refused(options, words):
+    with pytest.raises(UserError, match=words):
+        fit(sweep(), few_starts(), bootstrap=0, **options)
+
+
+def test_an_optimum_is_not_asked_for_at_what_the_law_knows_not():
+    found = fit(sweep(), few_starts(), bootstrap=0)
+    with pytest.raises(UserError, match="it knows no U beside"):
+        found.optimum(1e21, U=1e9)
+
+
+def test_runs_without_a_name_are_each_by_themselves():
+    points = sweep(noise=0.003).assign(name=[f"run{n}" for n in range(len(sweep()))])
+    points.loc[:2, "name"] = None
+    assert len(set(fit(points, few_starts(), bootstrap=0).points.clusters)) == len(points)
