@@ -27,7 +27,7 @@ ROWS = [
     ],
     ["pack", "train", "loop", "member"],
     ["scaling", "ladder", "posttraining", "evaluation"],
-    ["score", "generate", "chat", "export", "aot"],
+    ["score", "generate", "chat", "evaluate", "export", "aot"],
 ]
 FLOOR = {room: row for row, rooms in enumerate(ROWS) for room in rooms}
 

@@ -48,3 +48,14 @@ def test_the_law_is_found_by_name_and_recovers_what_made_the_points(recipes):
     assert found["E"] == pytest.approx(1.7, rel=1e-5)
     assert found["B"] == pytest.approx(300, rel=1e-3)
     assert found["beta"] == pytest.approx(0.4, rel=1e-4)
+
+
+def test_the_task_is_found_beside_its_questions(tmp_path):
+    from llm_jax.evaluation import standard
+
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    blocks = dict(re.findall(r"```json name=(\w+)\n(.*?)```", text, re.DOTALL))
+    (tmp_path / "riddles.json").write_text(blocks["task"])
+    (tmp_path / "riddles.jsonl").write_text(blocks["questions"])
+    _, task, folder = standard.find(str(tmp_path / "riddles.json"), tmp_path)
+    assert [task._right(item.record) for item in task.items(folder)] == [0, 1]

@@ -17,9 +17,8 @@ row), each packed (.gz, .xz, .zst) or not.
 
 import collections
 import dataclasses
-import json
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from llm_jax.config import UserError, nearest
@@ -34,7 +33,6 @@ SHAREGPT_ROLES = {
     "observation": "tool",
     "function_response": "tool",
 }
-SUFFIXES = (".jsonl", ".json", ".parquet")
 
 Conversation = list[Message]
 
@@ -60,7 +58,7 @@ def read(paths: Sequence[str | pathlib.Path], form: str = "auto") -> Found:
         raise UserError(f"no format {form!r} of conversations; {nearest(form, [*FORMATS, 'auto'])}")
     kept, dropped = [], collections.Counter[str]()
     for path in map(pathlib.Path, paths):
-        for place, record in _records(path):
+        for place, record in readers.records(path, "conversations"):
             try:
                 messages = FORMATS[_form_of(record, place) if form == "auto" else form](record)
                 check(messages)
@@ -160,33 +158,3 @@ def _form_of(record: Any, place: str) -> str:
             return form
     known = ", ".join(_FIELDS)
     raise UserError(f"{place}: no conversation has the fields {fields}; each has one of {known}")
-
-
-# ---- files ----
-
-
-def _records(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
-    """(where it stands, record) of all records of a file."""
-    name = path.stem if path.suffix in readers.PACKED else path.name
-    suffix = next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
-    if suffix is None:
-        raise UserError(f"{path}: conversations are in files that end in {', '.join(SUFFIXES)}")
-    if suffix == ".parquet":
-        yield from ((f"{path}: row {number}", row) for number, row in enumerate(readers.rows(path)))
-        return
-    lines = enumerate(readers.lines(path), 1) if suffix == ".jsonl" else [(0, readers.whole(path))]
-    for number, text in lines:
-        place = f"{path}: line {number}" if number else str(path)
-        if not text.strip() and number:
-            continue
-        try:
-            value = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{place} is not JSON: {error.msg}") from None
-        if number:
-            yield place, value
-        elif isinstance(value, list | dict):
-            items = value if isinstance(value, list) else value.values()
-            yield from ((f"{path}: record {index}", item) for index, item in enumerate(items))
-        else:
-            raise UserError(f"{path}: neither a list of records nor an object of them")

@@ -4,6 +4,7 @@ A document is an iterable of chunks of text, so that one huge file is never held
 """
 
 import codecs
+import csv
 import gzip
 import io
 import json
@@ -12,12 +13,13 @@ import pathlib
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from llm_jax.config import UserError, nearest
 
 FORMATS = (".txt", ".jsonl", ".parquet")
 PACKED = (".gz", ".xz", ".zst")
+RECORDS = (".jsonl", ".json", ".parquet")
 REPLACE = "--config.data.corpus.errors=replace"
 FIELD = "--config.data.corpus.text_field=NAME names another"
 _CHUNK_BYTES = 1 << 20
@@ -74,6 +76,41 @@ def rows(path: pathlib.Path) -> Iterator[dict]:
     return _readable(path, records())
 
 
+def records(
+    path: pathlib.Path, what: str, more: Sequence[str] = (), within: str = ""
+) -> Iterator[tuple[str, Any]]:
+    """(where it stands, record) of all records of a file: .jsonl, .json or .parquet, packed or not.
+
+    A .json file has a list of records, or an object of them, or one whose field `within` has. more: ".csv"
+    and ".txt" (one record with the field text), where `what` stands in such too.
+    """
+    name = path.stem if path.suffix in PACKED else path.name
+    suffix = next((suffix for suffix in (*RECORDS, *more) if name.endswith(suffix)), None)
+    if suffix is None:
+        raise UserError(f"{path}: {what} are in files that end in {', '.join((*RECORDS, *more))}")
+    if suffix == ".parquet":
+        yield from ((f"{path}: row {number}", row) for number, row in enumerate(rows(path)))
+    elif suffix == ".txt":
+        yield str(path), {"text": whole(path)}
+    elif suffix == ".csv":
+        table = csv.DictReader(io.StringIO(whole(path), newline=""), strict=True)
+        try:
+            yield from ((f"{path}: line {table.line_num}", row) for row in table)
+        except csv.Error as error:
+            raise UserError(f"{path}: line {table.line_num} is not CSV: {error}") from None
+    elif suffix == ".jsonl":
+        for number, text in enumerate(lines(path), 1):
+            if text.strip():
+                yield f"{path}: line {number}", _json(text, f"{path}: line {number}")
+    else:
+        value = _json(whole(path), str(path))
+        value = value.get(within) if within and isinstance(value, dict) else value
+        if not isinstance(value, list | dict):
+            raise UserError(f"{path}: neither a list of records nor an object of them")
+        items = value if isinstance(value, list) else value.values()
+        yield from ((f"{path}: record {index}", item) for index, item in enumerate(items))
+
+
 def cut(chunks: Iterable[str], longest: int) -> Iterator[str]:
     """Pieces of at most `longest` characters: cut at line ends, else before spaces, else anywhere."""
     held = ""
@@ -93,6 +130,13 @@ def near(name: str, names: Sequence[str] | Mapping, otherwise: str) -> str:
     """`config.nearest` where the names are too many to list: `otherwise` stands for the list."""
     hint = nearest(name, names)
     return hint if hint.startswith("did you mean ") else otherwise
+
+
+def _json(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{place} is not JSON: {error.msg}") from None
 
 
 def _open(path: pathlib.Path) -> BinaryIO:

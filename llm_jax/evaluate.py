@@ -1,0 +1,109 @@
+"""Evaluating a model on tasks.
+
+python -m llm_jax.evaluate --model=DIR|FILE.gguf|RUN --tasks=arc_easy,gsm8k,mine.json --limit=100
+python -m llm_jax.evaluate --model=… --tasks=arc_easy --chat --few_shot=5 --out=runs/mine
+
+--tasks=help lists the published tasks; one's own is a .json file (llm_jax/evaluation/tasks.py says how it is
+written). What was answered is kept, so the same command again continues.
+"""
+
+import json
+import os
+import pathlib
+from collections.abc import Sequence
+
+from absl import flags
+
+from llm_jax import config, records
+from llm_jax.config import UserError
+from llm_jax.evaluation import standard
+from llm_jax.evaluation.runner import Evaluator
+from llm_jax.evaluation.scores import Outcome, evaluate
+from llm_jax.evaluation.tasks import Asker, Format
+from llm_jax.inference import options
+from llm_jax.inference.opening import open_model
+from llm_jax.process import prepare_xla
+from llm_jax.scaling.page import Table
+from llm_jax.sharding import MeshConfig, make_mesh
+
+
+def table(outcomes: Sequence[Outcome]) -> Table:
+    """A row for each metric of each task; a standard error isn't told where one item stands alone."""
+    rows = []
+    for outcome in outcomes:
+        for name, metric in outcome.metrics().items():
+            error = f"{metric.standard_error:.4f}" if metric.count > 1 else ""
+            where = [outcome.name, str(outcome.form), name]
+            rows.append([*where, f"{metric.value:.4f}", error, f"{metric.count:,}"])
+    return Table(["task", "format", "metric", "value", "standard error", "items"], rows, texts=(0, 1, 2))
+
+
+def data_folder() -> pathlib.Path:
+    """Where published task files lie: --data, else eval/ in the folder LLM_JAX_REFERENCE_DATA."""
+    return pathlib.Path(
+        os.path.expanduser(
+            flags.FLAGS.data or f"{os.environ.get('LLM_JAX_REFERENCE_DATA', '../shared/data')}/eval"
+        )
+    )
+
+
+def main() -> None:
+    f = flags.FLAGS
+    if f.tasks == ["help"]:
+        for name, task in standard.TASKS.items():
+            print(f"{name:<20} {task.kind:<16} {task.file}")
+        return
+    prepare_xla(deterministic=False)
+    if not f.model or not f.tasks:
+        raise UserError("--model and --tasks are needed; --tasks=help lists the published ones")
+    if f.few_shot < 0 or (f.limit is not None and f.limit < 1) or f.slots < 1:
+        raise UserError("--few_shot is at least 0, --limit and --slots are at least 1")
+    tasks = [standard.find(name, data_folder()) for name in f.tasks]
+    sizes = [item.partition("=") for item in f.mesh]
+    if unknown := [
+        name for name, _, size in sizes if name not in ("data", "fsdp", "tensor") or not size.isdigit()
+    ]:
+        raise UserError(f"--mesh: {unknown[0]!r} is not data=N, fsdp=N or tensor=N")
+    mesh = (
+        make_mesh(MeshConfig(**{"data": 1, **{name: int(size) for name, _, size in sizes}}))
+        if sizes
+        else None
+    )
+    form = Format(f.chat, f.few_shot)
+    opened = open_model(f.model, f.dtype, mesh)
+    Asker(form, opened.tokenizer)  # refuses before anything is computed
+    evaluator = Evaluator(opened, mesh, keep=f.keep, slots=f.slots)
+    outcomes = [evaluate(evaluator, *task, form, f.limit) for task in tasks]
+    print(table(outcomes))
+    for outcome in outcomes:
+        if outcome.skipped:
+            print(f"{outcome.name}: {outcome.skipped} items can't be judged here and are left out")
+        if outcome.cut:
+            print(
+                f"{outcome.name}: {outcome.cut} prompts were cut to the context of {opened.context:,} tokens"
+            )
+    if f.out:
+        out = pathlib.Path(os.path.expanduser(f.out))
+        out.mkdir(parents=True, exist_ok=True)
+        for outcome in outcomes:
+            lines = "".join(f"{json.dumps(row)}\n" for row in outcome.rows())
+            records.write_atomically(out / f"{outcome.name}.jsonl", lines)
+        result = {
+            "model": {"name": opened.name, "content": evaluator.content},
+            "tasks": {outcome.name: outcome.to_json() for outcome in outcomes},
+        }
+        records.write_atomically(out / "result.json", records.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    options.define_model()
+    flags.DEFINE_list("tasks", [], "names of published tasks, or .json files; --tasks=help lists them")
+    flags.DEFINE_bool("chat", False, "ask in turns of the model's chat template")
+    flags.DEFINE_integer("few_shot", 0, "how many examples stand before each question")
+    flags.DEFINE_integer("limit", None, "a fair sample of so many items of each task")
+    flags.DEFINE_string("data", None, "the folder of published task files")
+    flags.DEFINE_string("out", None, "a folder for result.json and every item's answers")
+    flags.DEFINE_list("mesh", [], "how devices share the model and the work: data=2,fsdp=4,tensor=1")
+    flags.DEFINE_integer("slots", 16, "how many answers are generated at once")
+    flags.DEFINE_bool("keep", True, "keep answers in the cache, so that the same command continues")
+    config.run_main(main)

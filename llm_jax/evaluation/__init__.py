@@ -1,0 +1,1 @@
+"""Evaluation: requests to a model, tasks made of them, and what their answers score."""

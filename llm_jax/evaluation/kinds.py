@@ -1,0 +1,168 @@
+"""The kinds of tasks: what is asked about an item, and what the answers are worth."""
+
+import dataclasses
+import math
+import string
+from collections.abc import Sequence
+from typing import Literal
+
+from llm_jax.evaluation import checks
+from llm_jax.evaluation.requests import Answered, Generate, LogLikelihood, Request, Rolling
+from llm_jax.evaluation.tasks import Asker, Item, Record, Score, Task, filled, joined
+
+
+@dataclasses.dataclass(frozen=True)
+class MultipleChoice(Task, kind="multiple_choice"):
+    """The choice that the model finds most probable is its answer.
+
+    choices: the field that has the list. fixed: the choices, where all items have the same. answer: the field
+    of the right one's number, letter or text. ending: where a text follows the choice and is scored in its
+    place (Winograd schemas).
+    """
+
+    question: str = "{question}\nAnswer:"
+    choices: str = "choices"
+    fixed: tuple[str, ...] = ()
+    answer: str = "answer"
+    ending: str = ""
+
+    def check(self, record: Record) -> None:
+        self._pairs(record)
+        self._right(record)
+
+    def requests(self, item: Item, ask: Asker) -> list[Request]:
+        shots = [self._pairs(record)[self._right(record)] for record in item.shots]
+        return [
+            LogLikelihood(ask.prompt(question, shots), ask.answer(question, answer), ask.form.chat)
+            for question, answer in self._pairs(item.record)
+        ]
+
+    def scores(self, item: Item, answers: Sequence[Answered]) -> dict[str, Score]:
+        right = self._right(item.record)
+        nats = [answer.nats for answer in answers]
+        sizes = [len(text.encode()) for _, text in self._pairs(item.record)]
+        costs = {
+            "accuracy": nats,
+            "accuracy_by_token": [answer.nats / answer.tokens for answer in answers],
+            "accuracy_by_byte": [one / size for one, size in zip(nats, sizes, strict=True)],
+        }
+        weights = [math.exp(min(nats) - one) for one in nats]
+        return {name: (float(cost.index(min(cost)) == right), 1.0) for name, cost in costs.items()} | {
+            "probability": (weights[right] / sum(weights), 1.0)
+        }
+
+    def _pairs(self, record: Record) -> list[tuple[str, str]]:
+        """What is asked and what is scored, for each choice."""
+        question = filled(self.question, record)
+        if self.ending:
+            ending = filled(self.ending, record)
+            return [(question + joined(question, choice), ending) for choice in self._choices(record)]
+        return [(question, choice) for choice in self._choices(record)]
+
+    def _choices(self, record: Record) -> list[str]:
+        found = list(self.fixed) or record[self.choices]
+        if (
+            not isinstance(found, list)
+            or not all(isinstance(x, str) and x.strip() for x in found)
+            or not found
+        ):
+            raise ValueError(f"the field {self.choices!r} is no list of texts: {found!r}")
+        return found
+
+    def _right(self, record: Record) -> int:
+        choices, answer = self._choices(record), record[self.answer]
+        if answer in choices:
+            return choices.index(answer)
+        letters = string.ascii_uppercase[: len(choices)]
+        number = str(letters.index(answer)) if str(answer) in [*letters] else str(answer)
+        if not number.isdecimal() or int(number) >= len(choices):
+            raise ValueError(f"the field {self.answer!r} is {answer!r}, none of {len(choices)} choices")
+        return int(number)
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion(Task, kind="completion"):
+    """Right is who would say exactly this answer, token by token, if always the most probable one is said."""
+
+    question: str = "{context}"
+    answer: str = "{continuation}"
+
+    def check(self, record: Record) -> None:
+        filled(self.question, record)
+        if not filled(self.answer, record):
+            raise ValueError(f"the answer {self.answer!r} is empty")
+
+    def requests(self, item: Item, ask: Asker) -> list[Request]:
+        question, answer = filled(self.question, item.record), filled(self.answer, item.record)
+        shots = [(filled(self.question, shot), filled(self.answer, shot)) for shot in item.shots]
+        return [LogLikelihood(ask.prompt(question, shots), ask.answer(question, answer), ask.form.chat)]
+
+    def scores(self, item: Item, answers: Sequence[Answered]) -> dict[str, Score]:
+        size = len(filled(self.answer, item.record).encode())
+        return {
+            "accuracy": (float(answers[0].greedy), 1.0),
+            "nats_per_answer": (answers[0].nats, 1.0),
+            "bits_per_byte": (answers[0].nats / math.log(2), float(size)),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation(Task, kind="generation"):
+    """The model writes an answer, greedily, and a check compares it with the record's.
+
+    check_by: one of checks.CHECKS; pattern: what the check "regex" takes the answer from (its first group).
+    shown: the answer in few-shot examples, if they show more than is compared. stops: end an answer to text;
+    a turn ends itself.
+    """
+
+    question: str = "{question}\nAnswer:"
+    answer: str = "{answer}"
+    check_by: Literal["exact", "contains", "regex", "numeric", "rules", "refusal"] = "exact"
+    pattern: str = ""
+    shown: str = ""
+    stops: tuple[str, ...] = ("\n\n",)
+    max_tokens: int = 256
+
+    def check(self, record: Record) -> None:
+        filled(self.question, record)
+        self._expected(record)
+
+    def requests(self, item: Item, ask: Asker) -> list[Request]:
+        shown = self.shown or self.answer
+        shots = [(filled(self.question, shot), filled(shown, shot)) for shot in item.shots]
+        prompt = ask.prompt(filled(self.question, item.record), shots)
+        stops = () if ask.form.chat else self.stops
+        return [Generate(prompt, stops, self.max_tokens, written=ask.form.chat)]
+
+    def scores(self, item: Item, answers: Sequence[Answered]) -> dict[str, Score]:
+        answer = answers[0]
+        found = checks.CHECKS[self.check_by](answer.text.strip(), self._expected(item.record), self.pattern)
+        return found | {"stopped": (float(answer.finish == "stop"), 1.0)}
+
+    def _expected(self, record: Record) -> checks.Expected:
+        """What the check compares with: a text, or for rules their names and settings."""
+        if self.check_by == "rules":
+            return checks.rules_of(record)
+        return filled(self.answer, record)
+
+
+@dataclasses.dataclass(frozen=True)
+class Documents(Task, kind="documents"):
+    """Bits per byte of whole texts, each from its beginning."""
+
+    text: str = "text"
+
+    def check(self, record: Record) -> None:
+        if not isinstance(record[self.text], str) or not record[self.text]:
+            raise ValueError(f"the field {self.text!r} is no text")
+
+    def requests(self, item: Item, ask: Asker) -> list[Request]:
+        return [Rolling(item.record[self.text])]
+
+    def scores(self, item: Item, answers: Sequence[Answered]) -> dict[str, Score]:
+        answer = answers[0]
+        size = float(len(item.record[self.text].encode()))
+        return {
+            "bits_per_byte": (answer.nats / math.log(2), size),
+            "nats_per_token": (answer.nats, float(answer.tokens)),
+        }

@@ -1,0 +1,104 @@
+"""What a model's answers to a task are worth: metrics with standard errors, and every item's own scores."""
+
+import collections
+import dataclasses
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from llm_jax.evaluation.requests import Answered
+from llm_jax.evaluation.runner import Evaluator
+from llm_jax.evaluation.tasks import Asker, Format, Item, Score, Task
+
+
+class Metric(NamedTuple):
+    """A ratio of sums over `count` items with its standard error (nan for one item alone)."""
+
+    value: float
+    standard_error: float
+    count: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """A task in a format: its items, what the model answered, and each item's scores by metric.
+
+    skipped: items of which nothing can be said. cut: prompts that the context was too short for.
+    """
+
+    name: str
+    task: Task
+    form: Format
+    items: Sequence[Item]
+    answers: Sequence[Sequence[Answered]]
+    scores: Sequence[Mapping[str, Score]]
+
+    @property
+    def skipped(self) -> int:
+        return sum(not one for one in self.scores)
+
+    @property
+    def cut(self) -> int:
+        return sum(any(answer.cut for answer in answers) for answers in self.answers)
+
+    def metrics(self) -> dict[str, Metric]:
+        """All metrics, by name; of a task with groups also `metric/GROUP` of the one that stands for it."""
+        columns = collections.defaultdict(list)
+        for item, scores in zip(self.items, self.scores, strict=True):
+            for name, score in scores.items():
+                columns[name].append(score)
+                if self.task.group:
+                    columns[f"{name}/{item.record[self.task.group]}"].append(score)
+        first = [name for name in columns if "/" not in name]
+        grouped = sorted(name for name in columns if name.startswith(f"{next(iter(first), '')}/"))
+        return {name: metric(columns[name]) for name in (*first, *grouped)}
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": {"chat": self.form.chat, "few_shot": self.form.few_shot},
+            "kind": self.task.kind,
+            "items": len(self.items),
+            "skipped": self.skipped,
+            "cut": self.cut,
+            "metrics": {name: one._asdict() for name, one in self.metrics().items()},
+        }
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Every item: where it stands, its scores, what the model answered."""
+        return [
+            {"item": item.place.rpartition("/")[2], "scores": scores, "answers": [list(a) for a in answers]}
+            for item, scores, answers in zip(self.items, self.scores, self.answers, strict=True)
+        ]
+
+
+def metric(scores: Sequence[Score]) -> Metric:
+    """The ratio of sums, with its standard error over independent items by linearisation (Cochran, Sampling
+    Techniques, 3rd edition, equation 2.45).
+    """
+    sums, counts = np.array(scores, np.float64).T
+    value, count = sums.sum() / counts.sum(), len(sums)
+    if count < 2:
+        return Metric(float(value), math.nan, count)
+    variance = np.square(sums - value * counts).sum() / (count - 1) * count / counts.sum() ** 2
+    return Metric(float(value), float(math.sqrt(variance)), count)
+
+
+def evaluate(
+    evaluator: Evaluator,
+    name: str,
+    task: Task,
+    folder: pathlib.Path,
+    form: Format = Format(),
+    limit: int | None = None,
+) -> Outcome:
+    """Asks a model about all items of a task, or a fair sample of `limit`."""
+    ask = Asker(form, evaluator.opened.tokenizer)
+    items = task.items(folder, form.few_shot, limit)
+    asked = [task.requests(item, ask) for item in items]
+    answers = iter(evaluator.run([request for requests in asked for request in requests], f"{name}, {form}"))
+    given = [[next(answers) for _ in requests] for requests in asked]
+    scores = [task.scores(*one) for one in zip(items, given, strict=True)]
+    return Outcome(name, task, form, items, given, scores)

@@ -1,0 +1,150 @@
+"""Tasks: a file of questions and a few fields that say how they are asked and judged.
+
+    {"kind": "multiple_choice", "file": "riddles.jsonl", "question": "{riddle}\\nAnswer:",
+     "choices": "options", "answer": "right"}
+
+is a task file (riddles.json): `{field}` stands for a field of a record. Without a chat template an item is a
+text, "question answer", the examples before it apart by empty lines; with one, question and answer are turns.
+"""
+
+import dataclasses
+import pathlib
+import random
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from llm_jax import config as configs
+from llm_jax.config import Tagged, UserError
+from llm_jax.data import readers
+from llm_jax.data.cache import digest
+from llm_jax.data.templates import render
+from llm_jax.evaluation.forms import READERS
+from llm_jax.evaluation.requests import Answered, Request
+from llm_jax.interop.tokenizer import Portable
+
+Score = tuple[float, float]  # what an item adds to a metric's sum and to its count
+Record = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """How items are written: as turns of the chat template (`chat`) or as text, after `few_shot` examples."""
+
+    chat: bool = False
+    few_shot: int = 0
+
+    def __str__(self) -> str:
+        return ("chat" if self.chat else "raw") + f", {self.few_shot} shots" * bool(self.few_shot)
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """A record and where it stands; shots: the examples asked and answered before it."""
+
+    place: str
+    record: Record
+    shots: tuple[Record, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Task(Tagged):
+    """file: beside the task's own file, or in the folder of task data. within: where in a .json the list is.
+
+    reader: one of READERS, for files that aren't made of plain fields. examples: another file for those of
+    few-shot prompts. group: a field by whose values the scores are told too.
+    """
+
+    file: str = ""
+    reader: str = "plain"
+    within: str = ""
+    examples: str = ""
+    group: str = ""
+
+    unit: ClassVar[str] = "accuracy"  # the metric that stands for the task
+
+    def items(self, folder: pathlib.Path, few_shot: int = 0, limit: int | None = None) -> list[Item]:
+        """The items: all, or a fair sample of `limit` that larger ones contain.
+
+        Raises UserError that names file, line and field of a record that can't be asked.
+        """
+        found = self._records(folder / self.file)
+        pool = self._records(folder / self.examples) if self.examples else found
+        if few_shot >= len(pool) + bool(self.examples):
+            raise UserError(f"{self.file}: {len(pool)} records, which give no {few_shot} examples for each")
+        shots = [record for _, record in random.Random(0).sample(pool, min(few_shot + 1, len(pool)))]
+        order = sorted(found, key=lambda one: digest(repr(one[1]).encode())) if limit is not None else found
+        return [
+            Item(place, record, tuple([shot for shot in shots if shot is not record][:few_shot]))
+            for place, record in order[:limit]
+        ]
+
+    def requests(self, item: Item, ask: "Asker") -> list[Request]:
+        """What is asked of the model about an item."""
+        raise NotImplementedError
+
+    def scores(self, item: Item, answers: Sequence[Answered]) -> dict[str, Score]:
+        """What the answers to `requests` are worth, by metric; {} where nothing can be said."""
+        raise NotImplementedError
+
+    def check(self, record: Record) -> None:
+        """Raises KeyError or ValueError for a record that can't be asked."""
+        raise NotImplementedError
+
+    def _records(self, path: pathlib.Path) -> list[tuple[str, Record]]:
+        if self.reader not in READERS:
+            raise UserError(f"no reader {self.reader!r}; {configs.nearest(self.reader, READERS)}")
+        found = []
+        for place, record in readers.records(path, "tasks", (".csv", ".txt"), self.within):
+            if not isinstance(record, dict):
+                raise UserError(f"{place} is no object with fields: {str(record)[:40]!r}")
+            try:
+                record = READERS[self.reader](record)
+                self.check(record)
+                if self.group:
+                    _ = record[self.group]
+            except KeyError as error:
+                raise UserError(f"{place} has no field {error}; it has {', '.join(record)}") from None
+            except ValueError as error:
+                raise UserError(f"{place}: {error}") from None
+            found.append((place, record))
+        if not found:
+            raise UserError(f"{path} has no items")
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Asker:
+    """Writes prompts in a format for a tokenizer. Raises UserError for chat without a template."""
+
+    form: Format
+    tokenizer: Portable | None
+
+    def __post_init__(self) -> None:
+        if self.form.chat and (self.tokenizer is None or self.tokenizer.chat_template is None):
+            raise UserError("--chat: the model has no chat template; ask without it")
+
+    def prompt(self, question: str, shots: Sequence[tuple[str, str]]) -> str:
+        """The text that the answer follows."""
+        if not self.form.chat:
+            return "".join(f"{asked}{joined(asked, answer)}\n\n" for asked, answer in shots) + question
+        turns = [
+            {"role": role, "content": text.strip()}
+            for pair in (*shots, (question,))
+            for role, text in zip(("user", "assistant"), pair, strict=False)
+        ]
+        return render(self.tokenizer.chat_template, turns, self.tokenizer.special)
+
+    def answer(self, question: str, answer: str) -> str:
+        """The answer as it follows the prompt: a template ends where it begins, a text before a space."""
+        return answer.lstrip() if self.form.chat else joined(question, answer)
+
+
+def joined(question: str, answer: str) -> str:
+    """`answer` with the space that parts it from `question`."""
+    return answer if not question or question[-1].isspace() or answer[:1].isspace() else f" {answer}"
+
+
+def filled(template: str, record: Record) -> str:
+    """`template` with each {field} replaced by the record's; raises KeyError for one that isn't there."""
+    return re.sub(r"\{([^{}]+)\}", lambda found: str(record[found[1]]).strip(), template)
