@@ -11,13 +11,11 @@ from typing import Any
 
 from launch.sweep import Planned
 from llm_jax.config import UserError
+from llm_jax.loop import LEAST_STEPS
 from llm_jax.pack import alike
 
 # The least part of a pack's longest member that any other has to make: the rest of its place would be idle.
 LEAST_PART = 0.75
-# The least steps that all members of a pack make together. A pack has a program of its own, and what it saves
-# of a small step is a few milliseconds: fewer don't earn back the half minute that compiling may take.
-LEAST_STEPS = 10_000
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

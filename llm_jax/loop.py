@@ -20,6 +20,10 @@ from llm_jax.models import Batch
 from llm_jax.process import catching_sigterm
 from llm_jax.program import Shape, program
 
+# The least steps of members that a program of its own has to save or to serve, so that it earns back the half
+# minute that compiling may take.
+LEAST_STEPS = 10_000
+
 
 class InFlight:
     """The steps that were dispatched last; their metrics are fetched when the next have been, or before.
@@ -54,11 +58,18 @@ class InFlight:
                 stop_hopeless(member for member in self._members if member.status == "running")
 
 
+def narrower_pays(running: Sequence[Member], width: int) -> bool:
+    """Whether at most half of a pack is still `running`, and the idle places would cost many steps."""
+    left = max((member.steps - member.done for member in running), default=0)
+    return len(running) <= width // 2 and (width - len(running)) * left >= LEAST_STEPS
+
+
 def train_together(members: Sequence[Member], shape: Shape, mesh: jax.sharding.Mesh) -> None:
     """Trains all members from where they are; then each has its `result`.
 
-    shape: of their pack, or of a run alone. Raises UserError before anything is written if it can't be done.
-    On SIGTERM all states are saved and SystemExit(143) raised.
+    Or those that are left are saved, where a narrower pack pays for them. shape: of their pack, or of a run
+    alone. Raises UserError before anything is written if it can't be done. On SIGTERM all states are saved
+    and SystemExit(143) raised.
     """
     one, alone = members[0], shape.members is None
     with jax.set_mesh(mesh), catching_sigterm() as terminated, contextlib.ExitStack() as folders:
@@ -142,7 +153,10 @@ def train_together(members: Sequence[Member], shape: Shape, mesh: jax.sharding.M
             stopping = terminated.is_set()
             if stopping and not clock:  # there is nothing that isn't on disk
                 raise SystemExit(143)
+            staying = [member for member in running if member not in ended]
+            narrowing = narrower_pays(staying, len(members))
             saving = [m for m in running if late or stopping or m.saves(m.first + clock)]
+            saving += [member for member in staying if narrowing and member not in saving]
             if ended or evaluating or saving:
                 in_flight.settle()
                 in_flight.stopwatch.restart()
@@ -164,7 +178,7 @@ def train_together(members: Sequence[Member], shape: Shape, mesh: jax.sharding.M
                 for member, scores in zip(ended, evaluate(ended), strict=True):
                     end(member, scores)
             training = [member for member in members if member.status == "running"]
-            if not training:
+            if narrowing or not training:
                 break
             count = min(shape.block, *(member.until_due(member.first + clock) for member in training))
             ahead = clock + np.arange(shape.block)

@@ -3,8 +3,8 @@
 Small models leave an accelerator idle, and sweeps are made of small models. The members of a pack are the
 same step under `jax.vmap`, over a leading member axis of state and hyperparameters, which may be spread over
 a mesh axis of its own. They share their batches if they have one order of rows (one seed, or one
-data_seed), else each has its own. In its records each is a run like any other: it can be continued alone, as
-a run begun alone can be in a pack.
+data_seed), else each has its own. Where most have ended, the others go on in a narrower pack. In its records
+each is a run like any other: it can be continued alone, as a run begun alone can be in a pack.
 """
 
 import dataclasses
@@ -46,25 +46,31 @@ def train_packed(
     if len({place.absolute() for place in places}) < len(runs):
         raise UserError(f"{len(runs)} members need as many folders, each its own")
     prepare_xla(runs[0].execution.deterministic)
-    source = runs[0].data.open()
-    members = [
-        Member(run, source, place, *rest)
-        for run, place, *rest in zip(
-            runs, places, hooks or [()] * len(runs), progress or [None] * len(runs), strict=True
-        )
-    ]
-    waiting = [member for member in members if member.result is None]
-    if waiting:
-        shape, mesh = pack(runs[0], len(waiting), len({member.run.order for member in waiting}) > 1)
-        train_together(waiting, shape, mesh)
+    source, whole = runs[0].data.open(), mesh_of(runs[0], len(runs))
+    hooks, progress = hooks or [()] * len(runs), progress or [None] * len(runs)
+    wanted = list(zip(runs, places, hooks, progress, strict=True))
+    members = [Member(run, source, *rest) for run, *rest in wanted]
+    while waiting := [number for number, member in enumerate(members) if member.result is None]:
+        width, own_rows = len(waiting), len({runs[number].order for number in waiting}) > 1
+        ways = math.gcd(width, whole.shape["member"])
+        mesh = sharding.make_mesh(MeshConfig(**{**whole.shape, "member": ways}))
+        train_together([members[number] for number in waiting], pack_shape(runs[0], width, own_rows), mesh)
+        for number in waiting:  # those that a narrower pack goes on with start where this one left them
+            if members[number].result is None:
+                run, *rest = wanted[number]
+                members[number] = Member(run, source, *rest)
     return [member.result for member in members]
 
 
 def pack(run: Run, width: int, own_rows: bool = False) -> tuple[Shape, jax.sharding.Mesh]:
     """The shape of a pack of `width` runs like this one, and the mesh that it goes on."""
-    mesh = mesh_of(run, width)
-    shape = shape_of(run, run.data.open())
-    return dataclasses.replace(shape, members=width, own_rows=own_rows), mesh
+    return pack_shape(run, width, own_rows), mesh_of(run, width)
+
+
+def pack_shape(run: Run, width: int, own_rows: bool) -> Shape:
+    """The shape of a pack of `width` runs like this one; one needs no axis."""
+    members = width if width > 1 else None
+    return dataclasses.replace(shape_of(run, run.data.open()), members=members, own_rows=own_rows)
 
 
 def mesh_of(run: Run, width: int) -> jax.sharding.Mesh:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from changes import changed
 
-from llm_jax import config, optimizers, records
+from llm_jax import config, loop, optimizers, records
 from llm_jax.config import UserError
 from llm_jax.kernels import memory
 from llm_jax.optimizers import SGD
@@ -391,6 +391,30 @@ def test_a_pack_that_does_not_fit_says_what_it_needs_and_what_would(member, tmp_
         together([member(rate) for rate in (1e-3, 2e-3, 3e-3)], tmp_path / "pack")
     assert not (tmp_path / "pack").exists()
     assert parts[0].step is parts[0].compiled
+
+
+def test_where_half_have_ended_the_others_go_on_in_a_narrower_pack(packed, member, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "LEAST_STEPS", 100)
+    wild = [member(rate, 200, optimizer__clip_norm=float("inf")) for rate in (1e30, 1e31)]
+    calm = together([wild[0], *packed[1][:2], wild[1]], tmp_path)[1:3]
+    for folder, undisturbed in zip(calm, packed[0], strict=False):
+        assert [start["facts"]["layout"]["members"] for start in records.starts(folder)] == [4, 2]
+        assert records.load_run(folder)["result"]["members"] == 2
+        np.testing.assert_allclose(losses(folder), losses(undisturbed), atol=1e-5)
+
+
+def test_the_last_of_a_pack_over_devices_goes_on_over_fewer(member, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "LEAST_STEPS", 10)
+    mesh = MeshConfig(member=2, data=2)
+    runs = [member(3e-3, steps, execution__mesh=mesh) for steps in (10, 40)]
+    folders = together(runs, tmp_path / "pack")
+    starts = [(start["resume_at"], start["facts"]["layout"]) for start in records.starts(folders[1])]
+    assert [(step, layout["members"], layout["mesh"]["member"]) for step, layout in starts] == [
+        (0, 2, 2),
+        (10, 1, 1),
+    ]
+    train(changed(runs[1], execution__mesh=MeshConfig(data=1)), tmp_path / "alone")
+    np.testing.assert_allclose(losses(folders[1]), losses(tmp_path / "alone"), atol=1e-5)
 
 
 # ---- early stopping, and branches ----
