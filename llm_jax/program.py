@@ -143,7 +143,7 @@ class Program:
         self.compile_seconds += time.perf_counter() - started
         return compiled
 
-    @property
+    @functools.cached_property
     def step(self) -> jax.stages.Compiled:
         """Compiled when it is first asked for; raises UserError if it needs more memory than there is."""
         room = memory.room(self.mesh)
