@@ -215,9 +215,9 @@ class Trainer:
 
     def rate(self, seconds: float) -> float:
         """Tokens per second over about `seconds`, one step in flight, after two steps to warm up."""
-        start, calls, in_flight = None, -2, None
+        start, calls, in_flight, step = None, -2, None, self.program.step
         while start is None or time.perf_counter() - start < seconds:
-            self.state, metrics = self.program.step(self.state, self.batch, self.hyper)
+            self.state, metrics = step(self.state, self.batch, self.hyper)
             if in_flight is not None:
                 np.asarray(in_flight["loss"])
             in_flight, calls = metrics, calls + 1

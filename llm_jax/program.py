@@ -143,7 +143,7 @@ class Program:
         self.compile_seconds += time.perf_counter() - started
         return compiled
 
-    @functools.cached_property
+    @property
     def step(self) -> jax.stages.Compiled:
         """Compiled when it is first asked for; raises UserError if it needs more memory than there is."""
         room = memory.room(self.mesh)
@@ -158,7 +158,7 @@ class Program:
         fits = f"the largest that fits is one of {most}" if most else "not even one member fits"
         raise UserError(f"a pack of {self.shape.members} {needs}; {fits}")
 
-    @property
+    @functools.cached_property
     def memory_bytes(self) -> int:
         """What the compiled step needs of each device: arguments, results, and what lies between."""
         plan = self.compiled.memory_analysis()
