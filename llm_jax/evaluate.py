@@ -16,7 +16,7 @@ from absl import flags
 
 from llm_jax import config, records
 from llm_jax.config import UserError
-from llm_jax.evaluation import standard
+from llm_jax.evaluation import probes, standard
 from llm_jax.evaluation.runner import Evaluator
 from llm_jax.evaluation.scores import Outcome, evaluate
 from llm_jax.evaluation.tasks import Asker, Format
@@ -52,6 +52,8 @@ def main() -> None:
     if f.tasks == ["help"]:
         for name, task in standard.TASKS.items():
             print(f"{name:<20} {task.kind:<16} {task.file}")
+        for name in (*probes.PROBES, probes.SELF):
+            print(f"{name:<20} {'probe':<16} made by code; {name}:steps asks to think step by step")
         return
     prepare_xla(deterministic=False)
     if not f.model or not f.tasks:
@@ -97,7 +99,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     options.define_model()
-    flags.DEFINE_list("tasks", [], "names of published tasks, or .json files; --tasks=help lists them")
+    flags.DEFINE_list("tasks", [], "published tasks, probes, or .json files; --tasks=help lists them")
     flags.DEFINE_bool("chat", False, "ask in turns of the model's chat template")
     flags.DEFINE_integer("few_shot", 0, "how many examples stand before each question")
     flags.DEFINE_integer("limit", None, "a fair sample of so many items of each task")

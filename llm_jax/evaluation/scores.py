@@ -53,7 +53,7 @@ class Outcome:
                 if self.task.group:
                     columns[f"{name}/{item.record[self.task.group]}"].append(score)
         first = [name for name in columns if "/" not in name]
-        grouped = sorted(name for name in columns if name.startswith(f"{next(iter(first), '')}/"))
+        grouped = [name for name in columns if name.startswith(f"{next(iter(first), '')}/")]
         return {name: metric(columns[name]) for name in (*first, *grouped)}
 
     def to_json(self) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def evaluate(
     limit: int | None = None,
 ) -> Outcome:
     """Asks a model about all items of a task, or a fair sample of `limit`."""
-    ask = Asker(form, evaluator.opened.tokenizer)
+    ask, task = Asker(form, evaluator.opened.tokenizer), task.about(evaluator.opened)
     items = task.items(folder, form.few_shot, limit)
     asked = [task.requests(item, ask) for item in items]
     answers = iter(evaluator.run([request for requests in asked for request in requests], f"{name}, {form}"))

@@ -6,6 +6,7 @@ import pathlib
 
 from llm_jax import config as configs
 from llm_jax.config import UserError
+from llm_jax.evaluation import probes
 from llm_jax.evaluation.kinds import Completion, Documents, Generation, MultipleChoice
 from llm_jax.evaluation.tasks import Task
 
@@ -80,7 +81,7 @@ TASKS: dict[str, Task] = {
 
 
 def find(name: str, folder: pathlib.Path) -> tuple[str, Task, pathlib.Path]:
-    """(name, task, the folder of its files) of a published task, or of the .json file of one's own."""
+    """(name, task, the folder of its files) of a published task, a probe, or the .json file of one's own."""
     if name in TASKS:
         task = TASKS[name]
         if not (folder / task.file).is_file():
@@ -88,9 +89,11 @@ def find(name: str, folder: pathlib.Path) -> tuple[str, Task, pathlib.Path]:
                 f"{name}: no file {folder / task.file}; --data=DIR names the folder of task files"
             )
         return name, task, folder
+    if probe := probes.find(name):
+        return name, probe, folder
     place = pathlib.Path(os.path.expanduser(name))
     if place.suffix != ".json":
-        hint = configs.nearest(name, [*TASKS, "a .json file"])
+        hint = configs.nearest(name, [*TASKS, *probes.PROBES, probes.SELF, "a .json file"])
         raise UserError(f"no task {name!r}; {hint}")
     try:
         value = json.loads(place.read_text())

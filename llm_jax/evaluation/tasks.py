@@ -21,6 +21,7 @@ from llm_jax.data.cache import digest
 from llm_jax.data.templates import render
 from llm_jax.evaluation.forms import READERS
 from llm_jax.evaluation.requests import Answered, Request
+from llm_jax.inference.opening import Opened
 from llm_jax.interop.tokenizer import Portable
 
 Score = tuple[float, float]  # what an item adds to a metric's sum and to its count
@@ -62,6 +63,10 @@ class Task(Tagged):
     group: str = ""
 
     unit: ClassVar[str] = "accuracy"  # the metric that stands for the task
+
+    def about(self, opened: Opened) -> "Task":
+        """The task as it is asked of this model."""
+        return self
 
     def items(self, folder: pathlib.Path, few_shot: int = 0, limit: int | None = None) -> list[Item]:
         """The items: all, or a fair sample of `limit` that larger ones contain.

@@ -1,0 +1,220 @@
+"""Probes: questions made by code, with answers computed by code, at growing sizes.
+
+    python -m llm_jax.evaluate --model=… --tasks=letters,dates,arithmetic,letters:steps --chat
+
+Each is asked directly or to "think step by step" (NAME:steps), and scored by size.
+"""
+
+import dataclasses
+import datetime
+import pathlib
+import random
+import re
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+from llm_jax.config import UserError, nearest
+from llm_jax.evaluation import checks
+from llm_jax.evaluation.requests import Answered, Generate, Request
+from llm_jax.evaluation.tasks import Asker, Item, Score, Task
+from llm_jax.inference.opening import Opened
+
+WORDS = re.findall(
+    r"\w+",
+    """apple river candle winter basket yellow monkey garden bottle silver letter hammer strawberry balloon
+    blueberry committee bookkeeper mississippi parallel coffee tomorrow necessary raspberry umbrella elephant
+    banana pepper assassin address tennessee successful bee tree moon egg book wall kiss noon sheep queen""",
+)
+PEOPLE = re.findall(r"\w+", "dog man cat girl boy horse king farmer teacher singer sailor baker")
+VERBS = {"bites": "bitten", "chases": "chased", "sees": "seen", "helps": "helped", "pushes": "pushed"}
+NAMES = re.findall(
+    r"\w+", "Anna Ben Clara David Emma Felix Greta Henry Ida Jonas Karla Louis Maria Nils Olga"
+)
+FILLER = [
+    "The weather stayed the same for the rest of that week.",
+    "A train went by, and nobody looked up from the table.",
+    "Someone had left the window of the kitchen open again.",
+    "There was little to do but to wait for the evening.",
+    "The road to the village is long, and it has few trees.",
+]
+
+Pair = tuple[str, str]  # a question and its answer
+
+
+class Probe(NamedTuple):
+    """make(random, size) -> questions with answers, all of which one item asks. sizes: small to large.
+
+    unit: what the size counts. wanted: what an answer is to be. tokens: of an answer, given the size.
+    """
+
+    make: Callable[[random.Random, int], list[Pair]]
+    sizes: tuple[int, ...]
+    unit: str
+    wanted: str
+    check: str
+    tokens: Callable[[int], int] = lambda size: 24
+
+
+def letters(draw: random.Random, size: int) -> list[Pair]:
+    """How many r's in strawberry? size: the least letters of the word."""
+    word = draw.choice([word for word in WORDS if len(word) >= size and (len(word) < size + 3 or size == 9)])
+    letter = draw.choice(word)
+    return [
+        (f'How many times does the letter "{letter}" stand in the word "{word}"?', str(word.count(letter)))
+    ]
+
+
+def dates(draw: random.Random, size: int) -> list[Pair]:
+    """When is the next Wednesday, and what day is it in so many days? size: the most days ahead."""
+    today = datetime.date(2001, 1, 1) + datetime.timedelta(draw.randrange(365 * 30))
+    said = f"Today is {today:%A}, {today.day} {today:%B %Y}."
+    later = today + datetime.timedelta(draw.randint(1, size))
+    if size <= 7:
+        return [(f"{said} What is the date of the first {later:%A} after today?", later.isoformat())]
+    return [(f"{said} What is the date in {(later - today).days} days?", later.isoformat())]
+
+
+def arithmetic(draw: random.Random, size: int) -> list[Pair]:
+    """Sums, differences and products of two numbers of `size` digits."""
+    a, b = (draw.randrange(10 ** (size - 1), 10**size) for _ in range(2))
+    sign, value = draw.choice([("+", a + b), ("-", a - b), ("*", a * b)])
+    return [(f"What is {a} {sign} {b}?", str(value))]
+
+
+def word_order(draw: random.Random, size: int) -> list[Pair]:
+    """The dog bites the man against the man bites the dog: the same words, in one of `size` sentences."""
+    people, verbs = draw.sample(PEOPLE, 2 * size), draw.sample(list(VERBS), size)
+    roles, asked = list(zip(people[::2], people[1::2], strict=True)), draw.randrange(size)
+    pairs = []
+    for _ in range(2):
+        text = " ".join(
+            f"The {who} {verb} the {whom}." for (who, whom), verb in zip(roles, verbs, strict=True)
+        )
+        pairs.append((f"{text} Who is {VERBS[verbs[asked]]}?", roles[asked][1]))
+        roles[asked] = roles[asked][::-1]
+    return pairs
+
+
+def copying(draw: random.Random, size: int) -> list[Pair]:
+    """`size` words to be said again."""
+    text = " ".join(draw.choice(WORDS) for _ in range(size))
+    return [(f"Repeat these words exactly as they stand: {text}", text)]
+
+
+def recall(draw: random.Random, size: int) -> list[Pair]:
+    """Somebody's number, said among other people's, with `size` sentences in between."""
+    people, codes = draw.sample(NAMES, 4), draw.sample(range(1000, 10000), 4)
+    told = [f"The code of {name} is {code}." for name, code in zip(people, codes, strict=True)]
+    between = [draw.choice(FILLER) for _ in range(size)]
+    chosen = draw.randrange(4)
+    text = " ".join([*told, *between])
+    return [(f"{text} What is the code of {people[chosen]}?", str(codes[chosen]))]
+
+
+PROBES = {
+    "letters": Probe(letters, (3, 6, 9), "letters", "the number", "numeric"),
+    "dates": Probe(dates, (7, 31, 365), "days", "the date as YYYY-MM-DD", "contains"),
+    "arithmetic": Probe(arithmetic, (1, 2, 4, 8), "digits", "the number", "numeric"),
+    "word_order": Probe(word_order, (1, 2, 4), "sentences", "one word", "contains"),
+    "copying": Probe(copying, (4, 16, 48), "words", "the words", "exact", lambda size: 8 + 6 * size),
+    "recall": Probe(recall, (0, 8, 32), "sentences", "the number", "numeric"),
+}
+SELF = "self_knowledge"  # its answers are facts of the model that is asked
+_ASKED = {
+    "layers": "How many layers does the neural network that you are have?",
+    "vocabulary": "How many different tokens are in your own vocabulary?",
+    "context": "How many tokens fit into your own context window?",
+    "width": "How many dimensions do the hidden states of your own network have?",
+    "heads": "How many attention heads does each of your own layers have?",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Probing(Task, kind="probe"):
+    """`count` items of a probe at each of its sizes; way: how they are asked. facts: the model's own."""
+
+    name: str = "letters"
+    way: Literal["direct", "steps"] = "direct"
+    count: int = 32
+    seed: int = 0
+    facts: tuple[tuple[str, int], ...] = ()
+    group: str = "size"
+
+    def about(self, opened: Opened) -> "Probing":
+        if self.name != SELF:
+            return self
+        known = {name: getattr(opened.config, name, None) for name in _ASKED} | {"context": opened.context}
+        return dataclasses.replace(
+            self, facts=tuple((name, value) for name, value in known.items() if value is not None)
+        )
+
+    @property
+    def probe(self) -> Probe:
+        if self.name == SELF:
+            return Probe(lambda draw, size: [], (1,), "facts", "the number", "numeric")
+        return PROBES[self.name]
+
+    def items(self, folder: pathlib.Path, few_shot: int = 0, limit: int | None = None) -> list[Item]:
+        """They are made, the same for the same seed; `limit` takes them evenly from all sizes."""
+        if few_shot and self.way != "direct":
+            raise UserError(f"{self.name}:{self.way} has no worked examples: ask it with --few_shot=0")
+        if self.name == SELF:
+            made = [{"pairs": [(_ASKED[name], str(value))], "size": name} for name, value in self.facts]
+        else:
+            made = [
+                {"pairs": self.probe.make(random.Random(f"{self.name} {self.seed} {size} {number}"), size)}
+                | {"size": size}
+                for number in range(self.count)
+                for size in self.probe.sizes
+            ]
+        shots = [
+            {"pairs": self.probe.make(random.Random(f"{self.name} example {number}"), size)}
+            for number, size in enumerate((self.probe.sizes * few_shot)[:few_shot])
+        ]
+        return [Item(f"{self.name} {i}", record, tuple(shots)) for i, record in enumerate(made[:limit])]
+
+    def requests(self, item: Item, ask: Asker) -> list[Request]:
+        stops = () if ask.form.chat else ("\n",) if self.way == "direct" else ("\n\n", "Question:")
+        size = item.record["size"]
+        tokens = self.probe.tokens(size if isinstance(size, int) else 1) if self.way == "direct" else 256
+        shots = [
+            (self._asked(question, ask), answer) for shot in item.shots for question, answer in shot["pairs"]
+        ]
+        return [
+            Generate(ask.prompt(self._asked(question, ask), shots), stops, tokens, written=ask.form.chat)
+            for question, _ in item.record["pairs"]
+        ]
+
+    def scores(self, item: Item, answers: list[Answered]) -> dict[str, Score]:
+        right = [
+            self._right(answer.text, wanted)
+            for (_, wanted), answer in zip(item.record["pairs"], answers, strict=True)
+        ]
+        both = {"both_orders": (float(all(right)), 1.0)} if len(right) > 1 else {}
+        return {"accuracy": (float(sum(right)), float(len(right)))} | both
+
+    def _asked(self, question: str, ask: Asker) -> str:
+        how = {
+            "direct": f"Answer with {self.probe.wanted} only.",
+            "steps": f'Think step by step, then write "Answer:" and {self.probe.wanted}.',
+        }[self.way]
+        text = f"{question} {how}"
+        return text if ask.form.chat else f"Question: {text}\n" + "Answer:" * (self.way == "direct")
+
+    def _right(self, text: str, wanted: str) -> bool:
+        """Judged is what stands behind the last "Answer:", if that is there."""
+        said = text.rpartition("Answer:")[2].strip()
+        if self.name == "word_order":  # the first of the people that it names
+            named = [word for word in checks.plain(said).split() if word in PEOPLE]
+            return named[:1] == [wanted]
+        return checks.CHECKS[self.probe.check](said, wanted, "")["accuracy"][0] == 1.0
+
+
+def find(name: str) -> Probing | None:
+    """The probe that NAME or NAME:way names; None where it names none."""
+    head, _, way = name.partition(":")
+    if head not in (*PROBES, SELF):
+        return None
+    if way not in ("", "direct", "steps"):
+        raise UserError(f"{name}: no way {way!r} of asking; {nearest(way, ['direct', 'steps'])}")
+    return Probing(name=head, way=way or "direct")
