@@ -27,9 +27,10 @@ import pandas as pd
 from llm_jax import gradient_noise, records
 from llm_jax.config import UserError
 from llm_jax.data import Python, SentencePiece, Text
+from llm_jax.ladder import execution
 from llm_jax.models.transformer import Transformer
 from llm_jax.optimizers import AdamW
-from llm_jax.run import Cell, Checkpointing, Execution, Run, Sweep
+from llm_jax.run import Cell, Checkpointing, Run, Sweep
 from llm_jax.scaling import batches, page, plots
 from llm_jax.scaling.page import Answer, Drawing, Page, Table, Tile, ranged
 from llm_jax.scaling.plots import Panel, Series
@@ -88,7 +89,7 @@ def get_config(scale: str) -> Run:
         optimizer=AdamW(learning_rate=2e-2, beta2=0.99, schedule=Constant(warmup_fraction=0.02)),
         name=f"batch_size-{scale}",
         sweep=SCALES[scale],
-        execution=Execution(checkpoint=Checkpointing(at_end=False)),
+        execution=execution(scale, checkpoint=Checkpointing(at_end=False)),
     )
 
 

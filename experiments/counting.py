@@ -32,7 +32,7 @@ import pandas as pd
 
 from llm_jax.config import UserError
 from llm_jax.data import Bytes, SentencePiece, Tokenizer
-from llm_jax.ladder import OPTIMIZER, Shapes, octaves, rectangle, text
+from llm_jax.ladder import OPTIMIZER, Shapes, execution, octaves, rectangle, text
 from llm_jax.models.transformer import Transformer
 from llm_jax.run import Run, Sweep
 from llm_jax.scaling import page, plots
@@ -86,6 +86,7 @@ def get_config(scale: str) -> Run:
         optimizer=OPTIMIZER,
         name=f"counting-{scale}",
         sweep=SCALES[scale],
+        execution=execution(scale),
     )
 
 

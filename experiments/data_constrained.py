@@ -77,6 +77,7 @@ def get_config(scale: str) -> Run:
         optimizer=ladder.OPTIMIZER,
         name=f"data-constrained-{scale}",
         sweep=SCALES[scale],
+        execution=ladder.execution(scale),
     )
 
 

@@ -11,9 +11,9 @@ over the bandwidth that a large product of a matrix with a row reaches in the sa
 is what continuous batching is for: requests through as many slots, and the same through one. llama.cpp runs
 the model's own file, where LLM_JAX_LLAMA_CPP names the folder of node-llama-cpp.
 
-On 2 cores one row of SmolLM2 in float32 gets 29 to 36 tokens/s, 1.8 to 2.8 times transformers and 0.53 to 0.57
-of the limit; int8 is 1.5 times float32, sixteen at once 7.1 (7.0 to 7.6) times one by one. Compiled before, it
-takes 8 minutes. The whole table is analysis/decode_speed.md.
+On 2 cores one row of SmolLM2 in float32 gets 29 to 36 tokens/s, 1.8 to 2.8 times transformers and 0.53 to
+0.57 of the limit; int8 is 1.5 times float32, sixteen at once 7.1 (7.0 to 7.6) times one by one. Compiled
+before, it takes 8 minutes. The whole table is analysis/decode_speed.md.
 """
 
 import contextlib

@@ -116,6 +116,7 @@ def get_config(scale: str) -> Run:
         tokens=2**19,
         name=f"isoflop-{scale}",
         sweep=SCALES[scale],
+        execution=ladder.execution(scale),
     )
 
 

@@ -28,7 +28,7 @@ from llm_jax import sharding
 from llm_jax.config import UserError
 from llm_jax.data import Bytes, Markov, Text
 from llm_jax.held_out import score
-from llm_jax.ladder import COUNTING, OPTIMIZER, Shapes, octaves, points, rectangle, shapes
+from llm_jax.ladder import COUNTING, OPTIMIZER, Shapes, execution, octaves, points, rectangle, shapes
 from llm_jax.models.transformer import Transformer
 from llm_jax.run import Run, Sweep
 from llm_jax.scaling import figures, fits, page, plots
@@ -72,6 +72,7 @@ def get_config(scale: str) -> Run:
         optimizer=OPTIMIZER,
         name=f"known-entropy-{scale}",
         sweep=SCALES[scale],
+        execution=execution(scale),
     )
 
 

@@ -21,10 +21,11 @@ import pandas as pd
 from llm_jax.config import UserError
 from llm_jax.coordinates import growth, movements
 from llm_jax.data import Python, SentencePiece, Text
+from llm_jax.ladder import execution
 from llm_jax.models.parametrization import CompleteP, MuP, Parametrization, PerLayer, Standard
 from llm_jax.models.transformer import Transformer
 from llm_jax.optimizers import AdamW
-from llm_jax.run import Cell, Checkpointing, Execution, Run, Sweep
+from llm_jax.run import Cell, Checkpointing, Run, Sweep
 from llm_jax.scaling import page as pages
 from llm_jax.scaling import plots
 from llm_jax.scaling.drift import Drift, drift
@@ -123,7 +124,7 @@ def get_config(scale: str) -> Run:
         name=f"lr_transfer-{scale}",
         sweep=SCALES[scale],
         # Runs of seconds: to train one again costs less than to save it.
-        execution=Execution(checkpoint=Checkpointing(every_seconds=0, at_end=False)),
+        execution=execution(scale, checkpoint=Checkpointing(every_seconds=0, at_end=False)),
     )
 
 

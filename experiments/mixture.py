@@ -26,9 +26,10 @@ import pandas as pd
 
 from llm_jax.config import UserError
 from llm_jax.data import Markov, Mixture, Python, Text, Weighted
+from llm_jax.ladder import execution
 from llm_jax.models.transformer import Transformer
 from llm_jax.optimizers import AdamW
-from llm_jax.run import Cell, Checkpointing, Execution, Run, Sweep
+from llm_jax.run import Cell, Checkpointing, Run, Sweep
 from llm_jax.scaling import forecast as forecasting
 from llm_jax.scaling import mixing, page, plots
 from llm_jax.scaling.page import Answer, Drawing, Fitted, Page, Table, Tile, ranged
@@ -80,7 +81,7 @@ def get_config(scale: str) -> Run:
         tokens=steps * data.tokens_per_step,
         name=f"mixture-{scale}",
         sweep=SCALES[scale],
-        execution=Execution(checkpoint=Checkpointing(at_end=False)),
+        execution=execution(scale, checkpoint=Checkpointing(at_end=False)),
     )
 
 

@@ -26,10 +26,10 @@ import pandas as pd
 
 from llm_jax.config import UserError
 from llm_jax.data import Python, SentencePiece, Text
-from llm_jax.ladder import COUNTING
+from llm_jax.ladder import COUNTING, execution
 from llm_jax.models.transformer import Transformer
 from llm_jax.optimizers import AdamW, Lion, Muon, Optimizer, ScheduleFree
-from llm_jax.run import Cell, Checkpointing, Execution, Run, Sweep
+from llm_jax.run import Cell, Checkpointing, Run, Sweep
 from llm_jax.scaling import figures, page, plots
 from llm_jax.scaling.compare import multiplier
 from llm_jax.scaling.page import Answer, Drawing, Page, Table, Tile, ranged
@@ -112,7 +112,7 @@ def get_config(scale: str) -> Run:
         data=DATA.get(scale, SMALL),
         name=f"optimizers-{scale}",
         sweep=SCALES[scale],
-        execution=Execution(checkpoint=Checkpointing(at_end=False)),
+        execution=execution(scale, checkpoint=Checkpointing(at_end=False)),
     )
 
 

@@ -88,6 +88,7 @@ def get_config(scale: str) -> Run:
         optimizer=ladder.OPTIMIZER,
         name=f"overtraining-{scale}",
         sweep=SCALES[scale],
+        execution=ladder.execution(scale),
     )
 
 

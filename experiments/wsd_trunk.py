@@ -105,6 +105,7 @@ def get_config(scale: str) -> Run:
         tokens=SCALES[scale].D_tokens[0],
         name=f"wsd_trunk-{scale}",
         sweep=SCALES[scale],
+        execution=ladder.execution(scale),
     )
 
 

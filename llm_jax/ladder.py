@@ -14,7 +14,7 @@ from llm_jax.data import Python, SentencePiece, Text
 from llm_jax.models import counting
 from llm_jax.models.transformer import Transformer
 from llm_jax.optimizers import AdamW
-from llm_jax.run import Cell, Run
+from llm_jax.run import Cell, Execution, Run
 from llm_jax.schedules import Cosine
 from llm_jax.values import write
 
@@ -42,6 +42,11 @@ Shapes = tuple[tuple[int, int], ...]
 def text(scale: str) -> Text:
     """Python's own source, cut as suits a scale; at `full` a corpus that the user names."""
     return DATA.get(scale, SMALL)
+
+
+def execution(scale: str, **fields: Any) -> Execution:
+    """Where a step takes milliseconds eight are dispatched at once: each dispatch costs the host two."""
+    return Execution(block_steps=1 if scale in ("gpu", "full") else 8, **fields)
 
 
 def shapes(widths: Sequence[int], layers: int) -> Shapes:
