@@ -66,11 +66,15 @@ class Forecast:
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """A forecast against what was measured: error = measured - forecast [nats/token]; covered by level."""
+    """A forecast against what was measured: error = measured - forecast [nats/token]; covered by level.
+
+    in_noise: the error in ln loss, in standard deviations of one run's noise.
+    """
 
     measured: float
     error: float
     relative_error: float
+    in_noise: float
     covered: dict[float, bool]
 
 
@@ -303,7 +307,8 @@ def check(forecast: Forecast, measured: float, points: pd.DataFrame | None = Non
         raise UserError(f"the fitted runs aren't those of the forecast written {forecast.written_utc}")
     error = float(measured - forecast.loss)
     covered = {level: low <= measured <= high for level, (low, high) in forecast.intervals.items()}
-    return Check(float(measured), error, error / forecast.loss, covered)
+    in_noise = float(np.log(measured / forecast.loss)) / forecast.noise
+    return Check(float(measured), error, error / forecast.loss, in_noise, covered)
 
 
 def hash_points(points: pd.DataFrame) -> str:

@@ -168,7 +168,8 @@ def verdict(outcome: Outcome) -> Answer:
     made, check = outcome
     beyond = f"{made.extrapolation:.2g}x the largest fitted budget"
     if check:
-        measured = f"measured {check.measured:.4f}, forecast {made.loss:.4f} ({check.relative_error:+.2%})"
+        off = f"{check.relative_error:+.2%}, {check.in_noise:+.1f} of the noise of one run"
+        measured = f"measured {check.measured:.4f}, forecast {made.loss:.4f} ({off})"
         headline = f"Hold-out at {beyond}: {measured}, {coverage(outcome)}."
     else:
         headline = f"Hold-out at {beyond}: forecast {made.loss:.4f}, {coverage(outcome)}."

@@ -106,6 +106,7 @@ def test_a_check_states_error_and_coverage_and_knows_other_points(table, made):
     outside = forecast.check(made, made.intervals[0.95][1] * 1.01)
     assert outside.covered == {0.9: False, 0.95: False}
     assert outside.error == pytest.approx(outside.measured - made.loss)
+    assert made.loss * np.exp(outside.in_noise * made.noise) == pytest.approx(outside.measured)
     changed = table[table["role"] == "grid"].assign(loss=lambda t: t["loss"] * 1.0001)
     with pytest.raises(UserError, match="aren't those of the forecast"):
         forecast.check(made, 2.0, changed)

@@ -105,7 +105,8 @@ def test_the_numbers_on_the_page_are_those_of_the_fits(page, story):
             assert all(f"{part:.5g}" in page.text for part in number)
     made, check = story.outcomes[0]
     assert (
-        f"measured {check.measured:.4f}, forecast {made.loss:.4f} ({check.relative_error:+.2%})" in page.text
+        f"measured {check.measured:.4f}, forecast {made.loss:.4f} ({check.relative_error:+.2%}, "
+        f"{check.in_noise:+.1f} of the noise of one run)" in page.text
     )
     assert f"90% [{made.intervals[0.9][0]:.4f}, {made.intervals[0.9][1]:.4f}]" in page.text
     assert made.written_utc[11:19] + " UTC" in page.text
