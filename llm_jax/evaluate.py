@@ -19,7 +19,7 @@ from llm_jax.config import UserError
 from llm_jax.evaluation import probes, standard
 from llm_jax.evaluation.runner import Evaluator
 from llm_jax.evaluation.scores import Outcome, evaluate
-from llm_jax.evaluation.tasks import Asker, Format
+from llm_jax.evaluation.tasks import Format
 from llm_jax.inference import options
 from llm_jax.inference.opening import open_model
 from llm_jax.process import prepare_xla
@@ -73,7 +73,6 @@ def main() -> None:
     )
     form = Format(f.chat, f.few_shot)
     opened = open_model(f.model, f.dtype, mesh)
-    Asker(form, opened.tokenizer)  # refuses before anything is computed
     evaluator = Evaluator(opened, mesh, keep=f.keep, slots=f.slots)
     outcomes = [evaluate(evaluator, *task, form, f.limit) for task in tasks]
     print(table(outcomes))
@@ -100,7 +99,7 @@ def main() -> None:
 if __name__ == "__main__":
     options.define_model()
     flags.DEFINE_list("tasks", [], "published tasks, probes, or .json files; --tasks=help lists them")
-    flags.DEFINE_bool("chat", False, "ask in turns of the model's chat template")
+    flags.DEFINE_bool("chat", False, "ask in turns: of the model's chat template, or of a transcript")
     flags.DEFINE_integer("few_shot", 0, "how many examples stand before each question")
     flags.DEFINE_integer("limit", None, "a fair sample of so many items of each task")
     flags.DEFINE_string("data", None, "the folder of published task files")

@@ -52,6 +52,16 @@ def refuses(text: str) -> bool:
     return any(sign in text[:120].lower().replace("\u2019", "'") for sign in REFUSALS)
 
 
+def repeats(text: str) -> bool:
+    """Whether a text ends in a piece of at most 80 characters that is said four times or more in a row."""
+    return re.search(r"(.{1,80}?)\1{3,}.{0,8}$", text.strip()[-400:], re.DOTALL) is not None
+
+
+def continues_as_user(text: str) -> bool:
+    """Whether an answer goes on with the turn of somebody else."""
+    return re.search(r"(^|\n)\W*(user|human)\b\W*(:|\n|$)", text, re.IGNORECASE) is not None
+
+
 def _right(right: bool) -> Scores:
     return {"accuracy": (float(right), 1.0)}
 

@@ -33,7 +33,7 @@ class MultipleChoice(Task, kind="multiple_choice"):
     def requests(self, item: Item, ask: Asker) -> list[Request]:
         shots = [self._pairs(record)[self._right(record)] for record in item.shots]
         return [
-            LogLikelihood(ask.prompt(question, shots), ask.answer(question, answer), ask.form.chat)
+            LogLikelihood(ask.prompt(question, shots), ask.answer(question, answer), ask.written)
             for question, answer in self._pairs(item.record)
         ]
 
@@ -95,7 +95,7 @@ class Completion(Task, kind="completion"):
     def requests(self, item: Item, ask: Asker) -> list[Request]:
         question, answer = filled(self.question, item.record), filled(self.answer, item.record)
         shots = [(filled(self.question, shot), filled(self.answer, shot)) for shot in item.shots]
-        return [LogLikelihood(ask.prompt(question, shots), ask.answer(question, answer), ask.form.chat)]
+        return [LogLikelihood(ask.prompt(question, shots), ask.answer(question, answer), ask.written)]
 
     def scores(self, item: Item, answers: Sequence[Answered]) -> dict[str, Score]:
         size = len(filled(self.answer, item.record).encode())
@@ -131,8 +131,7 @@ class Generation(Task, kind="generation"):
         shown = self.shown or self.answer
         shots = [(filled(self.question, shot), filled(shown, shot)) for shot in item.shots]
         prompt = ask.prompt(filled(self.question, item.record), shots)
-        stops = () if ask.form.chat else self.stops
-        return [Generate(prompt, stops, self.max_tokens, written=ask.form.chat)]
+        return [Generate(prompt, ask.stops(self.stops), self.max_tokens, written=ask.written)]
 
     def scores(self, item: Item, answers: Sequence[Answered]) -> dict[str, Score]:
         answer = answers[0]
@@ -148,21 +147,54 @@ class Generation(Task, kind="generation"):
 
 @dataclasses.dataclass(frozen=True)
 class Documents(Task, kind="documents"):
-    """Bits per byte of whole texts, each from its beginning."""
+    """Bits per byte of whole texts, or of their first `longest` characters, each from its beginning."""
 
     text: str = "text"
+    longest: int = 0
 
     def check(self, record: Record) -> None:
         if not isinstance(record[self.text], str) or not record[self.text]:
             raise ValueError(f"the field {self.text!r} is no text")
 
     def requests(self, item: Item, ask: Asker) -> list[Request]:
-        return [Rolling(item.record[self.text])]
+        return [Rolling(self._text(item))]
 
     def scores(self, item: Item, answers: Sequence[Answered]) -> dict[str, Score]:
         answer = answers[0]
-        size = float(len(item.record[self.text].encode()))
+        size = float(len(self._text(item).encode()))
         return {
             "bits_per_byte": (answer.nats / math.log(2), size),
             "nats_per_token": (answer.nats, float(answer.tokens)),
+        }
+
+    def _text(self, item: Item) -> str:
+        return item.record[self.text][: self.longest or None]
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenEnded(Task, kind="open_ended"):
+    """Prompts without a right answer: how often it degenerates. Nothing but the model ends it.
+
+    never_stops: it reaches `max_tokens`. repeats: it ends in a piece that is said four times in a row.
+    continues_as_user: it goes on with a turn that isn't its own.
+    """
+
+    question: str = "{prompt}"
+    max_tokens: int = 128
+
+    def check(self, record: Record) -> None:
+        filled(self.question, record)
+
+    def requests(self, item: Item, ask: Asker) -> list[Request]:
+        prompt = ask.prompt(filled(self.question, item.record))
+        return [Generate(prompt, (), self.max_tokens, written=ask.written)]
+
+    def scores(self, item: Item, answers: Sequence[Answered]) -> dict[str, Score]:
+        found = {
+            "never_stops": answers[0].finish == "length",
+            "repeats": checks.repeats(answers[0].text),
+            "continues_as_user": checks.continues_as_user(answers[0].text),
+        }
+        return {"degenerate": (float(any(found.values())), 1.0)} | {
+            name: (float(value), 1.0) for name, value in found.items()
         }

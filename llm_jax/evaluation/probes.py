@@ -174,14 +174,14 @@ class Probing(Task, kind="probe"):
         return [Item(f"{self.name} {i}", record, tuple(shots)) for i, record in enumerate(made[:limit])]
 
     def requests(self, item: Item, ask: Asker) -> list[Request]:
-        stops = () if ask.form.chat else ("\n",) if self.way == "direct" else ("\n\n", "Question:")
+        stops = ask.stops(("\n",) if self.way == "direct" else ("\n\n", "Question:"))
         size = item.record["size"]
         tokens = self.probe.tokens(size if isinstance(size, int) else 1) if self.way == "direct" else 256
         shots = [
             (self._asked(question, ask), answer) for shot in item.shots for question, answer in shot["pairs"]
         ]
         return [
-            Generate(ask.prompt(self._asked(question, ask), shots), stops, tokens, written=ask.form.chat)
+            Generate(ask.prompt(self._asked(question, ask), shots), stops, tokens, written=ask.written)
             for question, _ in item.record["pairs"]
         ]
 

@@ -18,7 +18,7 @@ from llm_jax import config as configs
 from llm_jax.config import Tagged, UserError
 from llm_jax.data import readers
 from llm_jax.data.cache import digest
-from llm_jax.data.templates import render
+from llm_jax.data.templates import TRANSCRIPT, TRANSCRIPT_STOPS, render
 from llm_jax.evaluation.forms import READERS
 from llm_jax.evaluation.requests import Answered, Request
 from llm_jax.inference.opening import Opened
@@ -120,16 +120,17 @@ class Task(Tagged):
 
 @dataclasses.dataclass(frozen=True)
 class Asker:
-    """Writes prompts in a format for a tokenizer. Raises UserError for chat without a template."""
+    """Writes prompts in a format for a tokenizer. One without a chat template is asked in a transcript."""
 
     form: Format
     tokenizer: Portable | None
 
-    def __post_init__(self) -> None:
-        if self.form.chat and (self.tokenizer is None or self.tokenizer.chat_template is None):
-            raise UserError("--chat: the model has no chat template; ask without it")
+    @property
+    def written(self) -> bool:
+        """Whether a template writes all special tokens itself."""
+        return self.form.chat and self.tokenizer is not None and self.tokenizer.chat_template is not None
 
-    def prompt(self, question: str, shots: Sequence[tuple[str, str]]) -> str:
+    def prompt(self, question: str, shots: Sequence[tuple[str, str]] = ()) -> str:
         """The text that the answer follows."""
         if not self.form.chat:
             return "".join(f"{asked}{joined(asked, answer)}\n\n" for asked, answer in shots) + question
@@ -138,11 +139,19 @@ class Asker:
             for pair in (*shots, (question,))
             for role, text in zip(("user", "assistant"), pair, strict=False)
         ]
-        return render(self.tokenizer.chat_template, turns, self.tokenizer.special)
+        if self.written:
+            return render(self.tokenizer.chat_template, turns, self.tokenizer.special)
+        return render(TRANSCRIPT, turns, {})
 
     def answer(self, question: str, answer: str) -> str:
         """The answer as it follows the prompt: a template ends where it begins, a text before a space."""
-        return answer.lstrip() if self.form.chat else joined(question, answer)
+        return answer.lstrip() if self.written else joined(question, answer)
+
+    def stops(self, of_text: tuple[str, ...]) -> tuple[str, ...]:
+        """What ends a written answer: a turn ends itself, but for those of a transcript."""
+        if not self.form.chat:
+            return of_text
+        return () if self.written else TRANSCRIPT_STOPS
 
 
 def joined(question: str, answer: str) -> str:

@@ -1,5 +1,6 @@
 """Tasks ask what their files say, in every format, and judge as they say."""
 
+import dataclasses
 import json
 import math
 
@@ -9,7 +10,7 @@ import pytest
 from llm_jax import config
 from llm_jax.config import UserError
 from llm_jax.evaluation import standard
-from llm_jax.evaluation.kinds import Completion, Documents, Generation, MultipleChoice
+from llm_jax.evaluation.kinds import Completion, Documents, Generation, MultipleChoice, OpenEnded
 from llm_jax.evaluation.requests import Generate, Generated, LogLikelihood, Rolling, Scored
 from llm_jax.evaluation.scores import evaluate, metric
 from llm_jax.evaluation.tasks import Asker, Format, Task
@@ -248,6 +249,26 @@ def test_a_task_of_ones_own_is_a_file_beside_its_questions(folder):
     assert (name, task, place) == ("riddles", CHOICE, folder) and isinstance(task, Task)
 
 
-def test_chat_is_refused_without_a_template():
-    with pytest.raises(UserError, match="--chat: the model has no chat template"):
-        Asker(Format(chat=True), None)
+def test_a_model_without_a_template_is_asked_in_a_transcript(folder, opened):
+    item = CHOICE.items(folder)[0]
+    ask = Asker(Format(chat=True), dataclasses.replace(opened.tokenizer, chat_template=None))
+    first = CHOICE.requests(item, ask)[0]
+    assert first == LogLikelihood("User: Q: What is 2 and 2?\nA:\nAssistant:", " 2")
+    assert ask.stops(("x",)) == ("\nUser:",)
+
+
+@pytest.mark.parametrize(
+    "text, finish, scores",
+    [
+        ("A plain answer.", "stop", (0, 0, 0, 0)),
+        ("An answer that goes on", "length", (1, 1, 0, 0)),
+        ("I see. No. No. No. No. No. ", "length", (1, 1, 1, 0)),
+        ("Yes.\nUser: and then?", "stop", (1, 0, 0, 1)),
+        ("Yes.\nuser\nand then?", "stop", (1, 0, 0, 1)),
+        ("The user: a person.", "stop", (0, 0, 0, 0)),
+    ],
+)
+def test_degenerate_answers_are_told(text, finish, scores):
+    names = ("degenerate", "never_stops", "repeats", "continues_as_user")
+    found = OpenEnded().scores(None, [Generated(text, finish, 9)])
+    assert found == {name: (float(score), 1.0) for name, score in zip(names, scores, strict=True)}
