@@ -56,6 +56,11 @@ class Answer:
     def ids(self) -> list[int]:
         return [token.id for token in self.tokens]
 
+    @property
+    def stopped_at(self) -> str:
+        """The stop text that ended it; "" for any other end."""
+        return self._stream.stopped if self._stream else ""
+
     def push(self, token: Token, full: bool) -> str:
         """Takes one more token and returns the text that is now certain; full: there is room for no more."""
         piece = ""

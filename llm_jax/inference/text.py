@@ -14,7 +14,7 @@ class TextStream:
         self._tokenizer, self._stops = tokenizer, tuple(stops)
         self._ids: list[int] = []
         self._before = self._held = ""  # text of the tokens in _ids that has been given; what waits
-        self.stopped = False
+        self.stopped = ""  # the stop text that came
 
     def push(self, token: int) -> str:
         """The text that has become certain with one more token."""
@@ -37,10 +37,10 @@ class TextStream:
         return certain
 
     def _release(self) -> str:
-        found = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
+        found = [(place, stop) for stop in self._stops if (place := self._held.find(stop)) >= 0]
         if found:
-            self.stopped = True
-            return self._held[: min(found)]
+            place, self.stopped = min(found)
+            return self._held[:place]
         keep = max((self._overlap(stop) for stop in self._stops), default=0)
         cut = len(self._held) - keep
         certain, self._held = self._held[:cut], self._held[cut:]

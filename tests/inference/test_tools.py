@@ -1,0 +1,304 @@
+"""Calls are checked before anything runs, and what a model writes runs in a sandbox or not at all."""
+
+import json
+import time
+
+import pytest
+
+from llm_jax.config import UserError
+from llm_jax.inference import sandbox, tools
+from llm_jax.inference.sandbox import SandboxError
+from llm_jax.inference.tools import CallError, calculator, calendar, result_of, toolbox
+
+pytest.importorskip("pydantic_monty", reason="the extra `tools` isn't installed")
+
+HOSTILE = {
+    "reads a file": "open('/etc/passwd').read()",
+    "lists the disk": "import os\nos.listdir('/')",
+    "writes a file": "open('{place}', 'w').write('x')",
+    "removes a file": "import os\nos.remove('{there}')",
+    "by pathlib": "from pathlib import Path\nPath('{there}').read_text()",
+    "runs a program": "import os\nos.system('touch {place}')",
+    "a process": "import subprocess\nsubprocess.run(['touch', '{place}'])",
+    "the network": "import socket\nsocket.create_connection(('127.0.0.1', {port}), 1)",
+    "a page": "import urllib.request\nurllib.request.urlopen('http://127.0.0.1:{port}')",
+    "C's library": "import ctypes\nctypes.CDLL(None).system(b'touch {place}')",
+    "another import": "__import__('os').system('touch {place}')",
+    "by classes": "[c for c in ().__class__.__base__.__subclasses__() if 'Popen' in str(c)][0]('{place}')",
+    "by globals": "(lambda: 0).__globals__['__builtins__']['open']('{place}', 'w')",
+    "by a frame": "import sys\nsys._getframe(1).f_globals",
+    "an endless loop": "while True:\n    pass",
+    "an endless wait": "import time\ntime.sleep(1000)\nwhile True:\n    pass",
+    "a huge text": "'a' * 10**11",
+    "a growing list": "x = []\nwhile True:\n    x.append('a' * 100000)",
+    "a huge number": "10 ** 10**9",
+    "endless recursion": "def f():\n    f()\nf()",
+    "endless output": "while True:\n    print('spam' * 1000)",
+    "nested brackets": "(" * 3000 + ")" * 3000,
+    "not Python": "rm -rf / --no-preserve-root",
+    "it ends the process": "import os\nos._exit(1)",
+    "it kills": "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)\nraise SystemExit(1)",
+    "forks": "import os\nwhile True:\n    os.fork()",
+}
+
+
+@pytest.fixture
+def traps(tmp_path):
+    """What a hostile program may try: a place to write to, a file that is there, a port that listens."""
+    import socket
+
+    (tmp_path / "there").write_text("secret")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.setblocking(False)
+        yield {"place": tmp_path / "made", "there": tmp_path / "there", "port": server.getsockname()[1]}
+        with pytest.raises(BlockingIOError):
+            server.accept()  # nobody came
+    assert (tmp_path / "there").read_text() == "secret" and not (tmp_path / "made").exists()
+
+
+def attempted(run, program, traps):
+    """The program's complaint, which comes in time."""
+    for name, value in traps.items():
+        program = program.replace(f"{{{name}}}", str(value))
+    start = time.monotonic()
+    with pytest.raises(SandboxError) as error:
+        run(program)
+    assert time.monotonic() - start < 3 * sandbox.SECONDS + 4
+    assert len(str(error.value)) <= 400 and "secret" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_program_gets_nothing_but_an_error(name, traps, monkeypatch):
+    monkeypatch.setattr(sandbox, "SECONDS", 0.3)
+    attempted(sandbox.monty, HOSTILE[name], traps)
+    assert sandbox.monty("print(6 * 7)") == "42"  # the next one runs
+
+
+def test_a_program_sees_no_environment_and_no_variables_of_another(monkeypatch):
+    monkeypatch.setenv("LLM_JAX_TOKEN", "secret")
+    sandbox.monty("left = 1")
+    with pytest.raises(SandboxError, match="left"):
+        sandbox.monty("left")
+    try:
+        found = sandbox.monty("import os\nos.environ.get('LLM_JAX_TOKEN')")
+    except SandboxError as error:
+        found = str(error)
+    assert "secret" not in found
+
+
+def test_programs_say_what_they_print_and_their_last_value():
+    assert sandbox.monty("print('a')\nsum(range(5))") == "a\n10"
+    assert sandbox.monty("x = 1") == "(no output)"
+    assert sandbox.monty("from datetime import date\n(date(2025, 3, 1) - date(2025, 2, 1)).days") == "28"
+    with pytest.raises(SandboxError, match="ZeroDivisionError"):
+        sandbox.monty("1 / 0")
+
+
+@pytest.fixture(scope="module")
+def bubblewrap():
+    """The machine's own Python in namespaces, where they may be made."""
+    try:
+        assert sandbox.bubblewrap("print(6 * 7)") == "42"
+    except (OSError, SandboxError, AssertionError) as error:
+        pytest.skip(f"no bubblewrap here: {error}")
+    return sandbox.bubblewrap
+
+
+BENIGN_THERE = (
+    "lists the disk",
+    "by a frame",
+    "a huge number",
+    "by globals",
+    "nested brackets",
+)
+
+
+@pytest.mark.parametrize("name", [name for name in HOSTILE if name not in BENIGN_THERE])
+def test_full_python_reaches_nothing_outside_its_walls(name, bubblewrap, traps, monkeypatch):
+    monkeypatch.setattr(sandbox, "SECONDS", 1.0)
+    program = HOSTILE[name].replace("import os\nos.system", "import os\n1 / os.system")  # 0: it did run
+    program = program.replace("__import__('os').system", "1 / __import__('os').system")
+    if name in (
+        "C's library",
+        "by classes",
+        "writes a file",
+        "a process",
+        "runs a program",
+        "another import",
+    ):
+        with pytest.raises(SandboxError):  # there is no such folder; where it runs, it says nothing
+            bubblewrap(program.replace("{place}", str(traps["place"])) + "\nraise SystemExit(1)")
+    elif name == "reads a file":
+        with pytest.raises(SandboxError):
+            bubblewrap(program)
+    else:
+        attempted(bubblewrap, program, traps)
+
+
+def test_full_python_has_its_library_and_no_environment(bubblewrap, monkeypatch):
+    monkeypatch.setenv("LLM_JAX_TOKEN", "secret")
+    assert bubblewrap("import fractions\nprint(fractions.Fraction(6, 4))") == "3/2"
+    assert "secret" not in bubblewrap("import os\nprint(dict(os.environ))")
+    assert "root:" not in bubblewrap("import os\nprint(os.listdir('/'))")
+
+
+# ---- calls ----
+
+
+@pytest.mark.parametrize(
+    "call, error",
+    [
+        ("2 + 2", "a call is JSON"),
+        ("[]", "a call has a name and arguments"),
+        ('{"name": "calculator", "args": {}}', "a call has a name and arguments"),
+        ('{"name": "shell", "arguments": {}}', "no tool 'shell'; there are: calculator"),
+        ('{"name": ["calculator"]}', "no tool"),
+        ('{"name": "calculator"}', "arguments.expression is missing"),
+        ('{"name": "calculator", "arguments": []}', "arguments is no object"),
+        ('{"name": "calculator", "arguments": {"expression": 2}}', "arguments.expression is no string"),
+        ('{"name": "calculator", "arguments": {"expression": "1", "x": 1}}', "arguments has no 'x'"),
+        (json.dumps({"name": "calculator", "arguments": {"expression": "1+" * 200}}), "longer than 200"),
+        ('{"name": "calendar", "arguments": {"date": "2025-01-01", "days": true}}', "days is no integer"),
+        ('{"name": "calendar", "arguments": {"date": "2025-01-01", "days": NaN}}', "a call is JSON"),
+        ('{"name": "calendar", "arguments": {"date": "2025-01-01", "days": 9e9}}', "days is no integer"),
+        ('{"name": "calendar", "arguments": {"date": "2025-01-01", "days": 9000000}}', "days lies outside"),
+        ('{"name": "calendar", "arguments": {"date": "2025-01-01", "weekday": "Noday"}}', "is one of Monday"),
+        ("x" * 9000, "at most 8000 characters"),
+        ("[" * 5000, "a call is JSON"),
+    ],
+)
+def test_a_wrong_call_is_told_what_is_wrong(call, error):
+    result = result_of(call, toolbox())
+    assert result.startswith("error: ") and error in result
+
+
+def test_a_right_call_has_a_result_of_bounded_length():
+    def ask(name, **arguments):
+        return result_of(json.dumps({"name": name, "arguments": arguments}), toolbox())
+
+    assert ask("calculator", expression="2 * (3 + 4)") == "14"
+    assert ask("python", code="print(sum(range(10)))") == "45"
+    assert ask("python", code="1 / 0").startswith("error: ")
+    assert len(ask("python", code="print('a' * 5000)")) < 2100
+
+
+@pytest.mark.parametrize(
+    "expression, value",
+    [
+        ("2 + 3 * 4", "14"),
+        ("-(2 ** 10) // 3", "-342"),
+        ("7 / 2", "3.5"),
+        ("10 ** 50", str(10**50)),
+        ("7 % -3", "-2"),
+    ],
+)
+def test_the_calculator_is_right(expression, value):
+    assert calculator(expression) == value
+
+
+@pytest.mark.parametrize(
+    "expression",
+    ["9 ** 9 ** 9", "1 / 0", "10 ** 61", "__import__('os')", "f(1)", "a", "'a' * 9", "(-8) ** 0.5", "",
+     "1 if 1 else 2", "1e999", "True + 1", "(" * 250 + "1" + ")" * 250, "1 << 99999999", "0.0 ** -1",
+     "-" * 900, "[1][0]"],
+)  # fmt: skip
+def test_the_calculator_computes_numbers_only(expression):
+    with pytest.raises(CallError):
+        calculator(expression)
+
+
+def test_the_calendar_knows_days():
+    assert calendar("2025-03-05") == "2025-03-05, Wednesday"
+    assert calendar("2025-03-05", weekday="Wednesday") == "2025-03-12, Wednesday"
+    assert calendar("2025-03-05", weekday="Thursday") == "2025-03-06, Thursday"
+    assert calendar("2024-02-28", days=2) == "2024-03-01, Friday"
+    assert calendar("2025-03-05", until="2025-12-25") == "295 days"
+    for wrong in (
+        {"date": "5.3.2025"},
+        {"date": "9999-12-31", "days": 1},
+        {"date": "2025-03-05", "days": 1, "until": ""},
+    ):
+        with pytest.raises(CallError):
+            calendar(**wrong)
+
+
+def test_a_schema_that_would_not_be_checked_is_refused():
+    with pytest.raises(ValueError, match="pattern"):
+        tools.check("a", {"type": "string", "pattern": "b"}, "x")
+    nested = {"type": "array", "maxItems": 2, "items": {"type": "number", "minimum": 0}}
+    tools.check([1, 2.5], nested, "x")
+    for wrong, message in (
+        ([1, 2, 3], "longer than 2"),
+        ([-1], "x.0 lies outside"),
+        ([True], "x.0 is no number"),
+    ):
+        with pytest.raises(CallError, match=message):
+            tools.check(wrong, nested, "x")
+
+
+def test_tools_that_are_not_there_are_named(monkeypatch):
+    with pytest.raises(UserError, match="no tool 'calculater'; did you mean 'calculator'"):
+        toolbox(["calculater"])
+    monkeypatch.setattr(sandbox.shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match="apt-get install bubblewrap"):
+        toolbox(["full_python"])
+
+
+# ---- the loop ----
+
+
+class Scripted:
+    """A speaker that says what it is told to, whatever it hears."""
+
+    def __init__(self, *texts):
+        self.texts, self.heard = list(texts), []
+
+    def reply(self, messages, sampling, max_tokens, stops):
+        self.heard.append(list(messages))
+        text, stop, _ = self.texts.pop(0).partition(stops[0])
+        reply = type("Reply", (), {"__iter__": lambda self: iter([text])})()
+        reply.answer = type("Answer", (), {"stopped_at": stop})
+        return reply
+
+
+CALL = '<T_C>{"name": "calculator", "arguments": {"expression": "6*7"}}</T_C>'
+
+
+def test_a_call_is_answered_by_a_tool_s_turn_and_the_model_goes_on():
+    speaker = Scripted(f"Let me see. {CALL} and then?", "It is 42. ")
+    asked = [{"role": "user", "content": "What is 6 * 7?"}]
+    said = list(tools.answered(speaker, asked, toolbox()))
+    assert said == [
+        {"role": "assistant", "content": f"Let me see. {CALL}"},
+        {"role": "tool", "content": "42"},
+        {"role": "assistant", "content": "It is 42."},
+    ]
+    assert speaker.heard == [asked, asked + said[:2]]
+
+
+def test_a_call_that_is_not_finished_runs_nothing():
+    text = CALL.removesuffix("</T_C>")
+    assert list(tools.answered(Scripted(text), [], toolbox())) == [{"role": "assistant", "content": text}]
+
+
+def test_a_model_that_calls_forever_is_ended():
+    said = list(tools.answered(Scripted(*[CALL] * 9), [], toolbox()))
+    assert [turn["role"] for turn in said] == ["assistant", "tool"] * tools.MOST_CALLS + ["assistant"]
+
+
+def test_a_real_model_is_stopped_at_the_end_of_a_call():
+    """One that says the bytes of a call whatever it is asked, by its logits' bias."""
+    from serving import TINY
+
+    from llm_jax.inference.conversation import Speaker
+    from llm_jax.inference.sampling import Sampling
+
+    speaker = Speaker(TINY)
+    reply = speaker.reply(
+        [{"role": "user", "content": "hi"}], Sampling(logit_bias={ord("a"): 1e3}), 8, ("aaa",)
+    )
+    assert "".join(reply) == "" and reply.answer.stopped_at == "aaa"
+    longer = speaker.reply(
+        [{"role": "user", "content": "hi"}], Sampling(logit_bias={ord("a"): 1e3}), 2, ("aaa",)
+    )
+    assert "".join(longer) == "aa" and longer.answer.stopped_at == ""
