@@ -81,15 +81,28 @@ def unstopped(packs: Sequence[Pack]) -> str:
     alone = [pack for pack in packs if len(pack.runs) == 1 and pack.runs[0].run.execution.stopping.margin]
     if not alone:
         return ""
-    return f"early stopping compares the members of a pack: it can't stop {len(alone)} runs that train alone"
+    return (
+        f"early stopping compares the members of a pack: it can't stop {len(alone)} runs that train alone; "
+        "--pack=8, say, packs what can be packed"
+    )
 
 
 def summary(packs: Sequence[Pack], workers: int, width: int | None) -> str:
-    """A line on how the plan's runs are packed, and why so."""
+    """A line on how the plan's runs are packed, and why so; "" if there are none."""
+    if not packs:
+        return ""
     widths = sorted((len(pack.runs) for pack in packs if len(pack.runs) > 1), reverse=True)
     if not widths:
-        least = f" and {LEAST_STEPS:,} in all" if width is None else ""
-        why = "--pack=off" if width == 1 else f"no runs with one program and about as many steps{least}"
+        runs = [run for pack in packs for run in pack.runs]
+        if width == 1:
+            why = "--pack=off"
+        elif all(len(pack.runs) == 1 for pack in packed(runs, workers, len(runs))):
+            why = "no runs with one program and about as many steps"
+        else:
+            why = (
+                f"with --workers={workers} no pack has {LEAST_STEPS:,} steps in all, which pay for compiling it; "
+                "--pack=8, say, packs all the same"
+            )
         return f"packs: none ({why})"
     shown = ", ".join(map(str, widths[:8])) + (" ..." if len(widths) > 8 else "")
     alone = sum(len(pack.runs) == 1 for pack in packs)

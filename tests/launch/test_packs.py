@@ -63,7 +63,8 @@ def test_a_pack_that_would_not_earn_back_its_compilation_is_none_unless_asked_fo
     assert len(packs.packed(plan.runs, 1, None)) == 1
     monkeypatch.setattr(packs, "LEAST_STEPS", 4 * run.steps + 1)
     alone = packs.packed(plan.runs, 1, None)
-    assert len(alone) == 4 and "in all" in packs.summary(alone, 1, None)
+    assert len(alone) == 4 and "with --workers=1 no pack has" in packs.summary(alone, 1, None)
+    assert packs.summary([], 1, None) == ""
     assert len(packs.packed(plan.runs, 1, 4)) == 1
 
 
@@ -73,6 +74,8 @@ def test_the_plan_says_how_it_is_packed_and_why(run, tmp_path):
     assert line.startswith("packs of 3, 2 runs, 0 runs alone (runs with one program") and "memory" in line
     assert packs.summary(packs.packed(plan.runs, 2, 4), 2, 4) == "packs of 4 runs, 1 runs alone (--pack=4)"
     assert packs.summary(packs.packed(plan.runs, 2, 1), 2, 1) == "packs: none (--pack=off)"
+    others = plan_of(tmp_path / "others", *(config.replace(run, "model.width", 8 * n) for n in (1, 2)))
+    assert "no runs with one program" in packs.summary(packs.packed(others.runs, 2, None), 2, None)
 
 
 @pytest.mark.parametrize(("text", "width"), [("auto", None), ("off", 1), ("12", 12)])
