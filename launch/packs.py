@@ -100,8 +100,8 @@ def summary(packs: Sequence[Pack], workers: int, width: int | None) -> str:
             why = "no runs with one program and about as many steps"
         else:
             why = (
-                f"with --workers={workers} no pack has {LEAST_STEPS:,} steps in all, which pay for compiling it; "
-                "--pack=8, say, packs all the same"
+                f"with --workers={workers} no pack has {LEAST_STEPS:,} steps in all, which pay for compiling "
+                "it; --pack=8, say, packs all the same"
             )
         return f"packs: none ({why})"
     shown = ", ".join(map(str, widths[:8])) + (" ..." if len(widths) > 8 else "")
