@@ -41,15 +41,9 @@ class Family:
         json = {**self.defaults, **json}
         _refuse(json)
         fields = dict(self.fixed)
-        try:
+        with features.sound(f"config.json of a {self.name}"):
             for feature in self.features:
                 fields |= feature.read(json)
-        except KeyError as error:
-            raise UserError(f"config.json of a {self.name} has no {error}") from None
-        except UserError:
-            raise
-        except (AttributeError, TypeError, ValueError, ArithmeticError) as error:
-            raise UserError(f"config.json of a {self.name} is damaged: {error}") from None
         config = Transformer()
         for path, value in fields.items():
             config = configs.replace(config, path, value)
@@ -64,18 +58,20 @@ class Family:
         return said
 
 
-_LLAMA = (features.SIZES, features.ROPE, features.activation("hidden_act"))
+_LLAMA = (features.SIZES, features.ROPE, features.activation(features.GATED, "hidden_act"))
 _QWEN = (*_LLAMA, features.WINDOWS)
 _GEMMA = (
     features.SIZES,
-    features.activation("hidden_activation", {"gelu": "geglu"}),
+    features.activation(features.GATED | {"gelu": "geglu"}, "hidden_activation", "hidden_act"),
     features.ROOT_OF_WIDTH,
 )
 _GEMMA2 = (*_GEMMA, features.WINDOWS, features.CAPS, features.QUERY_SCALE)
 _GAINS = {"norm": RMSNorm(gain=True)}
 _HEADS_NORMED = {"qk_norm": True, "attention.norm_over": "heads"}
 _QWEN_MOE = features.experts("num_experts", "moe_intermediate_size")
-_QWEN_DEFAULTS = {"use_sliding_window": False, "max_window_layers": 28, "rms_norm_eps": 1e-6}
+_QWEN_DEFAULTS = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28} | {
+    "rms_norm_eps": 1e-6
+}
 
 FAMILIES = {
     family.name: family
@@ -185,9 +181,14 @@ FAMILIES = {
             "gpt2",
             "GPT2LMHeadModel",
             GPT2,
-            (features.GPT2_SIZES, features.LEARNED),
-            fixed={"norm": LayerNorm(), "activation": "gelu", "bias": True},
-            defaults={"layer_norm_epsilon": 1e-5, "tie_word_embeddings": True},
+            (
+                features.GPT2_SIZES,
+                features.LEARNED,
+                features.activation(features.PLAIN, "activation_function"),
+            ),
+            fixed={"norm": LayerNorm(), "bias": True},
+            defaults={"layer_norm_epsilon": 1e-5, "tie_word_embeddings": True}
+            | {"activation_function": "gelu_new"},
             ignored=r".*\.attn\.(masked_)?bias",
             prefix="transformer.",
         ),
@@ -219,7 +220,8 @@ def of(json: Json) -> Family:
         if family.architecture in named or family.name in named:
             return family
     known = ", ".join(family.architecture for family in FAMILIES.values())
-    raise UserError(f"no architecture {named[0]!r} here; there are: {known}")
+    images = " for text and images, only for text" if "vision_config" in json else ""
+    raise UserError(f"no architecture {named[0]!r} here{images}; there are: {known}")
 
 
 def canonical(config: Transformer) -> Transformer:

@@ -5,10 +5,10 @@ are lists of features (families.py). Old and new spellings of a key are read, an
 transformers 5 knows `rope_parameters`, older readers `rope_theta` and `rope_scaling`.
 """
 
+import contextlib
 import functools
 import math
-import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from llm_jax.config import UserError
@@ -17,6 +17,19 @@ from llm_jax.models.transformer import Transformer
 
 Json = dict[str, Any]
 Fields = dict[str, Any]  # dotted path of a Transformer's field -> its value
+
+
+@contextlib.contextmanager
+def sound(what: str) -> Iterator[None]:
+    """Raises UserError where the reading of a damaged file fails; what: its name in that line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except KeyError as error:
+        raise UserError(f"{what} has no {error}") from None
+    except Exception as error:  # some libraries raise bare ones
+        raise UserError(f"{what} is damaged: {' '.join(str(error).split())}") from None
 
 
 class Feature(NamedTuple):
@@ -87,22 +100,24 @@ LEARNED = Feature(
     lambda config: {"n_positions": getattr(config.positions, "length", 0)},
 )
 
-_ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu", "gelu_new": "geglu"}
+# Names of activations in a config -> ours; what is written is the first.
+GATED = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu", "gelu_new": "geglu"}
+PLAIN = {"gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "gelu_fast": "gelu", "gelu": "gelu_erf"}
+PLAIN |= {"relu": "relu", "relu2": "relu2"}
 
 
-def activation(key: str, legacy: Mapping[str, str] = types.MappingProxyType({})) -> Feature:
-    """The gated activation; legacy: names that the family means otherwise."""
+def activation(known: Mapping[str, str], *keys: str) -> Feature:
+    """The activation by a name that is `known`, under the first of `keys` that says one."""
 
     def read(json: Json) -> Fields:
-        name = json.get(key) or json.get("hidden_act")
-        known = _ACTIVATIONS | legacy
+        name = next((json[key] for key in keys if json.get(key)), None)
         if name not in known:
-            raise UserError(f"{key}={name!r} of config.json is not known here; {', '.join(known)} are")
+            raise UserError(f"{keys[0]}={name!r} of config.json is not known here; {', '.join(known)} are")
         return {"activation": known[name]}
 
     def write(config: Transformer) -> Json:
-        name = "silu" if config.activation == "swiglu" else "gelu_pytorch_tanh"
-        return {key: name, "hidden_act": name}
+        names = [name for name, ours in known.items() if ours == config.activation]
+        return dict.fromkeys(keys, (names or list(known))[0])
 
     return Feature(read, write)
 

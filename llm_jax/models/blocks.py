@@ -18,6 +18,8 @@ from llm_jax.sharding import constrain
 
 ACTIVATIONS = {
     "gelu": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu_erf": functools.partial(jax.nn.gelu, approximate=False),
+    "relu": jax.nn.relu,
     "relu2": lambda x: jnp.square(jax.nn.relu(x)),
     "swiglu": jax.nn.silu,
     "geglu": functools.partial(jax.nn.gelu, approximate=True),
@@ -193,7 +195,7 @@ class MLP(nn.Module):
 
     width: int
     hidden: int
-    activation: Literal["gelu", "relu2", "swiglu", "geglu"]
+    activation: Literal["gelu", "gelu_erf", "relu", "relu2", "swiglu", "geglu"]
     bias: bool = False
 
     def setup(self) -> None:

@@ -73,7 +73,7 @@ class Transformer(ModelConfig, kind="transformer"):
     positions: Positions = dataclasses.field(default_factory=Rotary)
     norm: Normalisation = dataclasses.field(default_factory=RMSNorm)
     norm_position: Literal["pre", "post", "output", "sandwich"] = "pre"
-    activation: Literal["gelu", "relu2", "swiglu", "geglu"] = "swiglu"
+    activation: Literal["gelu", "gelu_erf", "relu", "relu2", "swiglu", "geglu"] = "swiglu"
     qk_norm: bool = False
     bias: bool = False
     tied: bool = True

@@ -32,6 +32,8 @@ def test_norms_and_activations():
         (normalise(x, scale, None, 1e-5, centre=False), F.rms_norm(tensor(x), [12], tensor(scale), 1e-5)),
         (ACTIVATIONS["gelu"](x), F.gelu(tensor(x), approximate="tanh")),
         (ACTIVATIONS["swiglu"](x), F.silu(tensor(x))),
+        (ACTIVATIONS["gelu_erf"](x), F.gelu(tensor(x))),
+        (ACTIVATIONS["relu"](x), F.relu(tensor(x))),
         (ACTIVATIONS["relu2"](x), F.relu(tensor(x)) ** 2),
     ]
     for ours, theirs in pairs:
