@@ -78,6 +78,8 @@ def open_model(path: str, dtype: Dtype | None = None, mesh: Mesh | None = None) 
         opened = _portable(place, gguf, mesh)
     elif (place / "config.json").is_file():
         opened = _of_run(place, mesh) if _is_run(place) else _portable(place, huggingface, mesh)
+    elif place.is_file() and place.suffix in huggingface.PICKLED:
+        raise huggingface.refused(place)
     else:
         raise UserError(
             f"no model at {path!r}: give a directory in Hugging Face's format, a .gguf file or a run's folder"

@@ -17,18 +17,21 @@ from jax.sharding import Mesh
 from llm_jax.config import UserError
 from llm_jax.interop import families, gguf_tokenizer, tensors
 from llm_jax.interop import tokenizer as tokenizers
-from llm_jax.interop.features import Json
+from llm_jax.interop.features import Json, sound
 from llm_jax.interop.gguf_names import ARCHITECTURES, Architecture
 from llm_jax.interop.huggingface import Loaded
 from llm_jax.interop.layouts import plan, sizes_of
+from llm_jax.interop.tokenizer import Portable
 from llm_jax.models import Params
 from llm_jax.models.positions import Llama3, Rotary, frequencies
 from llm_jax.models.transformer import Transformer
 
+LARGE = {"gemma2": 46, "gemma3_text": 62}  # layers by which llama.cpp knows Gemma's 27B models
 BLOCK = 32  # values that share a scale in Q8_0
 KINDS = {"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32}  # and their general.file_type
 WIDE = ("position_embd.weight",)  # matrices that stay F32, as routers do
-STRETCHED = "rope_freqs.weight"  # what each rotary frequency is divided by: Llama 3's three bands
+# What each rotary frequency is divided by, Llama 3's three bands; llama.cpp reads it for "llama" alone.
+STRETCHED = "rope_freqs.weight"
 ORIGINAL = "rope.scaling.original_context_length"
 
 
@@ -40,8 +43,8 @@ def load(path: str | pathlib.Path, mesh: Mesh | None = None) -> Loaded:
     """
     file = File(pathlib.Path(os.path.expanduser(path)))
     architecture, config = _config_of(file)
-    params = tensors.load(file, architecture.tensors, config, jnp.float32, mesh)
-    return Loaded(config, params, gguf_tokenizer.read(file.facts, file.context))
+    params = tensors.load(file, architecture.tensors, config, mesh)
+    return Loaded(config, params, _tokenizer_of(file))
 
 
 def context(path: str | pathlib.Path) -> int | None:
@@ -122,12 +125,19 @@ class File:
             self._tensors = {tensor.name: tensor for tensor in reader.tensors}
         except (ValueError, IndexError, KeyError, OverflowError, MemoryError) as error:
             raise UserError(f"{path}: not a whole GGUF file: {error}") from None
+        if (parts := self.facts.get("split.count", 1)) > 1:
+            raise UserError(
+                f"{path} is one of {parts} parts of a model: make them one, with llama-gguf-split --merge"
+            )
         self.name = str(self.facts.get("general.architecture"))
         self.context = self.facts.get(f"{self.name}.context_length")
-        self.divisors = self._tensors.pop(STRETCHED, None)
+        self.divisors = self._tensors.pop(STRETCHED, None) if self.name == "llama" else None
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(int(n) for n in reversed(tensor.shape)) for name, tensor in self._tensors.items()}
+
+    def dtype(self, name: str) -> jnp.dtype:
+        return jnp.dtype(jnp.float32)
 
     def read(self, name: str) -> np.ndarray:
         tensor = self._tensors[name]
@@ -157,11 +167,17 @@ def _config_of(file: File) -> tuple[Architecture, Transformer]:
     if "token_embd.weight" in shapes:
         facts["vocab_size"] = shapes["token_embd.weight"][0]
     facts["tied"] = "output.weight" not in shapes
-    config = _read(architecture, facts)
+    with sound(f"{file.source}: metadata"):
+        config = _read(architecture, facts)
     if file.divisors is not None:
         original = facts.get(ORIGINAL, Llama3.original)
         config = _stretched(config, np.asarray(file.divisors.data, np.float32), original, file.source)
     return architecture, config
+
+
+def _tokenizer_of(file: File) -> Portable | None:
+    with sound(f"{file.source}: tokenizer"):
+        return gguf_tokenizer.read(file.facts, file.context)
 
 
 def _read(architecture: Architecture, facts: Json) -> Transformer:
@@ -178,26 +194,34 @@ def _read(architecture: Architecture, facts: Json) -> Transformer:
             }.items()
             if key in facts
         }
-    if architecture.family in ("gemma2", "gemma3_text"):
-        json["query_pre_attn_scalar"] = facts["attention.key_length"]
+    even = facts["embedding_length"] // facts["attention.head_count"]
+    json = {"head_dim": even, "rope_theta": 10_000.0} | json
+    if (turned := facts.get("rope.dimension_count", json["head_dim"])) != json["head_dim"]:
+        raise UserError(f"rope.dimension_count={turned}: heads, of {json['head_dim']}, turn as a whole here")
+    if (factor := facts.get("rope.scaling.attn_factor", 1.0)) != 1.0:
+        raise UserError(f"rope.scaling.attn_factor={factor} is not known here, only 1")
+    if architecture.family in LARGE:
+        large = facts["block_count"] == LARGE[architecture.family]
+        json["query_pre_attn_scalar"] = even if large else json["head_dim"]
     return families.FAMILIES[architecture.family].read(json)
 
 
 def _facts_of(config: Transformer, context: int) -> tuple[Architecture, Json]:
     """The first architecture that can be the model, and its metadata."""
     same = dataclasses.replace(families.canonical(config), dtype="float32", dropout=0.0)
-    plain = same
+    unstretched = same
     if _is_llama3(same):
-        plain = dataclasses.replace(same, positions=Rotary(same.positions.theta))
+        unstretched = dataclasses.replace(same, positions=Rotary(same.positions.theta))
     reasons = {}
     for architecture in ARCHITECTURES:
+        plain = unstretched if architecture.name == "llama" else same
         json = families.FAMILIES[architecture.family].write(plain)
         json |= {"max_position_embeddings": context, "n_positions": json.get("n_positions", context)}
         facts = {
             key: json[theirs] for key, theirs in architecture.keys.items() if json.get(theirs) is not None
         }
         scaling = json.get("rope_scaling") or {}
-        if scaling:
+        if scaling.get("rope_type") in ("linear", "yarn"):
             facts |= {"rope.scaling.type": scaling["rope_type"], "rope.scaling.factor": scaling["factor"]}
             if original := scaling.get("original_max_position_embeddings"):
                 facts[ORIGINAL] = original

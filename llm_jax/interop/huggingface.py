@@ -27,6 +27,7 @@ from llm_jax.models import Params
 from llm_jax.models.positions import Learned
 from llm_jax.models.transformer import Transformer
 
+PICKLED = (".bin", ".pt", ".pth")
 DTYPES = {"BF16": jnp.bfloat16, "F32": jnp.float32, "F16": jnp.float32, "F64": jnp.float32}
 
 
@@ -41,7 +42,8 @@ class Loaded(NamedTuple):
 def load(directory: str | pathlib.Path, mesh: Mesh | None = None) -> Loaded:
     """The model in a directory, its parameters sent to the mesh (by default one device) tensor by tensor.
 
-    bfloat16 stays, in parameters and computing; other types become float32. Raises UserError for an
+    bfloat16 stays, tensor by tensor, and it is computed in what most numbers are; other types become float32.
+    Raises UserError for an
     architecture that isn't known, a damaged file, and tensors that don't fit the config or are left over.
     """
     folder = pathlib.Path(os.path.expanduser(directory))
@@ -50,10 +52,9 @@ def load(directory: str | pathlib.Path, mesh: Mesh | None = None) -> Loaded:
     config, shards = family.read(facts), Shards(folder, family)
     if config.tied:
         shards.where.pop("lm_head.weight", None)
-    dtype = shards.dtype()
-    params = tensors.load(shards, family.tensors, config, dtype, mesh)
+    params = tensors.load(shards, family.tensors, config, mesh)
     tokenizer = tokenizers.read(folder, context(folder))
-    return Loaded(dataclasses.replace(config, dtype=jnp.dtype(dtype).name), params, tokenizer)
+    return Loaded(dataclasses.replace(config, dtype=tensors.stored(params)), params, tokenizer)
 
 
 def context(directory: str | pathlib.Path) -> int | None:
@@ -95,39 +96,22 @@ def save(
     named = tensors.save(params, chosen.tensors, config)
     with tensors.whole(pathlib.Path(os.path.expanduser(directory))) as folder:
         folder.mkdir()
-        _write_shards(folder, ((path, array.astype(jnp.dtype(name))) for path, array in named), shard_bytes)
+        cast = ((path, array.astype(dtype) if dtype else array) for path, array in named)
+        _write_shards(folder, cast, shard_bytes)
         if tokenizer:
             tokenizers.write(tokenizer, folder)
         (folder / "config.json").write_text(json.dumps(facts, indent=2))
 
 
 class Shards:
-    """The safetensors of a directory as one file."""
+    """The safetensors of a directory as one file: model.safetensors, else an index's shards, else all."""
 
     def __init__(self, folder: pathlib.Path, family: families.Family) -> None:
         self.source = str(folder)
-        index = folder / "model.safetensors.index.json"
-        if index.is_file():
-            where = tokenizers.read_json(index).get("weight_map")
-            if not isinstance(where, dict):
-                raise UserError(f"{index}: not an index of shards: no weight_map")
-            names = sorted({str(name) for name in where.values()})
-            if missing := [name for name in names if not (folder / name).is_file()]:
-                raise UserError(f"{index} names {', '.join(missing)}, not in {folder}")
-        else:
-            names = [path.name for path in sorted(folder.glob("*.safetensors"))]
-        if not names:
-            pickled = [path.name for ending in ("bin", "pt", "pth") for path in folder.glob(f"*.{ending}")]
-            why = (
-                f"{pickled[0]} is pickled, and a pickle runs whatever code it holds"
-                if pickled
-                else "none here"
-            )
-            raise UserError(f"{folder}: weights are read from *.safetensors only; {why}")
         self.where: dict[str, tuple[str, pathlib.Path]] = {}  # our name -> (name in the file, file)
         self.files = {}
         wanted = tuple({entry.name.split("{")[0] for entry in family.tensors.values()})
-        for path in (folder / name for name in names):
+        for path in _files_of(folder):
             try:
                 self.files[path] = safetensors.safe_open(path, framework="np")
             except (safetensors.SafetensorError, OSError) as error:
@@ -136,18 +120,19 @@ class Shards:
                 if re.fullmatch(family.ignored, name) or re.fullmatch(family.ignored, f".{name}"):
                     continue
                 whole = name if name.startswith(wanted) else family.prefix + name
-                self.where[whole if whole.startswith(wanted) else name] = (name, path)
+                ours = whole if whole.startswith(wanted) else name
+                if ours in self.where:
+                    raise UserError(f"{folder}: {name} is in {self.where[ours][1].name} and in {path.name}")
+                self.where[ours] = (name, path)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(self._slice(name).get_shape()) for name in self.where}
 
-    def dtype(self) -> jnp.dtype:
-        """bfloat16 if all tensors are, else float32."""
-        kinds = {self._slice(name).get_dtype(): name for name in self.where}
-        if strange := kinds.keys() - DTYPES:
-            kind = min(strange)
-            raise UserError(f"{self.source}: {kinds[kind]} is {kind}; {', '.join(DTYPES)} are read")
-        return jnp.bfloat16 if kinds.keys() == {"BF16"} else jnp.float32
+    def dtype(self, name: str) -> jnp.dtype:
+        """bfloat16 if the tensor is, else float32."""
+        if (kind := self._slice(name).get_dtype()) not in DTYPES:
+            raise UserError(f"{self.source}: {name} is {kind}; {', '.join(DTYPES)} are read")
+        return DTYPES[kind]
 
     def read(self, name: str) -> np.ndarray:
         inside, path = self.where[name]
@@ -156,6 +141,30 @@ class Shards:
     def _slice(self, name: str):
         inside, path = self.where[name]
         return self.files[path].get_slice(inside)
+
+
+def _files_of(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The files that hold a directory's weights."""
+    if (whole := folder / "model.safetensors").is_file():
+        return [whole]
+    if (index := folder / "model.safetensors.index.json").is_file():
+        where = tokenizers.read_json(index).get("weight_map")
+        if not isinstance(where, dict):
+            raise UserError(f"{index}: not an index of shards: no weight_map")
+        names = sorted({str(name) for name in where.values()})
+        if missing := [n for n in names if pathlib.Path(n).name != n or not (folder / n).is_file()]:
+            raise UserError(f"{index} names {', '.join(missing)}, not in {folder}")
+        return [folder / name for name in names]
+    if found := sorted(folder.glob("*.safetensors")):
+        return found
+    pickled = [path for path in sorted(folder.glob("*")) if path.suffix in PICKLED]
+    raise refused(pickled[0]) if pickled else UserError(f"{folder}: no weights here: no *.safetensors")
+
+
+def refused(pickled: pathlib.Path) -> UserError:
+    """Why weights in a pickle aren't read."""
+    why = "is pickled, and a pickle runs whatever code it holds: weights are read from *.safetensors only"
+    return UserError(f"{pickled} {why}")
 
 
 def _write_shards(folder: pathlib.Path, named: Iterator[tuple[str, np.ndarray]], shard_bytes: int) -> None:

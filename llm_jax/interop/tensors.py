@@ -1,6 +1,7 @@
 """Parameters from a file's tensors and back, one tensor in host memory at a time."""
 
 import contextlib
+import functools
 import pathlib
 import shutil
 from collections.abc import Iterator
@@ -28,21 +29,22 @@ class Reader(Protocol):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor."""
 
+    def dtype(self, name: str) -> jnp.dtype:
+        """What one tensor's numbers become here."""
+
     def read(self, name: str) -> np.ndarray:
         """One tensor, as floating-point numbers."""
 
 
-def load(
-    reader: Reader, table: Table, config: Transformer, dtype: jnp.dtype, mesh: Mesh | None = None
-) -> Params:
+def load(reader: Reader, table: Table, config: Transformer, mesh: Mesh | None = None) -> Params:
     """The parameters of `config` on the mesh (by default one device), each tensor sent there as it is read.
 
-    Beside them at most one parameter is held twice, on its devices.
     Raises UserError that lists tensors without a use, parameters without a tensor, and shapes that don't fit.
     """
     model, sizes = config.build(), sizes_of(config)
     wanted = plan(table, config, model)
     _check(reader, wanted, config)
+    dtypes = {name: reader.dtype(name) for name in wanted}
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     roles = dict(_leaves(model.roles(shapes)))
     mesh = mesh or make_mesh(MeshConfig(data=1), jax.local_devices()[:1])
@@ -52,11 +54,14 @@ def load(
             slices.setdefault(piece.path, []).append((name, piece))
     filled = {}
     for path, leaf in _leaves(shapes):
-        axes, arrays = roles[path].axes, []
-        for name, piece in sorted(slices[path], key=lambda named: named[1].index):
-            arrays.append(_sent(reader.read(name), piece, sizes, dtype, axes[len(piece.index) :], mesh))
+        axes, dtype = roles[path].axes, jnp.result_type(*(dtypes[name] for name, _ in slices[path]))
         place = shardings(jax.ShapeDtypeStruct(leaf.shape, dtype), axes, mesh)
-        filled[path] = _stack(arrays, leaf.shape, place) if slices[path][0][1].index else arrays[0]
+        for name, piece in slices[path]:
+            part = _sent(reader.read(name), piece, sizes, dtype, axes[len(piece.index) :], mesh)
+            if piece.index:
+                whole = filled[path] if path in filled else _zeros(leaf.shape, dtype, place)
+                part = _put(whole, part, piece.index, place).block_until_ready()
+            filled[path] = part
     return _tree(filled)
 
 
@@ -70,8 +75,10 @@ def save(params: Params, table: Table, config: Transformer) -> Iterator[tuple[st
 
 
 def stored(params: Params) -> str:
-    """The type that a file of these parameters has: bfloat16 if all are, else float32."""
-    return "bfloat16" if {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"bfloat16"} else "float32"
+    """The type that a file of these parameters has: bfloat16 if most numbers are, else float32."""
+    leaves = jax.tree.leaves(params)
+    half = sum(leaf.size for leaf in leaves if leaf.dtype == jnp.bfloat16)
+    return "bfloat16" if 2 * half > sum(leaf.size for leaf in leaves) else "float32"
 
 
 @contextlib.contextmanager
@@ -124,8 +131,17 @@ def _sent(
     return jax.make_array_from_callback(array.shape, place, lambda at: array[at]).block_until_ready()
 
 
-def _stack(arrays: list[jax.Array], shape: tuple[int, ...], place: NamedSharding) -> jax.Array:
-    return jax.jit(lambda arrays: jnp.stack(arrays).reshape(shape), out_shardings=place)(arrays)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _zeros(shape: tuple[int, ...], dtype: jnp.dtype, place: NamedSharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(jnp.zeros(shape, dtype), place)
+
+
+@functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
+def _put(whole: jax.Array, part: jax.Array, index: tuple[int, ...], place: NamedSharding) -> jax.Array:
+    """`whole` with `part` at `index`, in the same memory: compiled once for all parts of one shape."""
+    part = jnp.expand_dims(part, range(len(index)))
+    whole = jax.lax.dynamic_update_slice(whole, part, (*index, *[0] * (whole.ndim - len(index))))
+    return jax.lax.with_sharding_constraint(whole, place)
 
 
 def _leaves(tree: Params) -> list[tuple[tuple[str, ...], Any]]:

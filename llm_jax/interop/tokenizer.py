@@ -25,8 +25,9 @@ END = "<|endoftext|>"  # what an eot without a name is called
 class Portable:
     """A tokenizer that travels with a model.
 
-    data: the text of its tokenizer.json. special: tokens by role (bos_token, eos_token, …). stops: ids at
-    which an answer ends. context: how many tokens the model was made for.
+    data: the text of its tokenizer.json, less what it says of cutting and padding texts. special: tokens by
+    role (bos_token, eos_token, …). stops: ids at which an answer ends. context: how many tokens the model was
+    made for.
     """
 
     data: str
@@ -37,9 +38,14 @@ class Portable:
 
     def __post_init__(self) -> None:
         try:
-            object.__setattr__(self, "_tokenizer", tokenizers.Tokenizer.from_str(self.data))
+            tokenizer = tokenizers.Tokenizer.from_str(self.data)
         except Exception as error:  # the library raises bare exceptions
             raise UserError(f"not a tokenizer.json: {error}") from None
+        if tokenizer.truncation or tokenizer.padding:  # what it was saved in the middle of
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
+            object.__setattr__(self, "data", tokenizer.to_str())
+        object.__setattr__(self, "_tokenizer", tokenizer)
 
     @property
     def vocabulary(self) -> int:

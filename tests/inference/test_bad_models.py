@@ -32,6 +32,8 @@ def place(tmp_path_factory):
     wrong("foreign", weights.name, b"PK\x03\x04" + bytes(99))
     wrong("sharded", "model.safetensors.index.json", {"weight_map": {"a": "model-2.safetensors"}})
     wrong("indexed", "model.safetensors.index.json", {"metadata": {}})
+    for name in ("sharded", "indexed"):
+        (here / name / weights.name).unlink()
     wrong("shapes", said.name, facts | {"intermediate_size": 21})
     wrong("unknown", said.name, facts | {"architectures": ["MambaForCausalLM"]})
     wrong("listed", said.name, [facts])
@@ -67,7 +69,7 @@ def refusal(code, out, err):
         ("stray", "1 tensors without a use: vision.weight"),
         ("spelled", "not a tokenizer.json: "),
         ("pickled", "pytorch_model.bin is pickled, and a pickle runs whatever code it holds"),
-        ("pickled/pytorch_model.bin", "no model at 'pickled/pytorch_model.bin': give a directory"),
+        ("pickled/pytorch_model.bin", "pickled/pytorch_model.bin is pickled, and a pickle runs whatever"),
         ("short.gguf", "short.gguf: not a whole GGUF file"),
         ("cut.gguf", "cut.gguf: not a whole GGUF file"),
         ("zip.gguf", "zip.gguf is not a GGUF file"),

@@ -26,7 +26,8 @@ from llm_jax.config import UserError
 from llm_jax.data.tokenizers import Bytes, SentencePiece, SentencePieceCodec
 from llm_jax.inference.batching import Batcher, Request, complete
 from llm_jax.inference.generation import Engine
-from llm_jax.interop import families, gguf, huggingface, tokenizer
+from llm_jax.interop import families, gguf, gguf_tokenizer, huggingface, tokenizer
+from llm_jax.interop.gguf_tokenizer import PRES
 from llm_jax.models import Layout
 from llm_jax.models.experts import Experts
 from llm_jax.models.positions import Linear, Llama3, Rotary
@@ -47,6 +48,8 @@ SAID = {
         "windows": (5, 5, 5, 5, 5, None),
         "rotations": (LOCAL, LOCAL, LOCAL, LOCAL, LOCAL, Rotary(1000.0, Linear(2.0))),
     },
+    # Of these many layers llama.cpp takes scores to be scaled by width / heads, not by the heads' width.
+    "gemma2-27b": {"attention": Attending(scale=0.5, softcap=2.0), "layers": 46},
     "olmo2": {},
     "smollm2": {},
     "smollm3": {},
@@ -66,7 +69,7 @@ def of_fixture(name):
 @functools.cache
 def said(name):
     """A model of the family that GGUF can say, and random parameters."""
-    config = dataclasses.replace(of_fixture(name), **SAID[name])
+    config = dataclasses.replace(of_fixture(name.removesuffix("-27b")), **SAID[name])
     return families.canonical(config), parameters(config.build())
 
 
@@ -78,6 +81,51 @@ def test_what_is_written_is_read_again(name, tmp_path):
     assert again.config == config
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), again.params, params)
     assert again.tokenizer.encode("!!##").tolist() == [33, 33, 35, 35]
+
+
+def test_what_llama_cpp_would_compute_otherwise_is_not_written(tmp_path):
+    large, params = said("gemma2-27b")
+    stretched = families.canonical(Transformer(vocabulary=37, qk_norm=True, positions=Rotary(5e5, Llama3())))
+    for config, differs in [
+        (dataclasses.replace(large, layers=45), "gemma2 differs in model.attention="),
+        (dataclasses.replace(large, attention=Attending(softcap=2.0)), "gemma2 differs in model.attention="),
+        (stretched, "qwen3 differs in model.positions="),
+        (dataclasses.replace(of_fixture("gpt2"), activation="relu"), "gpt2 differs in model.activation=relu"),
+    ]:
+        with pytest.raises(UserError, match=f"no architecture of GGUF is this model; {differs}"):
+            gguf.save(tmp_path / "model.gguf", config, params, characters(37))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("tokenizer.ggml.scores", None, "tokenizer has no 'tokenizer.ggml.scores'"),
+        ("tokenizer.ggml.bos_token_id", 9999, "tokenizer is damaged: list index out of range"),
+        ("tokenizer.ggml.token_type", [1] * 5, "tokenizer is damaged: zip"),
+        ("tokenizer.ggml.merges", ["!"], "tokenizer is damaged: "),
+        ("tokenizer.ggml.pre", "poro", "tokenizer.ggml.pre='poro' is not known here; there are: gpt-2"),
+        ("llama.embedding_length", None, "metadata has no 'embedding_length'"),
+        ("llama.attention.head_count", 0, "metadata is damaged: integer division or modulo by zero"),
+        ("llama.rope.dimension_count", 16, "rope.dimension_count=16: heads, of 32, turn as a whole here"),
+        ("llama.rope.scaling.attn_factor", 0.5, "rope.scaling.attn_factor=0.5 is not known here, only 1"),
+        ("split.count", 3, "is one of 3 parts of a model: make them one, with llama-gguf-split --merge"),
+    ],
+)
+def test_damaged_and_strange_metadata_are_one_line(key, value, says, tmp_path, monkeypatch):
+    write = gguf_tokenizer.write
+
+    def changed(found, vocabulary):
+        facts = write(found, vocabulary) | {key: value}
+        return facts | ({"tokenizer.ggml.model": "llama"} if key == "tokenizer.ggml.scores" else {})
+
+    add = gguf._add
+    monkeypatch.setattr(gguf_tokenizer, "write", changed)
+    monkeypatch.setattr(gguf, "_add", lambda *fact: None if fact[-1] is None else add(*fact))
+    gguf.save(tmp_path / "model.gguf", *trained(), Bytes())
+    with pytest.raises(UserError, match=re.escape(says)) as error:
+        gguf.load(tmp_path / "model.gguf")
+    assert "\n" not in str(error.value)
 
 
 @functools.cache
@@ -146,8 +194,15 @@ def test_a_tokenizer_model_that_begins_texts_with_a_space_is_read_and_no_gguf_fi
     for text in [*TEXTS, " two  spaces", "naïve"]:
         assert found.encode(text).tolist() == theirs.encode(text)
         assert found.decode(found.encode(text)) == text
-    with pytest.raises(UserError, match="puts '▁' before each text"):
-        gguf.save(tmp_path / "model.gguf", dataclasses.replace(config, vocabulary=300), params, found)
+    newer = tokenizers.Tokenizer.from_str(found.data)  # as transformers 5 says it
+    newer.normalizer, newer.pre_tokenizer = (
+        None,
+        pre_tokenizers.Metaspace(prepend_scheme="first", split=False),
+    )
+    for data in (found.data, newer.to_str()):
+        with pytest.raises(UserError, match="puts '▁' before each text"):
+            made = dataclasses.replace(found, data=data)
+            gguf.save(tmp_path / "model.gguf", dataclasses.replace(config, vocabulary=300), params, made)
     assert not (tmp_path / "model.gguf").exists()
 
 
@@ -274,14 +329,13 @@ def test_llama_cpp_finds_the_same_greedy_tokens(tmp_path):
         assert missed.max() < 2e-3 and (missed == 0).sum() >= 8, name
 
 
-TEXT = "the a of b\nIt's  12 cups ☕ naïve"
+TEXT = "the a of b\nIt's  12 cups ☕ naïve: $12345.67!! HelloWORLD,/\n\n x"
 
 
-def bpe_trained_elsewhere(*cut):
+def bpe_trained_elsewhere(cut, whole=False):
     """A byte-level BPE of the `tokenizers` library."""
-    made = tokenizers.Tokenizer(tokenizers.models.BPE())
-    level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.pre_tokenizer = pre_tokenizers.Sequence([*cut, level]) if cut else level
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(ignore_merges=whole))
+    made.pre_tokenizer = cut
     made.decoder = tokenizers.decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = tokenizers.trainers.BpeTrainer(
@@ -293,13 +347,9 @@ def bpe_trained_elsewhere(*cut):
 
 def test_llama_cpp_and_a_reader_here_cut_text_as_the_tokenizer_does(tmp_path):
     spelled = SentencePiece("bpe", vocabulary=285).train(iter(TEXTS))
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    kinds = [
-        tokenizer.of_bytes(),
-        tokenizer.of_sentencepiece(spelled),
-        bpe_trained_elsewhere(),
-        bpe_trained_elsewhere(digits),
-    ]
+    kinds = [tokenizer.of_bytes(), tokenizer.of_sentencepiece(spelled)]
+    kinds += [bpe_trained_elsewhere(pre.cut(), pre.whole) for pre in PRES.values() if not pre.composed]
+    kinds.append(bpe_trained_elsewhere(PRES["qwen2"].cut()))
     files, text = [], TEXT
     for kind in kinds:
         config = dataclasses.replace(trained()[0], vocabulary=320)
@@ -318,3 +368,32 @@ def test_llama_cpp_and_a_reader_here_cut_text_as_the_tokenizer_does(tmp_path):
     assert not (tmp_path / "odd.gguf").exists()
     for kind, answer in zip(kinds, llama_cpp(files, [1, 2, 3], 1, text), strict=True):
         assert answer["text"] == kind.encode(text).tolist()
+
+
+def test_each_way_to_cut_text_has_its_name_and_may_have_others():
+    for name, pre in PRES.items():
+        made = bpe_trained_elsewhere(pre.cut(), pre.whole)
+        if pre.composed:
+            again = tokenizers.Tokenizer.from_str(made.data)
+            again.normalizer = tokenizers.normalizers.NFC()
+            made = dataclasses.replace(made, data=again.to_str())
+        facts = gguf_tokenizer.write(made, 320)
+        assert facts["tokenizer.ggml.pre"] == name
+        begun = [0] if pre.begins else []  # where the file doesn't say
+        del facts["tokenizer.ggml.add_bos_token"]
+        for other in (name, *pre.also):
+            read = gguf_tokenizer.read(facts | {"tokenizer.ggml.pre": other}, 64)
+            assert read.encode(TEXT).tolist() == begun + made.encode(TEXT).tolist()
+    lower = tokenizers.Tokenizer.from_str(made.data)
+    lower.normalizer = tokenizers.normalizers.Lowercase()
+    with pytest.raises(UserError, match="no name for how this tokenizer cuts text"):
+        gguf_tokenizer.write(dataclasses.replace(made, data=lower.to_str()), 320)
+
+
+def test_up_to_three_ids_that_end_an_answer_are_kept():
+    made = tokenizer.of_bytes()
+    for stops in [(256,), (3, 256), (7, 5, 256)]:
+        facts = gguf_tokenizer.write(dataclasses.replace(made, stops=stops), 257)
+        assert gguf_tokenizer.read(facts, None).stops == stops
+    with pytest.raises(UserError, match=r"has room for 3 ids that end an answer: \(1, 2, 3, 4\)"):
+        gguf_tokenizer.write(dataclasses.replace(made, stops=(1, 2, 3, 4)), 257)
