@@ -2,7 +2,8 @@
 
     python -m llm_jax.evaluate --model=… --tasks=letters,dates,arithmetic,letters:steps --chat
 
-Each is asked directly or to "think step by step" (NAME:steps), and scored by size.
+Each is asked directly, to "think step by step" (NAME:steps), or with tools to call (NAME:tool, where one
+would help), and scored by size.
 """
 
 import dataclasses
@@ -10,13 +11,14 @@ import datetime
 import pathlib
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 from llm_jax.config import UserError, nearest
 from llm_jax.evaluation import checks
 from llm_jax.evaluation.requests import Answered, Generate, Request
 from llm_jax.evaluation.tasks import Asker, Item, Score, Task
+from llm_jax.inference import tools
 from llm_jax.inference.opening import Opened
 
 WORDS = re.findall(
@@ -44,7 +46,8 @@ Pair = tuple[str, str]  # a question and its answer
 class Probe(NamedTuple):
     """make(random, size) -> questions with answers, all of which one item asks. sizes: small to large.
 
-    unit: what the size counts. wanted: what an answer is to be. tokens: of an answer, given the size.
+    unit: what the size counts. wanted: what an answer is to be. tools: that would help. tokens: of an answer,
+    given the size.
     """
 
     make: Callable[[random.Random, int], list[Pair]]
@@ -52,6 +55,7 @@ class Probe(NamedTuple):
     unit: str
     wanted: str
     check: str
+    tools: tuple[str, ...] = ()
     tokens: Callable[[int], int] = lambda size: 24
 
 
@@ -112,11 +116,11 @@ def recall(draw: random.Random, size: int) -> list[Pair]:
 
 
 PROBES = {
-    "letters": Probe(letters, (3, 6, 9), "letters", "the number", "numeric"),
-    "dates": Probe(dates, (7, 31, 365), "days", "the date as YYYY-MM-DD", "contains"),
-    "arithmetic": Probe(arithmetic, (1, 2, 4, 8), "digits", "the number", "numeric"),
+    "letters": Probe(letters, (3, 6, 9), "letters", "the number", "numeric", ("python",)),
+    "dates": Probe(dates, (7, 31, 365), "days", "the date as YYYY-MM-DD", "contains", ("calendar",)),
+    "arithmetic": Probe(arithmetic, (1, 2, 4, 8), "digits", "the number", "numeric", ("calculator",)),
     "word_order": Probe(word_order, (1, 2, 4), "sentences", "one word", "contains"),
-    "copying": Probe(copying, (4, 16, 48), "words", "the words", "exact", lambda size: 8 + 6 * size),
+    "copying": Probe(copying, (4, 16, 48), "words", "the words", "exact", (), lambda size: 8 + 6 * size),
     "recall": Probe(recall, (0, 8, 32), "sentences", "the number", "numeric"),
 }
 SELF = "self_knowledge"  # its answers are facts of the model that is asked
@@ -134,7 +138,7 @@ class Probing(Task, kind="probe"):
     """`count` items of a probe at each of its sizes; way: how they are asked. facts: the model's own."""
 
     name: str = "letters"
-    way: Literal["direct", "steps"] = "direct"
+    way: Literal["direct", "steps", "tool"] = "direct"
     count: int = 32
     seed: int = 0
     facts: tuple[tuple[str, int], ...] = ()
@@ -175,6 +179,7 @@ class Probing(Task, kind="probe"):
 
     def requests(self, item: Item, ask: Asker) -> list[Request]:
         stops = ask.stops(("\n",) if self.way == "direct" else ("\n\n", "Question:"))
+        stops = (tools.CLOSE, *stops) if self.way == "tool" else stops
         size = item.record["size"]
         tokens = self.probe.tokens(size if isinstance(size, int) else 1) if self.way == "direct" else 256
         shots = [
@@ -185,7 +190,23 @@ class Probing(Task, kind="probe"):
             for question, _ in item.record["pairs"]
         ]
 
-    def scores(self, item: Item, answers: list[Answered]) -> dict[str, Score]:
+    def further(self, item: Item, ask: Asker, answers: Sequence[Answered]) -> list[Request]:
+        """After a call of a tool, the prompt with it and its result."""
+        if self.way != "tool" or len(answers) > tools.MOST_CALLS or not _calls(answers[-1]):
+            return []
+        question, turns = self._asked(item.record["pairs"][0][0], ask), []
+        for answer in answers:
+            result = tools.result_of(tools.call_in(answer.text), tools.toolbox(self.probe.tools))
+            turns.append((f"{answer.text.strip()}{tools.CLOSE}", result))
+        stops = (tools.CLOSE, *ask.stops(("\n\n", "Question:")))
+        return [Generate(ask.after_tools(question, turns), stops, 256, written=ask.written)]
+
+    def scores(self, item: Item, answers: Sequence[Answered]) -> dict[str, Score]:
+        if self.way == "tool":
+            called = {"called": (float(_calls(answers[0])), 1.0)}
+            return {
+                "accuracy": (float(self._right(answers[-1].text, item.record["pairs"][0][1])), 1.0)
+            } | called
         right = [
             self._right(answer.text, wanted)
             for (_, wanted), answer in zip(item.record["pairs"], answers, strict=True)
@@ -197,9 +218,13 @@ class Probing(Task, kind="probe"):
         how = {
             "direct": f"Answer with {self.probe.wanted} only.",
             "steps": f'Think step by step, then write "Answer:" and {self.probe.wanted}.',
+            "tool": f"{self._told()}\nUse a tool, then answer with {self.probe.wanted} only.",
         }[self.way]
         text = f"{question} {how}"
         return text if ask.form.chat else f"Question: {text}\n" + "Answer:" * (self.way == "direct")
+
+    def _told(self) -> str:
+        return tools.described(tools.toolbox(self.probe.tools)) if self.way == "tool" else ""
 
     def _right(self, text: str, wanted: str) -> bool:
         """Judged is what stands behind the last "Answer:", if that is there."""
@@ -215,6 +240,15 @@ def find(name: str) -> Probing | None:
     head, _, way = name.partition(":")
     if head not in (*PROBES, SELF):
         return None
-    if way not in ("", "direct", "steps"):
-        raise UserError(f"{name}: no way {way!r} of asking; {nearest(way, ['direct', 'steps'])}")
+    helped = head in PROBES and PROBES[head].tools
+    ways = ["direct", "steps", *["tool"] * bool(helped)]
+    if way and way not in ways:
+        raise UserError(f"{name}: no way {way!r} of asking {head}; {nearest(way, ways)}")
+    if way == "tool":
+        tools.toolbox(helped)  # refuses where a sandbox isn't there
     return Probing(name=head, way=way or "direct")
+
+
+def _calls(answer: Answered) -> bool:
+    """Whether a written answer ended with a call (at its end, or the model's own)."""
+    return answer.finish == "stop" and tools.call_in(answer.text) is not None

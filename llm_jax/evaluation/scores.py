@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import itertools
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -96,9 +97,16 @@ def evaluate(
 ) -> Outcome:
     """Asks a model about all items of a task, or a fair sample of `limit`."""
     ask, task = Asker(form, evaluator.opened.tokenizer), task.about(evaluator.opened)
-    items = task.items(folder, form.few_shot, limit)
+    items, what = task.items(folder, form.few_shot, limit), f"{name}, {form}"
     asked = [task.requests(item, ask) for item in items]
-    answers = iter(evaluator.run([request for requests in asked for request in requests], f"{name}, {form}"))
-    given = [[next(answers) for _ in requests] for requests in asked]
+    given: list[list[Answered]] = [[] for _ in items]
+    while any(asked):
+        answers = iter(evaluator.run([request for requests in asked for request in requests], what))
+        for requests, answered in zip(asked, given, strict=True):
+            answered += itertools.islice(answers, len(requests))
+        asked = [
+            task.further(item, ask, answered) if requests else []
+            for item, requests, answered in zip(items, asked, given, strict=True)
+        ]
     scores = [task.scores(*one) for one in zip(items, given, strict=True)]
     return Outcome(name, task, form, items, given, scores)

@@ -18,7 +18,7 @@ from llm_jax import config as configs
 from llm_jax.config import Tagged, UserError
 from llm_jax.data import readers
 from llm_jax.data.cache import digest
-from llm_jax.data.templates import TRANSCRIPT, TRANSCRIPT_STOPS, render
+from llm_jax.data.templates import TRANSCRIPT, TRANSCRIPT_STOPS, Message, render
 from llm_jax.evaluation.forms import READERS
 from llm_jax.evaluation.requests import Answered, Request
 from llm_jax.inference.opening import Opened
@@ -88,8 +88,12 @@ class Task(Tagged):
         """What is asked of the model about an item."""
         raise NotImplementedError
 
+    def further(self, item: Item, ask: "Asker", answers: Sequence[Answered]) -> list[Request]:
+        """What is asked next, after so many answers (a tool's result is told, say); [] ends the item."""
+        return []
+
     def scores(self, item: Item, answers: Sequence[Answered]) -> dict[str, Score]:
-        """What the answers to `requests` are worth, by metric; {} where nothing can be said."""
+        """What the answers to all its requests are worth, by metric; {} where nothing can be said."""
         raise NotImplementedError
 
     def check(self, record: Record) -> None:
@@ -139,9 +143,24 @@ class Asker:
             for pair in (*shots, (question,))
             for role, text in zip(("user", "assistant"), pair, strict=False)
         ]
+        return self._rendered(turns)
+
+    def after_tools(self, question: str, calls: Sequence[tuple[str, str]]) -> str:
+        """The text that goes on after calls of tools with their results: turns of a tool."""
+        if not self.form.chat:
+            return question + "".join(
+                f"{joined(question, call)}\nResult: {result}\n" for call, result in calls
+            )
+        turns = [{"role": "user", "content": question.strip()}]
+        for call, result in calls:
+            turns += [{"role": "assistant", "content": call}, {"role": "tool", "content": result}]
+        return self._rendered(turns)
+
+    def _rendered(self, turns: Sequence[Message]) -> str:
+        template, special = TRANSCRIPT, {}
         if self.written:
-            return render(self.tokenizer.chat_template, turns, self.tokenizer.special)
-        return render(TRANSCRIPT, turns, {})
+            template, special = self.tokenizer.chat_template, self.tokenizer.special
+        return render(template, turns, special)
 
     def answer(self, question: str, answer: str) -> str:
         """The answer as it follows the prompt: a template ends where it begins, a text before a space."""

@@ -116,5 +116,42 @@ def test_examples_come_before_and_sizes_are_told_apart(evaluator):
 
 def test_names_choose_probe_and_way():
     assert standard.find("dates:steps", None)[1] == Probing(name="dates", way="steps")
-    with pytest.raises(UserError, match="no way 'step' of asking; did you mean 'steps'"):
+    with pytest.raises(UserError, match="no way 'step' of asking dates; did you mean 'steps'"):
         standard.find("dates:step", None)
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_probe_with_a_tool_goes_on_after_the_result(opened, chat):
+    task = standard.find("arithmetic:tool", None)[1]
+    item, ask = task.items(None)[0], Asker(Format(chat), opened.tokenizer)
+    question, wanted = item.record["pairs"][0]
+    first = task.requests(item, ask)[0]
+    assert first.stops[0] == "</T_C>" and '"calculator"' in first.prompt and question in first.prompt
+    expression = re.match(r"What is (.*)\?", question)[1]
+    call = f'<T_C>{{"name": "calculator", "arguments": {{"expression": "{expression}"}}}}'
+    calls = [Generated(call, "stop", 9)]
+    (second,) = task.further(item, ask, calls)
+    assert first.prompt.rstrip() in second.prompt or chat
+    assert f"{call}</T_C>" in second.prompt and second.prompt.count(wanted) >= 1
+    assert ("<|tool|>" in second.prompt) == chat
+    answers = [*calls, Generated(wanted, "stop", 3)]
+    assert task.further(item, ask, answers) == []
+    assert task.scores(item, answers) == {"accuracy": (1.0, 1.0), "called": (1.0, 1.0)}
+    assert task.further(item, ask, calls * 5) == []  # no more calls than that
+    assert task.further(item, ask, [Generated(call, "length", 9)]) == []  # it never ended
+    with pytest.raises(UserError, match="no way 'tool' of asking copying"):
+        standard.find("copying:tool", None)
+
+
+def test_items_are_asked_as_long_as_a_task_has_more_to_ask(evaluator, monkeypatch):
+    task = standard.find("dates:tool", None)[1]
+    rounds = []
+    monkeypatch.setattr(
+        Probing,
+        "further",
+        lambda self, item, ask, answers: (
+            rounds.append(len(answers)) or self.requests(item, ask) * (len(answers) < 3)
+        ),
+    )
+    outcome = evaluate(evaluator, "dates:tool", task, None, Format(), limit=2)
+    assert [len(answers) for answers in outcome.answers] == [3, 3] and rounds == [1, 1, 2, 2, 3, 3]

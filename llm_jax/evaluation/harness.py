@@ -1,0 +1,84 @@
+"""lm-evaluation-harness and its tasks over an evaluator of this house; needs the extra `harness`.
+
+    evaluator = Evaluator(open_model("runs/mine"), keep=True)
+    results = lm_eval.simple_evaluate(model=HarnessModel(evaluator), tasks=["hellaswag"])["results"]
+
+The harness writes prompts and computes metrics; what it asks is answered, batched, spread and kept as ever.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llm_jax.config import UserError
+from llm_jax.data.templates import Message, render
+from llm_jax.evaluation.requests import Generate, LogLikelihood, Rolling
+from llm_jax.evaluation.runner import Evaluator
+from llm_jax.inference.sampling import Sampling
+
+try:
+    from lm_eval.api.model import LM
+except ImportError as error:
+    raise UserError(
+        f"the harness needs the extra `harness` (pip install 'llm-jax[harness]'): {error}"
+    ) from None
+
+MAX_TOKENS = 256  # of an answer, where a task doesn't say
+
+
+class HarnessModel(LM):
+    """A model as the harness sees it."""
+
+    def __init__(self, evaluator: Evaluator) -> None:
+        super().__init__()
+        self._evaluator, self._tokenizer = evaluator, evaluator.opened.tokenizer
+        self._written = False  # prompts come from the chat template, with all their special tokens
+
+    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        """(log-probability, greedy) of each continuation."""
+        asked = [LogLikelihood(*request.args, written=self._written) for request in requests]
+        return [(-answer.nats, answer.greedy) for answer in self._evaluator.run(asked, "harness")]
+
+    def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
+        """The log-probability of each text from its beginning."""
+        asked = [Rolling(*request.args) for request in requests]
+        return [-answer.nats for answer in self._evaluator.run(asked, "harness")]
+
+    def generate_until(self, requests: Sequence[Any]) -> list[str]:
+        """How each prompt goes on, up to a stop text."""
+        asked = [self._generate(*request.args) for request in requests]
+        return [answer.text for answer in self._evaluator.run(asked, "harness")]
+
+    def _generate(self, prompt: str, settings: Mapping[str, Any]) -> Generate:
+        until = settings.get("until") or []
+        stops = tuple(filter(None, [until] if isinstance(until, str) else until))
+        sampling = Sampling()
+        if settings.get("do_sample") or settings.get("temperature"):
+            known = {
+                name: settings[name]
+                for name in ("temperature", "top_k", "top_p", "min_p")
+                if name in settings
+            }
+            sampling = Sampling(**{"temperature": 1.0, **known})
+        most = settings.get("max_gen_toks") or settings.get("max_new_tokens") or MAX_TOKENS
+        return Generate(prompt, stops, int(most), sampling, self._written)
+
+    # ---- chat templates ----
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What the harness keeps its own cache of requests by."""
+        return self._evaluator.content
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The template, if one is asked for; the harness keeps it with its results."""
+        if chat_template and self._tokenizer.chat_template is None:
+            raise UserError(f"{self._evaluator.opened.name} has no chat template: ask without one")
+        return self._tokenizer.chat_template if chat_template else None
+
+    def apply_chat_template(self, chat_history: list[Message], add_generation_prompt: bool = True) -> str:
+        """A conversation as text; without the prompt, its last message is the beginning of an answer."""
+        self._written, template = True, self.chat_template(True)
+        if add_generation_prompt:
+            return render(template, chat_history, self._tokenizer.special)
+        begun = render(template, chat_history[:-1], self._tokenizer.special)
+        return begun + chat_history[-1]["content"]
