@@ -10,17 +10,19 @@ import dataclasses
 import shutil
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TextIO
 
 from absl import flags
 
 from llm_jax import config, values
 from llm_jax.config import UserError, nearest
+from llm_jax.data.templates import Message
 from llm_jax.inference import options
 from llm_jax.inference.conversation import Reply, Speaker
 from llm_jax.inference.opening import open_model
 from llm_jax.inference.sampling import Sampling
+from llm_jax.inference.tools import CLOSE, MOST_CALLS, Tool, described, heard, toolbox
 from llm_jax.process import prepare_xla
 
 HELP = """\
@@ -43,34 +45,52 @@ class Chat:
         stops: Sequence[str] = (),
         system: str = "",
         out: TextIO = sys.stdout,
+        tools: Mapping[str, Tool] | None = None,
     ) -> None:
         self.speakers, self.sampling, self.max_tokens, self.stops = speakers, sampling, max_tokens, stops
-        self.system, self.out = system, out
-        self.turns: list[tuple[str, list[str]]] = []  # what was said, and each speaker's answer
+        self.system, self.out, self.tools = system, out, tools or {}
+        # What was said, and what each speaker answered: one turn, or with calls of tools several.
+        self.turns: list[tuple[str, list[list[Message]]]] = []
 
-    def messages(self, number: int, said: str | None = None) -> list[dict[str, str]]:
+    def messages(self, number: int, said: str | None = None) -> list[Message]:
         """The conversation as one speaker sees it, and then `said`."""
-        found = [{"role": "system", "content": self.system}] if self.system else []
+        told = "\n\n".join(filter(None, (self.system, described(self.tools) if self.tools else "")))
+        found: list[Message] = [{"role": "system", "content": told}] if told else []
         for user, answers in self.turns:
-            found += [{"role": "user", "content": user}, {"role": "assistant", "content": answers[number]}]
+            found += [{"role": "user", "content": user}, *answers[number]]
         return found + ([{"role": "user", "content": said}] if said is not None else [])
 
     def say(self, said: str) -> None:
         """A turn; raises UserError, and leaves the conversation as it was, where it can't be answered."""
-        replies: list[Reply] = []
+        answers: list[list[Message]] = [[] for _ in self.speakers]
+        waiting = list(range(len(self.speakers)))
+        for _ in range(MOST_CALLS + 1):
+            replies = self._heard(waiting, said, answers)
+            for number, reply in replies.items():
+                answers[number] += heard(reply.answer, self.tools)
+                self._write(f"[{self.speakers[number].name}: {reply}]\n")
+            waiting = [number for number in waiting if answers[number][-1]["role"] == "tool"]
+            for number in waiting:
+                self._write(f"[{self.speakers[number].name} is told: {answers[number][-1]['content']}]\n")
+            if not waiting:
+                break
+        self.turns.append((said, answers))
+
+    def _heard(self, waiting: list[int], said: str, answers: list[list[Message]]) -> dict[int, Reply]:
+        """The next reply of those whose turn it is, shown as it comes."""
+        replies: dict[int, Reply] = {}
+        stops = (*self.stops, *(CLOSE for _ in self.tools))
         try:
-            for number, speaker in enumerate(self.speakers):
-                messages = self.messages(number, said)
-                replies.append(speaker.reply(messages, self.sampling, self.max_tokens, self.stops))
+            for number in waiting:
+                messages = [*self.messages(number, said), *answers[number]]
+                replies[number] = self.speakers[number].reply(messages, self.sampling, self.max_tokens, stops)
             self._show(replies)
         except KeyboardInterrupt:
             self._write("\n(interrupted)\n")
         finally:
-            for reply in replies:
+            for reply in replies.values():
                 reply.close()
-        self.turns.append((said, [reply.answer.text.strip() for reply in replies]))
-        for speaker, reply in zip(self.speakers, replies, strict=True):
-            self._write(f"[{speaker.name}: {reply}]\n")
+        return replies
 
     def command(self, line: str) -> bool:
         """A line that begins with a slash; False ends the chat."""
@@ -127,13 +147,14 @@ class Chat:
 
     # ---- what is shown ----
 
-    def _show(self, replies: list[Reply]) -> None:
+    def _show(self, asked: Mapping[int, Reply]) -> None:
+        replies = list(asked.values())
         if len(replies) == 1:
             for piece in replies[0]:
                 self._write(piece)
             self._write("\n")
             return
-        names = [speaker.name for speaker in self.speakers]
+        names = [self.speakers[number].name for number in asked]
         streams, drawn = [iter(reply) for reply in replies], 0
         width, height = shutil.get_terminal_size()
         live = self.out.isatty()
@@ -225,8 +246,11 @@ def main() -> None:
             "--model is missing: a directory in Hugging Face's format, a .gguf file or a run's folder"
         )
     if f.web:
+        if f.tools:
+            raise UserError("--tools are called in the terminal; --web has none")
         return web()
-    chat = Chat(opened(), options.sampling(), f.max_tokens, tuple(f.stop), f.system)
+    tools = toolbox(f.tools)
+    chat = Chat(opened(), options.sampling(), f.max_tokens, tuple(f.stop), f.system, tools=tools)
     if sys.stdin.isatty():
         import readline  # noqa: F401 (input() then edits and remembers lines)
 
@@ -238,6 +262,7 @@ if __name__ == "__main__":
     options.define(max_tokens=512)
     flags.DEFINE_string("compare", None, "another model, which answers beside the first")
     flags.DEFINE_string("system", "", "what the models are told first")
+    flags.DEFINE_list("tools", [], "what the models may call: calculator, calendar, python, full_python")
     flags.DEFINE_bool("web", False, "a page instead of the terminal, and the OpenAI API under /v1")
     flags.DEFINE_string("host", "127.0.0.1", "where --web is served; elsewhere than on loopback with --token")
     flags.DEFINE_integer("port", 8000, "of --web; 0 takes a free one")

@@ -1,7 +1,6 @@
 """Tools that a model may call while it answers: <T_C>{"name": "calculator", "arguments": {…}}</T_C>.
 
-    for message in answered(speaker, messages, toolbox()):     # its calls, their results, its answer
-        ...
+    answered(speaker, messages, toolbox())     # the turns of its calls, of their results, and its answer
 
 A call is text that a stranger wrote. It is parsed, checked against the tool's schema, and what it asks for is
 computed by a tool that reads data (calculator, calendar) or by Python in a sandbox (sandbox.py).
@@ -13,12 +12,13 @@ import datetime
 import json
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from llm_jax.config import UserError, nearest
 from llm_jax.data.templates import Message
 from llm_jax.inference import sandbox
+from llm_jax.inference.batching import Answer
 from llm_jax.inference.conversation import Speaker
 from llm_jax.inference.sampling import Sampling
 
@@ -93,28 +93,35 @@ def call_in(text: str) -> str | None:
     return text.rpartition(OPEN)[2] if OPEN in text else None
 
 
+def heard(answer: Answer, tools: Mapping[str, Tool]) -> list[Message]:
+    """An answer as the assistant's turn; behind one that ends with a call, a tool's turn with the result."""
+    call = call_in(answer.text) if tools and answer.stopped_at == CLOSE else None
+    if call is None:
+        return [{"role": "assistant", "content": answer.text.strip()}]
+    said = {"role": "assistant", "content": f"{answer.text.strip()}{CLOSE}"}
+    return [said, {"role": "tool", "content": result_of(call, tools)}]
+
+
 def answered(
     speaker: Speaker,
     messages: Sequence[Message],
     tools: Mapping[str, Tool],
     sampling: Sampling = Sampling(),
     max_tokens: int = 512,
-) -> Iterator[Message]:
-    """What follows a conversation: turns of the assistant with a call, each call's result as a tool's turn,
-    and the answer. After MOST_CALLS calls the model is heard once more, and calls nothing.
+) -> list[Message]:
+    """What follows a conversation: turns of the assistant with a call and of the tool with its result, and
+    the answer. After MOST_CALLS calls the model is heard once more, and its call is left at that.
     """
-    messages = list(messages)
-    for number in range(MOST_CALLS + 1):
-        reply = speaker.reply(messages, sampling, max_tokens, stops=(CLOSE,))
-        text = "".join(reply)
-        call = call_in(text) if reply.answer.stopped_at == CLOSE else None
-        said = {"role": "assistant", "content": text.strip() if call is None else f"{text}{CLOSE}"}
-        yield said
-        if call is None or number == MOST_CALLS:
-            return
-        heard = {"role": "tool", "content": result_of(call, tools)}
-        yield heard
-        messages += [said, heard]
+    found: list[Message] = []
+    for _ in range(MOST_CALLS + 1):
+        reply = speaker.reply([*messages, *found], sampling, max_tokens, stops=(CLOSE,))
+        for _ in reply:
+            pass
+        turns = heard(reply.answer, tools)
+        found += turns
+        if len(turns) == 1:
+            return found
+    return found[:-1]
 
 
 # ---- schemas ----

@@ -59,7 +59,8 @@ def talked(speakers, lines, **options):
 
 def test_each_turn_sends_the_whole_conversation_and_context_shows_it(speaker):
     chat, shown = talked([speaker], ["/system Be", "hi", "more", "/context", "/quit", "never"])
-    (first, [one]), (second, [two]) = chat.turns
+    (first, [[one]]), (second, [[two]]) = chat.turns
+    one, two = one["content"], two["content"]
     assert (first, second) == ("hi", "more")
     sent = f"[s]Be[u]hi[a]{one}[u]more[a]{two}[u]…[a]"
     assert speaker.text(chat.messages(0, "…")) == sent and sent in shown
@@ -86,7 +87,8 @@ def test_a_mistake_is_one_line_and_the_chat_goes_on(speaker, capsys):
 def test_two_models_answer_side_by_side_each_with_its_own_past(speaker, run):
     base = Speaker(open_model(run))
     chat, shown = talked([speaker, base], ["hi", "/context"])
-    ((_, answers),) = chat.turns
+    ((_, turns),) = chat.turns
+    answers = [turn["content"] for (turn,) in turns]
     assert base.template is None and base.text(chat.messages(1, "x")).startswith("User: hi\nAssistant: ")
     assert answers[1] in base.text(chat.messages(1)) and answers[0] in speaker.text(chat.messages(0))
     assert "tiny" in shown and "mine" in shown and " | " in shown

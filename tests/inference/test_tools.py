@@ -1,10 +1,13 @@
 """Calls are checked before anything runs, and what a model writes runs in a sandbox or not at all."""
 
+import io
 import json
 import time
+import types
 
 import pytest
 
+from llm_jax.chat import Chat
 from llm_jax.config import UserError
 from llm_jax.inference import sandbox, tools
 from llm_jax.inference.sandbox import SandboxError
@@ -250,15 +253,22 @@ def test_tools_that_are_not_there_are_named(monkeypatch):
 class Scripted:
     """A speaker that says what it is told to, whatever it hears."""
 
+    name = "scripted"
+
     def __init__(self, *texts):
         self.texts, self.heard = list(texts), []
 
     def reply(self, messages, sampling, max_tokens, stops):
         self.heard.append(list(messages))
-        text, stop, _ = self.texts.pop(0).partition(stops[0])
-        reply = type("Reply", (), {"__iter__": lambda self: iter([text])})()
-        reply.answer = type("Answer", (), {"stopped_at": stop})
+        text, stop, _ = self.texts.pop(0).partition(stops[-1])
+        reply = Said(text)
+        reply.answer = types.SimpleNamespace(text=text, stopped_at=stop)
         return reply
+
+
+class Said(str):
+    def close(self):
+        pass
 
 
 CALL = '<T_C>{"name": "calculator", "arguments": {"expression": "6*7"}}</T_C>'
@@ -267,7 +277,7 @@ CALL = '<T_C>{"name": "calculator", "arguments": {"expression": "6*7"}}</T_C>'
 def test_a_call_is_answered_by_a_tool_s_turn_and_the_model_goes_on():
     speaker = Scripted(f"Let me see. {CALL} and then?", "It is 42. ")
     asked = [{"role": "user", "content": "What is 6 * 7?"}]
-    said = list(tools.answered(speaker, asked, toolbox()))
+    said = tools.answered(speaker, asked, toolbox())
     assert said == [
         {"role": "assistant", "content": f"Let me see. {CALL}"},
         {"role": "tool", "content": "42"},
@@ -278,12 +288,25 @@ def test_a_call_is_answered_by_a_tool_s_turn_and_the_model_goes_on():
 
 def test_a_call_that_is_not_finished_runs_nothing():
     text = CALL.removesuffix("</T_C>")
-    assert list(tools.answered(Scripted(text), [], toolbox())) == [{"role": "assistant", "content": text}]
+    assert tools.answered(Scripted(text), [], toolbox()) == [{"role": "assistant", "content": text}]
 
 
 def test_a_model_that_calls_forever_is_ended():
-    said = list(tools.answered(Scripted(*[CALL] * 9), [], toolbox()))
+    said = tools.answered(Scripted(*[CALL] * 9), [], toolbox())
     assert [turn["role"] for turn in said] == ["assistant", "tool"] * tools.MOST_CALLS + ["assistant"]
+
+
+def test_a_chat_shows_calls_and_their_results_and_each_model_hears_its_own():
+    first = Scripted(f"Hm. {CALL}", "It is 42.")
+    second = Scripted("No idea.")
+    chat = Chat([first, second], out=io.StringIO(), system="Be.", tools=toolbox(["calculator"]))
+    chat.say("What is 6 * 7?")
+    shown = chat.out.getvalue()
+    assert "[scripted is told: 42]" in shown and "It is 42." in shown
+    assert [turn["role"] for turn in chat.messages(0)] == ["system", "user", "assistant", "tool", "assistant"]
+    assert [turn["role"] for turn in chat.messages(1)] == ["system", "user", "assistant"]
+    assert chat.messages(0)[0]["content"].startswith("Be.\n\nYou can call a tool")
+    assert first.heard[1] == chat.messages(0)[:-1] and len(second.heard) == 1
 
 
 def test_a_real_model_is_stopped_at_the_end_of_a_call():
