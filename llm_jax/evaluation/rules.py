@@ -140,7 +140,7 @@ def _sections(text: str, section_spliter: str, num_sections: int) -> bool:
 
 
 def _title(text: str) -> bool:
-    return any(title.strip("<>").strip() for title in re.findall(r"<<[^\n]+>>", text))
+    return any(title.lstrip("<").rstrip(">").strip() for title in re.findall(r"<<[^\n]+>>", text))
 
 
 def _json(text: str) -> bool:
