@@ -257,9 +257,15 @@ ONE_WINDOW = Feature(
 
 def _layer_types(json: Json) -> list[str]:
     """For each layer full_attention or sliding_attention, as written or by the rules of older configs."""
-    if json.get("layer_types"):
-        return json["layer_types"]
     layers = json["num_hidden_layers"]
+    if kinds := json.get("layer_types"):
+        known = {"full_attention", "sliding_attention"}
+        if len(kinds) != layers or not known.issuperset(kinds):
+            raise UserError(
+                f"layer_types of config.json: {layers} of {', '.join(sorted(known))} go with its "
+                f"num_hidden_layers, not {len(kinds)} of {', '.join(sorted(set(map(str, kinds))))}"
+            )
+        return kinds
     if "max_window_layers" in json:  # Qwen: the last ones
         sliding = [layer >= json["max_window_layers"] for layer in range(layers)]
     elif "use_sliding_window" in json:  # SmolLM 3: those without rotary positions

@@ -50,8 +50,12 @@ def load(directory: str | pathlib.Path, mesh: Mesh | None = None) -> Loaded:
     facts = _facts(folder)
     family = families.of(facts)
     config, shards = family.read(facts), Shards(folder, family)
-    if config.tied:
-        shards.where.pop("lm_head.weight", None)
+    if config.tied and (head := family.tensors["head/head"].name) in shards.where:
+        embedding = family.tensors["embed/embedding"].name
+        if np.array_equal(shards.read(head), shards.read(embedding)):
+            shards.where.pop(head)
+        else:  # it was trained by itself, whatever config.json says; transformers takes it too
+            config = dataclasses.replace(config, tied=False)
     params = tensors.load(shards, family.tensors, config, mesh)
     tokenizer = tokenizers.read(folder, context(folder))
     return Loaded(dataclasses.replace(config, dtype=tensors.stored(params)), params, tokenizer)
@@ -59,8 +63,12 @@ def load(directory: str | pathlib.Path, mesh: Mesh | None = None) -> Loaded:
 
 def context(directory: str | pathlib.Path) -> int | None:
     """How many tokens the model in a directory was made for, if its config says so."""
-    facts = _facts(pathlib.Path(os.path.expanduser(directory)))
-    return facts.get("max_position_embeddings") or facts.get("n_positions")
+    folder = pathlib.Path(os.path.expanduser(directory))
+    facts = _facts(folder)
+    key = "max_position_embeddings" if facts.get("max_position_embeddings") else "n_positions"
+    if not isinstance(facts.get(key), int | None):
+        raise UserError(f"{folder / 'config.json'}: {key} is {facts[key]!r}, and it is a number of tokens")
+    return facts.get(key)
 
 
 def _facts(folder: pathlib.Path) -> Json:

@@ -57,7 +57,16 @@ class Portable:
         return None if token is None else self._tokenizer.token_to_id(token)
 
     def encode(self, text: str, special: bool = True) -> np.ndarray:
-        """Token ids; names of special tokens in the text are they, `special` adds what a text begins with."""
+        """Token ids; names of special tokens in the text are they, `special` adds what a text begins with.
+
+        Raises UserError for a text that was no UTF-8 where it came from.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            byte = ord(text[error.start]) & 0xFF  # as Python keeps it
+            place = f"byte 0x{byte:02x} behind {error.start} characters"
+            raise UserError(f"the text is not UTF-8: {place}") from None
         return np.array(self._tokenizer.encode(text, add_special_tokens=special).ids, np.int32)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -103,9 +112,12 @@ def read(folder: pathlib.Path, context: int | None) -> Portable | None:
     facts = read_json(folder / "special_tokens_map.json") | read_json(folder / "tokenizer_config.json")
     special = {role: _content(facts[role]) for role in ROLES if facts.get(role)}
     if (folder / "tokenizer.json").is_file():
-        found = Portable((folder / "tokenizer.json").read_text(), special)
+        found = Portable(_text(folder / "tokenizer.json"), special)
     elif (folder / "tokenizer.model").is_file():
-        found = of_sentencepiece((folder / "tokenizer.model").read_bytes())
+        try:
+            found = of_sentencepiece((folder / "tokenizer.model").read_bytes())
+        except Exception as error:  # protobuf's own kinds, and whatever damaged numbers lead to
+            raise UserError(f"{folder / 'tokenizer.model'}: not a SentencePiece model: {error}") from None
     else:
         return None
     generation = read_json(folder / "generation_config.json") or read_json(folder / "config.json")
@@ -115,7 +127,7 @@ def read(folder: pathlib.Path, context: int | None) -> Portable | None:
     if isinstance(template, list):  # several by name
         template = next((one["template"] for one in template if one["name"] == "default"), None)
     if (folder / "chat_template.jinja").is_file():
-        template = (folder / "chat_template.jinja").read_text()
+        template = _text(folder / "chat_template.jinja")
     stops = tuple(stop for stop in stops if stop is not None)
     return dataclasses.replace(found, stops=stops, chat_template=template, context=context)
 
@@ -152,6 +164,13 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise UserError(f"{path}: a {type(found).__name__}, and it should be an object of keys and values")
     return found
+
+
+def _text(path: pathlib.Path) -> str:
+    try:
+        return path.read_text()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 at byte {error.start}") from None
 
 
 def _content(token: str | dict[str, Any]) -> str:

@@ -197,6 +197,15 @@ def test_a_thousand_experts_are_read_in_the_time_that_writing_them_takes(tmp_pat
     same_tree(found, params)
 
 
+def test_a_head_of_its_own_is_used_whatever_the_config_says_and_a_copy_is_not(tmp_path):
+    folder = changed(tmp_path, tie_word_embeddings=True)
+    same_tree(huggingface.load(folder).params, loaded("llama").params)
+    shutil.rmtree(folder)
+    tensors = tensors_of() | {"lm_head.weight": tensors_of()["model.embed_tokens.weight"]}
+    config, params, _ = huggingface.load(changed(tmp_path, tensors=tensors, tie_word_embeddings=True))
+    assert config.tied and "head" not in params
+
+
 def test_a_tokenizer_saved_while_it_cut_and_padded_does_neither(tmp_path):
     made = tokenizers.Tokenizer.from_str(tokenizer.of_bytes().data)
     made.enable_truncation(4)
@@ -403,6 +412,17 @@ def test_what_cannot_be_loaded_is_one_clear_line(tmp_path):
     folder = changed(tmp_path)
     (folder / "tokenizer.json").write_text("{}")
     fails("not a tokenizer.json", folder)
+    for name, says in (("tokenizer.json", "not UTF-8 at byte 0"), ("tokenizer.model", "not a SentencePiece")):
+        folder = changed(tmp_path)
+        (folder / name).write_bytes(b"\xff\xfe")
+        fails(f"{name}: {says}", folder)
+    fails("max_position_embeddings is 'x', and it is", changed(tmp_path, max_position_embeddings="x"))
+    fails(
+        "layer_types of config.json: 4 of full_attention",
+        changed(tmp_path, "gemma3", layer_types=["foo"] * 7),
+    )
+    with pytest.raises(UserError, match="not UTF-8: byte 0xe9 behind 3 characters"):
+        tokenizer.of_bytes().encode("caf\udce9")
     with pytest.raises(UserError, match=re.escape(f"{tmp_path} exists")):
         huggingface.save(tmp_path, *loaded("llama")[:2])
 
