@@ -36,7 +36,7 @@ def _warn(line: str) -> None:
 
 
 class Checkpoints:
-    """The checkpoints of one run: keeps the newest `keep_last`, and the steps in `keep_steps` for good.
+    """The checkpoints of one run: keeps the newest `keep_last`, the steps in `keep_steps`, and step `best`.
 
     Reading never changes the folder. In a run of many processes all of them call `save`, `restore` and
     `close`, on a file system that they share; process 0 alone writes manifests, checks them, and removes.
@@ -53,6 +53,7 @@ class Checkpoints:
         assert keep_last >= 1, "the newest checkpoint is always kept"
         self.folder = Path(folder).absolute()
         self._keep_last, self._keep_steps, self._say = keep_last, frozenset(keep_steps), say
+        self.best: int | None = None
         self._leader = jax.process_index() == 0
         self._current: int | None = None  # the step last saved or restored here
         self._swept = False
@@ -143,7 +144,7 @@ class Checkpoints:
             return
         manifest.write(self._place(step), {"step": step, "arrays": shapes})
         for old in self.steps()[: -self._keep_last]:
-            if old not in self._keep_steps:
+            if old not in self._keep_steps and old != self.best:
                 self._remove(old)
 
     def _sweep(self, step: int) -> None:

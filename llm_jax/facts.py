@@ -23,6 +23,8 @@ def described(run: Run, source: Source) -> dict[str, Any]:
         "schema": SCHEMA,
         "scientific": config.scientific(run),
         "config": config.to_json(run),
+        "model": config.to_json(run.resolved_model),
+        "start": dict(run.model.record(run.data)),
         "cell": dataclasses.asdict(run.cell),
         "data": dict(source.record),
     }

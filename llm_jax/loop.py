@@ -91,7 +91,7 @@ def train_together(members: Sequence[Member], shape: Shape, mesh: jax.sharding.M
         common = set.intersection(*(set(member.checkpoints.steps()) for member in members))
         # A state alone lies whole on every device of a pack: those of many wait in the host's memory.
         kept = (lambda state: state) if alone else jax.device_get
-        restored = [kept(member.restore(parts.one, max(common, default=None))) for member in members]
+        restored = [kept(member.restore(parts, max(common, default=None))) for member in members]
         own_rows = len({(member.run.order, member.first) for member in members}) > 1
         parts = program(dataclasses.replace(shape, own_rows=own_rows), mesh)
         step = parts.step
@@ -168,7 +168,8 @@ def train_together(members: Sequence[Member], shape: Shape, mesh: jax.sharding.M
             )
             if evaluating:
                 for member, scores in zip(evaluating, evaluate(evaluating), strict=True):
-                    member.log_scores(member.first + clock, scores)
+                    if member.log_scores(member.first + clock, scores) and member not in saving:
+                        saving.append(member)
             for member in saving:
                 member.checkpoints.save(member.first + clock, parts.take(state, members.index(member)))
                 saved_at = time.perf_counter()

@@ -15,9 +15,10 @@ import numpy as np
 
 from llm_jax import facts, optimizers, records, trunks
 from llm_jax.checkpoints import Checkpoints
-from llm_jax.config import UserError
+from llm_jax.config import UserError, nearest
 from llm_jax.data import Source
 from llm_jax.models import Params
+from llm_jax.pretrained import PretrainedTokenizer, keep_tokenizer
 from llm_jax.program import Program
 from llm_jax.records import Record, load_run, metrics
 from llm_jax.run import Run, refuse_repeats
@@ -72,10 +73,16 @@ class Member:
 
     # ---- the start ----
 
-    def restore(self, abstract_state: State, at_most: int | None = None) -> State | None:
-        """The state of its last checkpoint (up to step `at_most`) or its trunk's; None: it begins anew."""
-        restored = self.checkpoints.restore(abstract_state, at_most=at_most)
-        restored = restored or (self._trunk and self._trunk.restore(abstract_state, self.run))
+    def restore(self, parts: Program, at_most: int | None = None) -> State | None:
+        """The state of its last checkpoint (up to step `at_most`), its trunk's, or what its model begins as.
+
+        None: all is drawn.
+        """
+        restored = self.checkpoints.restore(parts.one, at_most=at_most)
+        restored = restored or (self._trunk and self._trunk.restore(parts.one, self.run))
+        if restored is None:
+            read = self.run.model.beginning(self.run.data, getattr(self.source, "codec", None))
+            restored = read and (0, parts.begin(self.run.seed, read))
         self.first, state, *self._origin = restored or (0, None)
         return state
 
@@ -87,6 +94,8 @@ class Member:
             raise UserError(
                 f"{self.folder} can't be a run's folder: {error.strerror}; name another by --folder"
             ) from None
+        if isinstance(getattr(self.run.data, "tokenizer", None), PretrainedTokenizer):
+            keep_tokenizer(self.run.data, self.source.codec, self.folder)
         self.result = self._ended()
         if self.result is not None:  # by another process, in the meantime
             self.status = self.result["status"]
@@ -103,6 +112,7 @@ class Member:
         self._latest = collections.deque(losses, maxlen=DIVERGED_STEPS)
         twentieth = self.steps // (20 * self.run.execution.log_every_steps)
         self._recent = collections.deque(losses, maxlen=max(1, twentieth))
+        self._best = self._best_before(earlier)
         self._seconds_shared, self._seconds_before = (
             float(rows["seconds"].max()) if len(rows) else 0.0
             for rows in (earlier[earlier["step"] <= shared], earlier)
@@ -150,7 +160,7 @@ class Member:
 
     def saves(self, step: int) -> bool:
         keeps = self.run.execution.checkpoint
-        if step == self.steps and keeps.at_end:
+        if step == self.steps and (keeps.at_end or keeps.keep_best):
             return True
         return self.first < step and (step in keeps.keep_steps or _every(keeps.every_steps, step))
 
@@ -184,8 +194,41 @@ class Member:
         rule = dataclasses.asdict(self.run.execution.stopping)
         self._why = {"stopped": {"recent_loss": self.recent_loss, "better": better, "rule": rule}}
 
-    def log_scores(self, step: int, scores: Mapping[str, float]) -> None:
+    def log_scores(self, step: int, scores: Mapping[str, float]) -> bool:
+        """Records an evaluation; whether it is the best so far, where that is asked for."""
         self._record.log(step, {f"held_out/{name}": value for name, value in scores.items()})
+        return self._is_best(step, scores)
+
+    def _is_best(self, step: int, scores: Mapping[str, float]) -> bool:
+        """Whether an evaluation is the best so far; it is from now on, and so the state of `step` is kept."""
+        keeps = self.run.execution.checkpoint
+        if not keeps.keep_best:
+            return False
+        if keeps.keep_best not in scores:
+            raise UserError(
+                f"execution.checkpoint.keep_best: no metric {keeps.keep_best!r} in this run's evaluations; "
+                f"{nearest(keeps.keep_best, scores)}"
+            )
+        value = scores[keeps.keep_best]
+        if not math.isfinite(value):
+            return False
+        if self._best is not None:
+            before = self._best["value"]
+            if value >= before if keeps.best_is == "lowest" else value <= before:
+                return False
+        self._best = {"metric": keeps.keep_best, "step": step, "value": value}
+        self.checkpoints.best = step
+        return True
+
+    def _best_before(self, earlier: Any) -> dict[str, Any] | None:
+        """The best of the evaluations up to here whose state stands, by the records."""
+        keeps, self._best = self.run.execution.checkpoint, None
+        column = f"held_out/{keeps.keep_best}"
+        if keeps.keep_best and column in earlier:
+            for step, value in earlier[["step", column]].dropna().itertuples(index=False):
+                if step in self.checkpoints.steps() and step <= self.first:
+                    self._is_best(int(step), {keeps.keep_best: float(value)})
+        return self._best
 
     def finish(self, scores: Mapping[str, float], mesh: jax.sharding.Mesh, **measured: Any) -> None:
         """Writes the result: that of the last evaluation, unless the run has diverged."""
@@ -193,6 +236,8 @@ class Member:
         if self.status == "running":
             finite = math.isfinite(scores.get("loss", 0.0))
             self.status = "diverged" if broken or not finite else "done"
+        if self.status == "done":
+            self._is_best(self.steps, scores)
         self.checkpoints.close()
         logged = metrics(self.folder).set_index("step")
         last_steps = logged.index > self.steps - max(1, self.steps // 20)
@@ -210,6 +255,7 @@ class Member:
             **facts.spent(self.steps, int(logged.index[-1]), self._branched, self._counts),
             train_loss=float(logged["loss"][last_steps].mean()),
             **self._why,
+            **({"best": self._best} if self._best else {}),
             wall_seconds=self.seconds() - self._seconds_shared,
             **measured,
         )

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ from llm_jax.data import Source
 from llm_jax.held_out import make_scorer
 from llm_jax.kernels import memory
 from llm_jax.losses import Objective
-from llm_jax.models import Layout, ModelConfig
+from llm_jax.models import Layout, ModelConfig, Params
 from llm_jax.optimizers import Optimizer
 from llm_jax.run import Run
 from llm_jax.step import State, make_init, make_step, over_block, over_members, state_shardings
@@ -97,6 +97,7 @@ class Program:
 
         # ---- the state ----
         init, packed = make_init(self.model, shape.optimizer, self.roles), shape.members is not None
+        init_one = init
         one = jax.eval_shape(init, KEY)
         place_of_one = place = state_shardings(one, self.roles, mesh)
         self.one = self.state = _at(one, place)
@@ -107,6 +108,7 @@ class Program:
             keys = jax.ShapeDtypeStruct((shape.members, *KEY.shape), KEY.dtype)
             self.state = _at(jax.eval_shape(init, keys), place)
         self.init = jax.jit(init, out_shardings=place)
+        self._begin = jax.jit(init_one, out_shardings=place_of_one)
         self.scorer = make_scorer(self.model, packed)
         self.pick = jax.jit(_take)
         self._take = jax.jit(_take, out_shardings=place_of_one)
@@ -173,6 +175,10 @@ class Program:
     def take(self, state: State, member: int) -> State:
         """The state of one member, as that of a run alone."""
         return state if self.shape.members is None else self._take(state, member)
+
+    def begin(self, seed: int, read: Callable[[jax.sharding.Mesh], Params]) -> State:
+        """The state at step 0 of one run whose parameters, or some of them, are read."""
+        return self._begin(jax.random.PRNGKey(seed), 1.0, read(self.mesh))
 
     def start(self, starts: Sequence[tuple[int, float]], restored: Sequence[State | None]) -> State:
         """The state to start from: of each member the one restored, or else that of its (seed, scale)."""

@@ -209,7 +209,8 @@ def load_sweep(folder: str | Path) -> "pandas.DataFrame":
     rows = []
     for place in _run_folders(root):
         run = load_run(place)
-        row = _flat(run.get("config", {})) | _flat(run.get("cell", {})) | (run["result"] or {})
+        filled = {"model": run["model"]} if run.get("start") else {}  # with what it takes from elsewhere
+        row = _flat(run.get("config", {}) | filled) | _flat(run.get("cell", {})) | (run["result"] or {})
         row |= {"run": os.path.relpath(place, root), "identity": run.get("identity"), "status": run["status"]}
         rows.append(row)
     if not rows:

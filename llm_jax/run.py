@@ -6,8 +6,9 @@ identity. The rest says where the run stands in its sweep and how it is executed
 
 import dataclasses
 import math
+from typing import Literal
 
-from llm_jax import config
+from llm_jax import config, pretrained  # noqa: F401 (a kind of models and tokenizers)
 from llm_jax.config import Tagged, UserError, outside_identity
 from llm_jax.data import DataConfig, Source, Text
 from llm_jax.losses import NextToken, Objective
@@ -41,13 +42,19 @@ class NoSweep(Sweep, kind="none"):
 
 @dataclasses.dataclass(frozen=True)
 class Checkpointing:
-    """When the state is saved: every so many seconds or steps (0: not by that clock), and at the end."""
+    """When the state is saved: every so many seconds or steps (0: not by that clock), and at the end.
+
+    keep_best: a metric of the evaluations, such as loss; the state for which it was lowest (best_is) is saved
+    and kept, and the run is opened with it.
+    """
 
     every_seconds: float = 60.0
     every_steps: int = 0
     keep_last: int = 2
     keep_steps: tuple[int, ...] = ()
     at_end: bool = True
+    keep_best: str = ""
+    best_is: Literal["lowest", "highest"] = "lowest"
 
     def validate(self) -> None:
         check_least(self, "execution.checkpoint.", keep_last=1, every_steps=0, every_seconds=0)
@@ -96,6 +103,11 @@ class Execution:
         check_least(
             self, "execution.", micro_batches=1, block_steps=1, log_every_steps=1, evaluate_every_steps=0
         )
+        if self.checkpoint.keep_best and not self.evaluate_every_steps:
+            raise UserError(
+                f"execution.checkpoint.keep_best={self.checkpoint.keep_best} compares evaluations: say how "
+                "often, --config.execution.evaluate_every_steps=100"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,15 +154,18 @@ class Run:
         for name in ("seed", "data_seed"):
             if not 0 <= (getattr(self, name) or 0) < 1 << 32:
                 raise UserError(f"{name} is {getattr(self, name)}; it lies in 0 .. 4294967295")
-        if self.execution.micro_batches > 1 and getattr(self.model, "dropout", 0):
+        check_least(self, "", ("initial_scale",))
+        self.optimizer.schedule.check_length(self.steps)
+        model = self.resolved_model
+        config.check(model, "config.model")
+        if self.execution.micro_batches > 1 and getattr(model.merged, "dropout", 0):
             raise UserError(
                 "model.dropout draws anew in each micro-batch: set --config.execution.micro_batches=1"
             )
-        check_least(self, "", ("initial_scale",))
-        self.optimizer.schedule.check_length(self.steps)
-        config.check(self.resolved_model, "config.model")
-        if hasattr(self.model, "parametrization"):
-            self.model.parametrization.check_optimizer(self.optimizer)
+        if hasattr(model, "parametrization"):
+            model.parametrization.check_optimizer(self.optimizer)
+        if self.initial_scale != 1 and self.model.record(self.data):
+            raise UserError("initial_scale multiplies drawn parameters, and model.path gives them: drop it")
 
     def identity(self, content: bool = True) -> str:
         return config.identity(self, SCHEMA, content)

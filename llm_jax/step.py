@@ -38,6 +38,8 @@ def make_step(
     gradient and update as a whole and by role.
     """
 
+    roles = model.split(roles)[1]
+
     def step(state: State, batch: Batch, hyper: Hyper) -> tuple[State, dict[str, jax.Array]]:
         key = jax.random.fold_in(state.key, state.step)
         weights = {n.removeprefix("weights/"): v for n, v in hyper.items() if n.startswith("weights/")}
@@ -161,13 +163,18 @@ def over_block(step: Step) -> Step:
 def make_init(model: Model, optimizer: optimizers.Optimizer, roles: Any) -> Callable[..., State]:
     """The state at step 0 by (key, scale): the key's first half makes the parameters, the rest is kept.
 
-    scale: what all that decays (matrices) is multiplied by.
+    scale: what all that decays (matrices) is multiplied by. read: parameters, by their top-level names, that
+    take the place of drawn ones.
     """
 
-    def init(key: jax.Array, scale: jax.Array | float = 1.0) -> State:
+    def init(key: jax.Array, scale: jax.Array | float = 1.0, read: Params | None = None) -> State:
         init_key, run_key = jax.random.split(key)
         params = jax.tree.map(lambda role, x: x * scale if role.decay else x, roles, model.init(init_key))
-        return State(params, {}, optimizers.init(optimizer, roles, params), jnp.int32(0), run_key)
+        if read is not None:
+            params |= jax.tree.map(lambda x: x.astype(jnp.float32), read)
+        frozen, trained = model.split(params)
+        kept = optimizers.init(optimizer, model.split(roles)[1], trained)
+        return State(trained, frozen, kept, jnp.int32(0), run_key)
 
     return init
 

@@ -17,6 +17,7 @@ ROWS = [
         "program",
         "coordinates",
         "step",
+        "pretrained",
         "run",
         "facts",
         "held_out",

@@ -27,12 +27,15 @@ from llm_jax.data.windows import mix, shuffled
 from llm_jax.data.writer import Encoded, Writer
 from llm_jax.values import check_least
 
+OWN = "own"  # the template that came with the tokenizer
+
 
 @dataclasses.dataclass(frozen=True)
 class Chat(DataConfig, kind="chat"):
     """Conversations to be continued by the assistant: rows of `sequence_length` tokens with their targets.
 
-    paths: files of conversations (conversations.py). template: chatml, llama3, plain, or a .jinja file.
+    paths: files of conversations (conversations.py). template: chatml, llama3, plain, a .jinja file, or
+    own, which came with the tokenizer.
     too_long: a conversation longer than a row is cut behind its last answer that fits, or dropped; either is
     counted in the record.
     """
@@ -49,7 +52,8 @@ class Chat(DataConfig, kind="chat"):
 
     @property
     def vocabulary(self) -> int:
-        return self.tokenizer.size() + len(self.written.special)
+        known = self.tokenizer.id_of
+        return self.tokenizer.size() + sum(known(name) is None for name in self.written.special)
 
     @property
     def tokens_per_step(self) -> int:
@@ -60,9 +64,13 @@ class Chat(DataConfig, kind="chat"):
         """The template; raises UserError where there is none of that name."""
         if self.template in BUILT_IN:
             return BUILT_IN[self.template]
+        if self.template == OWN:
+            if (own := self.tokenizer.template()) is None:
+                raise UserError(f"data.template={OWN}: data.tokenizer has no chat template of its own")
+            return own
         place = Path(self.template).expanduser()
         if place.suffix != ".jinja" or not place.is_file():
-            hint = nearest(self.template, [*BUILT_IN, "a .jinja file"])
+            hint = nearest(self.template, [*BUILT_IN, OWN, "a .jinja file"])
             raise UserError(f"no chat template {self.template!r}; {hint}")
         text = readers.whole(place)
         return Template(text, tuple(dict.fromkeys(re.findall(r"<\|\w+\|>", text))))
@@ -78,7 +86,7 @@ class Chat(DataConfig, kind="chat"):
     def fingerprint(self) -> dict[str, Any]:
         """The conversations and the template, wherever they lie."""
         content = [hash_of(readers.whole(Path(path)).encode()) for path in self.paths]
-        own = {} if self.template in BUILT_IN else {"template": digest(self.written.text)}
+        own = {} if self.template in (*BUILT_IN, OWN) else {"template": digest(self.written.text)}
         file = self.tokenizer.content()
         return {"content": content} | own | ({"tokenizer_content": file} if file else {})
 
@@ -199,7 +207,7 @@ class ChatSource(Source):
         codec, length = self.codec, self.config.sequence_length
         filled = sum(len(item.tokens) - 1 for item in self._kept)
         said = sum(int(item.said[1:].sum()) for item in self._kept)
-        tokenizer = {"kind": self.config.tokenizer.kind, "vocabulary": self.config.vocabulary}
+        tokenizer = {"kind": self.config.tokenizer.kind, "vocabulary": self.writer.vocabulary}
         tokenizer |= {"fingerprint": codec.fingerprint, "library": codec.library}
         return {
             "conversations": {"trained": len(self._kept), "held_out": len(self._held), "cut": self.cut},

@@ -3,6 +3,7 @@
 import datetime
 import functools
 import json
+import types
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -44,13 +45,16 @@ PLAIN = """\
 
 
 class Template(NamedTuple):
-    """A chat template with the special tokens that it writes; the last of them ends a turn."""
+    """A chat template with the special tokens that it writes; the last of them ends a turn.
+
+    roles: what it calls bos_token, eos_token … where a tokenizer says so.
+    """
 
     text: str
     special: tuple[str, ...]
+    roles: Mapping[str, str] = types.MappingProxyType({})
 
 
-# {eos} stands for the tokenizer's own end of a text.
 BUILT_IN = {
     "chatml": Template(CHATML, ("<|im_start|>", "<|im_end|>")),
     "llama3": Template(

@@ -21,6 +21,7 @@ import numpy as np
 from llm_jax.config import Tagged, UserError, outside_identity
 from llm_jax.data import readers
 from llm_jax.data.cache import cache_folder, digest, once
+from llm_jax.data.templates import Template
 
 _FILES = {".model": "sentencepiece_file", ".json": "huggingface"}  # suffix -> kind
 _CHUNK_CHARACTERS = 4096  # BPE is slow on long texts, and chunks keep all threads busy
@@ -43,21 +44,28 @@ class Codec(Protocol):
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, any eot left out."""
 
+    def id_of(self, name: str) -> int | None:
+        """The id of the special token of that name, if it has one."""
+
 
 Sample = Callable[[int], Iterator[str]]  # about so many bytes of the training documents
 
 
 class Tokenizer(Tagged):
-    """Root of the tokenizers. A `.model` or `.json` file on the command line stands for itself."""
+    """Root of the tokenizers. A `.model` or `.json` file on the command line stands for itself, and the place
+    of a model for its tokenizer.
+    """
 
     @classmethod
     def parse(cls, text: str) -> "Tokenizer":
         suffix = pathlib.Path(text).suffix
+        if "pretrained" in cls.members and (suffix == ".gguf" or os.path.isdir(os.path.expanduser(text))):
+            return cls.members["pretrained"](path=text)
         return cls.members[_FILES[suffix]](path=text) if suffix in _FILES else super().parse(text)
 
     @classmethod
     def choices(cls) -> list[str]:
-        return [*cls.members, "a .model or .json file"]
+        return [*cls.members, "a .model or .json file", "a model's place"]
 
     def size(self) -> int:
         """The number of token ids."""
@@ -69,6 +77,14 @@ class Tokenizer(Tagged):
 
     def content(self) -> str | None:
         """The hash of the file behind it, if there is one: a part of a run's identity."""
+        return None
+
+    def id_of(self, name: str) -> int | None:
+        """The id of the special token of that name, if the tokenizer has it already."""
+        return None
+
+    def template(self) -> Template | None:
+        """The chat template that came with it, if one did."""
         return None
 
 
@@ -186,6 +202,9 @@ class FromFile(Tokenizer):
     def content(self) -> str:
         return _opened(self, *_stamp(self.path))[1]
 
+    def id_of(self, name: str) -> int | None:
+        return self.open().id_of(name)
+
     def codec(self, data: bytes) -> Codec:
         """What the file's content does. Raises UserError if it isn't such a file."""
         raise NotImplementedError
@@ -247,6 +266,9 @@ class SentencePieceCodec:
     def decode(self, ids: Sequence[int]) -> str:
         return self._processor.decode([int(i) for i in ids if i != self.eot])
 
+    def id_of(self, name: str) -> int | None:
+        return None
+
     def _chunks(self, text: str) -> Iterator[str]:
         """What is encoded by itself: between two chunks stands either nothing or a sign to be spelled."""
         if not self._cut:
@@ -295,6 +317,9 @@ class HuggingFaceCodec:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids if i != self.eot], skip_special_tokens=False)
+
+    def id_of(self, name: str) -> int | None:
+        return self._tokenizer.token_to_id(name)
 
 
 def _library(name: str) -> str:

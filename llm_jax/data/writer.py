@@ -26,15 +26,18 @@ class Encoded(NamedTuple):
 
 
 class Writer:
-    """Conversations as token ids: a tokenizer and a template, whose special tokens follow the tokenizer's."""
+    """Conversations as token ids: a tokenizer and a template; special tokens that are new follow its own."""
 
     def __init__(self, codec: Codec, template: Template) -> None:
         self.codec, self.template = codec, template
-        self.ids = {name: codec.vocabulary + number for number, name in enumerate(template.special)}
+        self.ids = {name: number for name in template.special if (number := codec.id_of(name)) is not None}
+        new = [name for name in template.special if name not in self.ids]
+        self.ids |= {name: codec.vocabulary + number for number, name in enumerate(new)}
+        self.vocabulary = codec.vocabulary + len(new)
         self.ids[EOS] = codec.eot
         self._names = re.compile("|".join(map(re.escape, self.ids)))
         first = template.special[0] if "bos_token" in template.text else EOS
-        self._special = {"bos_token": first, "eos_token": EOS}
+        self._special = {"bos_token": first, "eos_token": EOS, **template.roles}
 
     def encode(self, messages: Conversation) -> list[Encoded]:
         """Its pieces in order; raises UnusableError where the template refuses it."""

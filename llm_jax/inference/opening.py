@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import types
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -21,11 +22,12 @@ from llm_jax.inference.quantising import quantise
 from llm_jax.interop import huggingface
 from llm_jax.interop import tokenizer as tokenizers
 from llm_jax.interop.tokenizer import Portable
-from llm_jax.models import ModelConfig, Params
+from llm_jax.models import ModelConfig, Params, lora  # noqa: F401 (a kind of models)
 from llm_jax.optimizers import Optimizer
 from llm_jax.records import check_tokenizer, load_run
 from llm_jax.sharding import MeshConfig, make_mesh, shardings
 
+TOKENIZER = "tokenizer"  # the folder of a run's tokenizer where nothing else may have it some day
 Dtype = Literal["float32", "bfloat16", "int8"]
 
 
@@ -66,25 +68,41 @@ class Opened(NamedTuple):
         return self.tokenizer.stops if self.tokenizer else ()
 
 
+class Described(NamedTuple):
+    """A model that is known, and whose parameters are still where they are: read(mesh) reads them."""
+
+    name: str
+    config: ModelConfig
+    tokenizer: Portable | None
+    context: int | None
+    read: Callable[[Mesh | None], Params]
+
+
 def open_model(path: str, dtype: Dtype | None = None, mesh: Mesh | None = None) -> Opened:
     """The model at `path`, computing in `dtype` (by default as it is stored), its parameters on the mesh.
 
     Raises UserError for what is no model, and as its reader does for one that is damaged.
     """
+    found = describe(path)
+    opened = Opened(found.name, found.config, found.read(mesh), found.tokenizer, found.context)
+    return opened if dtype is None else cast(opened, dtype)
+
+
+def describe(path: str | pathlib.Path) -> Described:
+    """What is known of the model at `path` before its parameters are read."""
     place = pathlib.Path(os.path.expanduser(path))
     if place.is_file() and place.suffix == ".gguf":
         from llm_jax.interop import gguf
 
-        opened = _portable(place, gguf, mesh)
-    elif (place / "config.json").is_file():
-        opened = _of_run(place, mesh) if _is_run(place) else _portable(place, huggingface, mesh)
-    elif place.is_file() and place.suffix in huggingface.PICKLED:
+        return _portable(place, gguf)
+    if (place / "config.json").is_file():
+        return _of_run(place) if is_run(place) else _portable(place, huggingface)
+    if place.is_file() and place.suffix in huggingface.PICKLED:
         raise huggingface.refused(place)
-    else:
-        raise UserError(
-            f"no model at {path!r}: give a directory in Hugging Face's format, a .gguf file or a run's folder"
-        )
-    return opened if dtype is None else cast(opened, dtype)
+    raise UserError(
+        f"no model at {str(path)!r}: give a directory in Hugging Face's format, a .gguf file or a run's "
+        "folder"
+    )
 
 
 def cast(opened: Opened, dtype: Dtype) -> Opened:
@@ -95,10 +113,10 @@ def cast(opened: Opened, dtype: Dtype) -> Opened:
     return opened._replace(params=params, config=dataclasses.replace(opened.config, dtype=dtype))
 
 
-def _portable(place: pathlib.Path, reader: types.ModuleType, mesh: Mesh | None) -> Opened:
-    config, params, tokenizer = reader.load(place, mesh)
+def _portable(place: pathlib.Path, reader: types.ModuleType) -> Described:
+    config, read, tokenizer = reader.describe(place)
     context = tokenizer.context if tokenizer else reader.context(place)
-    return Opened(place.name, config, params, tokenizer, _limit(config, context))
+    return Described(place.name, config, tokenizer, _limit(config, context), read)
 
 
 def _limit(config: ModelConfig, context: int | None) -> int | None:
@@ -107,28 +125,63 @@ def _limit(config: ModelConfig, context: int | None) -> int | None:
     return min(filter(None, (context, learned)), default=None)
 
 
-def _is_run(place: pathlib.Path) -> bool:
+def is_run(place: pathlib.Path) -> bool:
+    """Whether a folder with a config.json is that of a run."""
     try:
         return "identity" in json.loads((place / "config.json").read_text())
     except ValueError:
         return False  # the other reader says what is wrong with it
 
 
-def _of_run(place: pathlib.Path, mesh: Mesh | None) -> Opened:
-    """A run's newest parameters; each text begins with the end of the one before, as in training."""
+def _of_run(place: pathlib.Path) -> Described:
+    """A run's newest parameters, or its best if it kept them; merged if they were trained beside others."""
     facts = load_run(place)
     data = configs.from_json(DataConfig, facts["config"]["data"], "data")
-    config = configs.from_json(ModelConfig, facts["config"]["model"], "model").resolve(data)
+    if "model" in facts:  # with what it took from elsewhere, which may be gone
+        config = configs.from_json(ModelConfig, facts["model"], "model")
+    else:
+        config = configs.from_json(ModelConfig, facts["config"]["model"], "model").resolve(data)
     if not hasattr(data, "tokenizer") or config.build().decode is None:
         raise UserError(f"{place}: a {config.kind} on {data.kind} generates no text")
+    merged = config.merged
+    tokenizer, context = _tokenizer_of_run(place, facts, data), _limit(merged, data.sequence_length)
+    tokenizer = dataclasses.replace(tokenizer, context=context)
+    optimizer = configs.from_json(Optimizer, facts["config"]["optimizer"], "optimizer")
+
+    def read(mesh: Mesh | None) -> Params:
+        return _params_of_run(place, config, optimizers.structure(optimizer), step_of(facts), mesh)
+
+    return Described(place.name, merged, tokenizer, context, read)
+
+
+def _tokenizer_of_run(place: pathlib.Path, facts: Mapping[str, Any], data: Any) -> Portable:
+    """The tokenizer beside a run's records, or else what its data says."""
+    if (place / TOKENIZER).is_dir():
+        return tokenizers.read(place / TOKENIZER, None)
     trained = isinstance(data.tokenizer, SentencePiece)
     codec = data.open().codec if trained else data.tokenizer.open(None, "")
-    tokenizer = tokenizers.of(codec)
-    if isinstance(data, Chat):
-        tokenizer = tokenizers.with_turns(tokenizer, data.written)
     now = {"fingerprint": codec.fingerprint, "library": codec.library}
     before = facts["data"].get("tokenizer", {})
     check_tokenizer(place, facts, {"data": {"tokenizer": before | now} if before else {}})
+    return tokenizer_of(data, codec)
+
+
+def tokenizer_of(data: Any, codec: Any) -> Portable:
+    """The tokenizer of a model trained on `data`; texts begin with the end of the one before, as there."""
+    tokenizer = tokenizers.of(codec)
+    if isinstance(data, Chat):
+        tokenizer = tokenizers.with_turns(tokenizer, data.written)
+    return tokenizer.begun(codec.eot)
+
+
+def step_of(facts: Mapping[str, Any]) -> int | None:
+    """The step with which a run is opened, by its record; None: the newest that is sound."""
+    return ((facts["result"] or {}).get("best") or {}).get("step")
+
+
+def _params_of_run(
+    place: pathlib.Path, config: ModelConfig, optimizer: Optimizer, step: int | None, mesh: Mesh | None
+) -> Params:
     model = config.build()
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     roles = model.roles(shapes)
@@ -137,12 +190,14 @@ def _of_run(place: pathlib.Path, mesh: Mesh | None) -> Opened:
     target = jax.tree.map(
         lambda x, at: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=at), shapes, places
     )
-    optimizer = optimizers.structure(configs.from_json(Optimizer, facts["config"]["optimizer"], "optimizer"))
-    part = _published(jax.eval_shape(lambda params: optimizers.init(optimizer, roles, params), shapes))
-    params = Checkpoints(place / "checkpoints").restore_params(target, part)
-    context = _limit(config, data.sequence_length)
-    tokenizer = dataclasses.replace(tokenizer.begun(codec.eot), context=context)
-    return Opened(place.name, config, params, tokenizer, context)
+    frozen, trained = model.split(target)
+    roles = model.split(roles)[1]
+    part = _published(jax.eval_shape(lambda params: optimizers.init(optimizer, roles, params), trained))
+    checkpoints = Checkpoints(place / "checkpoints")
+    params = checkpoints.restore_params(trained, part, step)
+    if frozen:
+        params |= checkpoints.restore_params(frozen, "frozen", step)
+    return model.merge(params)
 
 
 def _published(optimizer_state: Any) -> str:

@@ -19,7 +19,7 @@ from llm_jax.interop import families, gguf_tokenizer, tensors
 from llm_jax.interop import tokenizer as tokenizers
 from llm_jax.interop.features import Json, sound
 from llm_jax.interop.gguf_names import ARCHITECTURES, Architecture
-from llm_jax.interop.huggingface import Loaded
+from llm_jax.interop.huggingface import Described, Loaded
 from llm_jax.interop.layouts import plan, sizes_of
 from llm_jax.interop.tokenizer import Portable
 from llm_jax.models import Params
@@ -41,10 +41,17 @@ def load(path: str | pathlib.Path, mesh: Mesh | None = None) -> Loaded:
     Raises UserError for a damaged file, an architecture, quantisation or tokenizer that isn't known, and
     tensors that don't fit the metadata.
     """
+    return describe(path).load(mesh)
+
+
+def describe(path: str | pathlib.Path) -> Described:
+    """What `load` finds, but for the parameters."""
     file = File(pathlib.Path(os.path.expanduser(path)))
     architecture, config = _config_of(file)
-    params = tensors.load(file, architecture.tensors, config, mesh)
-    return Loaded(config, params, _tokenizer_of(file))
+    tensors.shapes(file, architecture.tensors, config)
+    return Described(
+        config, lambda mesh: tensors.load(file, architecture.tensors, config, mesh), _tokenizer_of(file)
+    )
 
 
 def context(path: str | pathlib.Path) -> int | None:

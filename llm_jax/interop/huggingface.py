@@ -9,7 +9,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -39,6 +39,17 @@ class Loaded(NamedTuple):
     tokenizer: Portable | None
 
 
+class Described(NamedTuple):
+    """A model in a file whose parameters are still there: read(mesh) reads them."""
+
+    config: Transformer
+    read: Callable[[Mesh | None], Params]
+    tokenizer: Portable | None
+
+    def load(self, mesh: Mesh | None) -> Loaded:
+        return Loaded(self.config, self.read(mesh), self.tokenizer)
+
+
 def load(directory: str | pathlib.Path, mesh: Mesh | None = None) -> Loaded:
     """The model in a directory, its parameters sent to the mesh (by default one device) tensor by tensor.
 
@@ -46,6 +57,11 @@ def load(directory: str | pathlib.Path, mesh: Mesh | None = None) -> Loaded:
     Raises UserError for an
     architecture that isn't known, a damaged file, and tensors that don't fit the config or are left over.
     """
+    return describe(directory).load(mesh)
+
+
+def describe(directory: str | pathlib.Path) -> Described:
+    """What `load` finds, but for the parameters."""
     folder = pathlib.Path(os.path.expanduser(directory))
     facts = _facts(folder)
     family = families.of(facts)
@@ -56,9 +72,12 @@ def load(directory: str | pathlib.Path, mesh: Mesh | None = None) -> Loaded:
             shards.where.pop(head)
         else:  # it was trained by itself, whatever config.json says; transformers takes it too
             config = dataclasses.replace(config, tied=False)
-    params = tensors.load(shards, family.tensors, config, mesh)
-    tokenizer = tokenizers.read(folder, context(folder))
-    return Loaded(dataclasses.replace(config, dtype=tensors.stored(params)), params, tokenizer)
+    dtype = tensors.stored(tensors.shapes(shards, family.tensors, config))
+    return Described(
+        dataclasses.replace(config, dtype=dtype),
+        lambda mesh: tensors.load(shards, family.tensors, config, mesh),
+        tokenizers.read(folder, context(folder)),
+    )
 
 
 def context(directory: str | pathlib.Path) -> int | None:

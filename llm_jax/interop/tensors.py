@@ -36,26 +36,39 @@ class Reader(Protocol):
         """One tensor, as floating-point numbers."""
 
 
-def load(reader: Reader, table: Table, config: Transformer, mesh: Mesh | None = None) -> Params:
-    """The parameters of `config` on the mesh (by default one device), each tensor sent there as it is read.
+def shapes(reader: Reader, table: Table, config: Transformer) -> Params:
+    """What `load` will make of a file, as ShapeDtypeStructs.
 
     Raises UserError that lists tensors without a use, parameters without a tensor, and shapes that don't fit.
     """
-    model, sizes = config.build(), sizes_of(config)
+    model = config.build()
     wanted = plan(table, config, model)
     _check(reader, wanted, config)
-    dtypes = {name: reader.dtype(name) for name in wanted}
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-    roles = dict(_leaves(model.roles(shapes)))
+    dtypes: dict[tuple[str, ...], jnp.dtype] = {}
+    for name, pieces in wanted.items():
+        dtype = reader.dtype(name)
+        for piece in pieces:
+            dtypes[piece.path] = jnp.result_type(dtype, dtypes.get(piece.path, dtype))
+    leaves = _leaves(jax.eval_shape(model.init, jax.random.key(0)))
+    return _tree({path: jax.ShapeDtypeStruct(leaf.shape, dtypes[path]) for path, leaf in leaves})
+
+
+def load(reader: Reader, table: Table, config: Transformer, mesh: Mesh | None = None) -> Params:
+    """The parameters of `config` on the mesh (by default one device), each tensor sent there as it is read.
+
+    Raises UserError as `shapes` does.
+    """
+    model, sizes, wanted = config.build(), sizes_of(config), shapes(reader, table, config)
+    roles = dict(_leaves(model.roles(wanted)))
     mesh = mesh or make_mesh(MeshConfig(data=1), jax.local_devices()[:1])
     slices: dict[tuple[str, ...], list[tuple[str, Piece]]] = {}
-    for name, pieces in wanted.items():
+    for name, pieces in plan(table, config, model).items():
         for piece in pieces:
             slices.setdefault(piece.path, []).append((name, piece))
     filled = {}
-    for path, leaf in _leaves(shapes):
-        axes, dtype = roles[path].axes, jnp.result_type(*(dtypes[name] for name, _ in slices[path]))
-        place = shardings(jax.ShapeDtypeStruct(leaf.shape, dtype), axes, mesh)
+    for path, leaf in _leaves(wanted):
+        axes, dtype = roles[path].axes, leaf.dtype
+        place = shardings(leaf, axes, mesh)
         for name, piece in slices[path]:
             part = _sent(reader.read(name), piece, sizes, dtype, axes[len(piece.index) :], mesh)
             if piece.index:

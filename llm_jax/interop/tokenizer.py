@@ -51,6 +51,22 @@ class Portable:
     def vocabulary(self) -> int:
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
 
+    def vocabulary_of(self) -> dict[str, int]:
+        """The id of every token, special ones too."""
+        return self._tokenizer.get_vocab(with_added_tokens=True)
+
+    @property
+    def ids(self) -> int:
+        """How many token ids there are, those without a token too."""
+        return max(self.vocabulary_of().values()) + 1
+
+    @property
+    def template(self) -> Template:
+        """The chat template with the special tokens that it writes."""
+        names = dict.fromkeys(token.content for token in self._named.values())
+        written = [name for name in names if name in self.chat_template]
+        return Template(self.chat_template, tuple(written), dict(self.special))
+
     def id_of(self, role: str) -> int | None:
         """The id of the special token in a role, such as eos_token."""
         token = self.special.get(role)

@@ -10,6 +10,7 @@ way of executing it (`Layout`). The trainer sees nothing else, so a foreign mode
 """
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -86,7 +87,8 @@ class Model:
     logical axes of its state. apart(params) are the same parameters as they are read fastest where nothing
     trains; apply, decode and unembed take both. activations(params, batch, attention=False) -> {name: array
     [L, B, T, ...]} is for a look at what stands in every layer, and finish(params, x) -> hidden ends the
-    model after any of them.
+    model after any of them. frozen: the top-level names of parameters that are used and not trained;
+    merge(params) -> the parameters of the same model without such, `ModelConfig.merged`.
     """
 
     init: Callable[[jax.Array], Params]
@@ -100,6 +102,15 @@ class Model:
     activations: Callable[..., dict[str, jax.Array]] | None = None
     finish: Callable[[Params, jax.Array], jax.Array] | None = None
     apart: Callable[[Params], Params] = lambda params: params
+    frozen: tuple[str, ...] = ()
+    merge: Callable[[Params], Params] = lambda params: params
+
+    def split(self, tree: Any) -> tuple[Any, Any]:
+        """(frozen, trained): the two parts of a tree over the parameters."""
+        if not self.frozen:
+            return {}, tree
+        trained = {name: part for name, part in tree.items() if name not in self.frozen}
+        return {name: tree[name] for name in self.frozen}, trained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,10 +135,12 @@ class ModelConfig(Tagged):
 
     @classmethod
     def parse(cls, text: str) -> "ModelConfig":
-        """A preset of `models/presets.py`, or the member `text` with its defaults."""
+        """A preset of `models/presets.py`, the member `text` with its defaults, or the model at a path."""
         from llm_jax.models.presets import PRESETS
 
         if text not in PRESETS and text not in cls.members:
+            if "pretrained" in cls.members and os.path.exists(os.path.expanduser(text)):
+                return cls.members["pretrained"](path=text)
             raise UserError(f"no model {text!r}; {nearest(text, cls.choices())}")
         return PRESETS[text] if text in PRESETS else super().parse(text)
 
@@ -135,11 +148,28 @@ class ModelConfig(Tagged):
     def choices(cls) -> list[str]:
         from llm_jax.models.presets import PRESETS
 
-        return [*cls.members, *PRESETS]
+        return [*cls.members, *PRESETS, "a run's folder, a Hugging Face directory or a .gguf file"]
 
     def resolve(self, data: Any) -> "ModelConfig":
         """The same model with what only the data knows filled in (`data.vocabulary`: number of token ids)."""
         return self
+
+    @property
+    def merged(self) -> "ModelConfig":
+        """The model that is left when training is over: this one, unless parts were trained beside it."""
+        return self
+
+    def beginning(self, data: Any, codec: Any) -> Callable[[Any], Params] | None:
+        """What reads the parameters, or some of them, that training begins with: mesh -> params.
+
+        None: all are drawn. codec: what made the data's tokens, if any did. Raises UserError where the
+        parameters don't fit the data.
+        """
+        return None
+
+    def record(self, data: Any) -> Mapping[str, Any]:
+        """JSON facts for the run's record: where parameters come from."""
+        return {}
 
     def build(self, layout: Layout = DEFAULT_LAYOUT) -> Model:
         """The functions of this model, executed as `layout` says."""

@@ -11,6 +11,7 @@ from flax import linen as nn
 
 from llm_jax.kernels.attention import attend
 from llm_jax.models import cache
+from llm_jax.models.adapted import Adapted
 from llm_jax.models.int8 import Int8
 from llm_jax.models.positions import Rotary, rotate
 from llm_jax.models.roles import parameter
@@ -44,13 +45,16 @@ class Context:
 
 
 def linear(
-    x: jax.Array, weight: jax.Array | Int8, bias: jax.Array | None = None, inputs: int = 1
+    x: jax.Array, weight: jax.Array | Int8 | Adapted, bias: jax.Array | None = None, inputs: int = 1
 ) -> jax.Array:
     """x [..., *I] times weight [*I, *O] plus bias [*O], in x's dtype; `inputs` is the number of dimensions I.
 
     As one product of two plain matrices: left to einsum, the weight's gradient sums over two dimensions, and
     XLA on a CPU copies both factors transposed for that (2.7 times slower).
     """
+    if isinstance(weight, Adapted):
+        beside = linear(linear(x, weight.thin, inputs=inputs), weight.wide)
+        return linear(x, weight.matrix, bias, inputs) + beside
     lead, size = x.shape[: x.ndim - inputs], math.prod(x.shape[x.ndim - inputs :])
     if isinstance(weight, Int8):
         y, outputs = weight.product(x.reshape(-1, size)), weight.outputs

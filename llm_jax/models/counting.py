@@ -196,14 +196,15 @@ def count_flops(model: Model, spec: Spec) -> int:
     with `DEFINITION` to count what the mathematics asks for, and not what one way of executing it does.
     """
 
-    def outcome(params: Any, batch: dict[str, jax.Array]) -> jax.Array:
+    def outcome(trained: Any, frozen: Any, batch: dict[str, jax.Array]) -> jax.Array:
+        params = frozen | trained if frozen else trained
         output = model.apply(params, batch, None)
         scores = output.hidden if model.unembed is None else model.unembed(params, output.hidden)
         # Any function of the scores will do: its gradient reaches back through the same products.
         return scores.astype(jnp.float32).sum() + sum(term.sum for term in output.aux.values())
 
-    params = jax.eval_shape(model.init, jax.random.key(0))
-    return matmul_flops(jax.make_jaxpr(jax.value_and_grad(outcome))(params, spec).jaxpr)
+    frozen, trained = model.split(jax.eval_shape(model.init, jax.random.key(0)))
+    return matmul_flops(jax.make_jaxpr(jax.value_and_grad(outcome))(trained, frozen, spec).jaxpr)
 
 
 def matmul_flops(jaxpr: core.Jaxpr) -> int:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from llm_jax.models import Params, Role
+from llm_jax.models.adapted import Adapted
 from llm_jax.models.int8 import Int8
 from llm_jax.models.parametrization import Part, Scaling
 from llm_jax.sharding import constrain
@@ -97,14 +98,14 @@ def rule(name: str) -> Rule:
     return TABLE[name]
 
 
-def parameter(module: nn.Module, name: str, shape: tuple[int, ...]) -> jax.Array | Int8:
+def parameter(module: nn.Module, name: str, shape: tuple[int, ...]) -> jax.Array | Int8 | Adapted:
     """Declares a float32 parameter of `module`; what it starts as is the table's to say (`draw`).
 
-    Where the parameters have it as Int8, it is that.
+    Where the parameters have it as Int8 or Adapted, it is that.
     """
     if module.has_variable("params", name):
         held = module.get_variable("params", name)
-        if isinstance(held, Int8):
+        if isinstance(held, Int8 | Adapted):
             return held
     if len(shape) != len(rule(name).axes):
         raise ValueError(f"parameter {name!r} of shape {shape}: its role has the axes {rule(name).axes}")
