@@ -35,6 +35,18 @@ def score(
     (linearisation; Cochran, Sampling Techniques, 3rd edition, equation 2.45); one document alone has none. Of
     a mixture every source has a loss/NAME and held_out_tokens/NAME too.
     """
+    nats, tokens = by_document(scorer, params, held_out, rows, mesh)
+    return [_statistics(of_member, tokens, held_out) for of_member in nats]
+
+
+def by_document(
+    scorer: Callable[[Params, Batch], jax.Array],
+    params: Params,
+    held_out: HeldOut,
+    rows: int,
+    mesh: jax.sharding.Mesh,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Nats [members, documents] and tokens [documents] of every held-out document."""
     nats, tokens = 0.0, np.zeros(held_out.documents)
     place = sharding.batch_sharding(mesh)
     for batch in held_out.batches(rows):
@@ -44,7 +56,7 @@ def score(
         losses = np.asarray(scorer(params, on_mesh), np.float64).reshape(-1, mask.size) * mask
         nats = nats + np.stack([np.bincount(document, row, minlength=len(tokens)) for row in losses])
         tokens += np.bincount(document, mask, minlength=len(tokens))
-    return [_statistics(of_member, tokens, held_out) for of_member in nats]
+    return nats, tokens
 
 
 def _statistics(nats: np.ndarray, tokens: np.ndarray, held_out: HeldOut) -> dict[str, float]:
