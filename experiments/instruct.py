@@ -7,9 +7,9 @@ risen (Biderman et al. 2024, arXiv:2405.09673, ask so of large models).
     python -m launch.local --config=experiments/instruct.py:cpu      (reads the books and conversations below)
     python -m launch.local --config=experiments/instruct.py:smoke    (Python's source, made-up conversations)
 
-Cost: smoke 12 seconds, cpu 6 minutes on 2 CPU cores. cpu reads pretrain/books_train_00.jsonl.xz,
-sft/gpteacher_roleplay.json.xz and sft/topical_chat_valid_freq.json.xz of the folder LLM_JAX_REFERENCE_DATA
-(by default ../shared/data).
+Cost: smoke 12 seconds, cpu 6 minutes on 2 CPU cores. cpu reads the training books of pretrain_small/ and
+gpteacher_roleplay.json.xz and topical_chat_valid_freq.json.xz of sft/, both in the folder
+LLM_JAX_REFERENCE_DATA (by default ../shared/data).
 
 Result: see below.
 """
@@ -87,14 +87,16 @@ def _smoke() -> Instruct:
 
 
 def _cpu() -> Instruct:
-    books = Files((str(REFERENCE / "pretrain" / "books_train_00.jsonl.xz"),))
-    text = Text(books, SentencePiece(vocabulary=2048), batch_size=16, held_out_bytes=2**19)
+    names = ("austen", "shakespeare", "storybook")
+    books = Files(tuple(str(REFERENCE / "pretrain_small" / f"{name}_train.jsonl.xz") for name in names))
+    held_out = {"held_out_fraction": 0.1, "held_out_bytes": 2**18}
+    text = Text(books, SentencePiece(vocabulary=2048), batch_size=16, **held_out)
     rate = AdamW(learning_rate=3e-3, schedule=Cosine(warmup_fraction=0.05, final_fraction=0.1))
-    model = Transformer(layers=4, width=128, heads=4)
-    base = Run(model, text, rate, tokens=2**21, name="base", execution=ALONE)
+    model = Transformer(layers=4, width=64, heads=4)
+    base = Run(model, text, rate, tokens=2**20, name="base", execution=ALONE)
     talks = ("gpteacher_roleplay.json.xz", "topical_chat_valid_freq.json.xz")
     paths = tuple(str(REFERENCE / "sft" / name) for name in talks)
-    return Instruct(base, Chat(paths, template="plain", batch_size=8), 2**18)
+    return Instruct(base, Chat(paths, template="plain", batch_size=8), 2**17)
 
 
 SCALES: dict[str, Callable[[], Instruct]] = {"smoke": _smoke, "cpu": _cpu}

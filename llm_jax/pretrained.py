@@ -92,7 +92,7 @@ class Pretrained(ModelConfig, kind="pretrained"):
                     f"has {data.vocabulary:,}: give the tokenizer that it was trained with"
                 )
             return
-        ours = tokenizers.of(codec)
+        ours = opening.tokenizer_of(data, codec)
         if not alike(ours, found.tokenizer):
             raise UserError(
                 f"the data's tokenizer ({data.tokenizer.kind}, {ours.ids:,} ids) is not that of {self.path} "
@@ -142,9 +142,9 @@ def keep_tokenizer(data: Any, codec: Any, folder: pathlib.Path) -> None:
 
 
 def alike(one: Portable, other: Portable) -> bool:
-    """Whether two tokenizers are one, but for special tokens that one of them has more."""
-    ours, theirs = one.vocabulary_of(), other.vocabulary_of()
-    same = all(theirs.get(piece, number) == number for piece, number in ours.items())
+    """Whether two tokenizers are one, but for ids at the end that only one of them has."""
+    ours, theirs = ({number: piece for piece, number in of.vocabulary_of().items()} for of in (one, other))
+    same = all(ours[number] == theirs[number] for number in ours.keys() & theirs.keys())
     first, second = (each.encode(PROBE, special=False).tolist() for each in (one, other))
     return same and first == second
 
@@ -204,7 +204,8 @@ def _files(path: str) -> list[pathlib.Path]:
     if place.is_file():
         return [place]
     if (place / "checkpoints").is_dir():
-        return [place / "config.json", *sorted((place / "checkpoints").glob("*.json"))]
+        said = [place / name for name in ("config.json", "result.json") if (place / name).exists()]
+        return [*said, *sorted((place / "checkpoints").glob("*.json"))]
     ours = (".json", ".safetensors", ".model", ".jinja")
     return sorted(file for file in place.glob("*") if file.suffix in ours)
 

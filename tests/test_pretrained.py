@@ -165,6 +165,11 @@ def test_new_tokens_begin_as_the_mean_of_all(base, tmp_path):
     assert more.data.vocabulary == 259 and more.model.record(more.data)["new_tokens"] == 0
     source = data.open()
     equal(source.rows(0, np.arange(4)), more.data.open().rows(0, np.arange(4)))
+    other = dataclasses.replace(
+        more.data, tokenizer=Bytes(), template="llama3"
+    )  # its ids mean something there
+    with pytest.raises(UserError, match="is not that of"):
+        more.model.beginning(other, Bytes())
     # And the run is whole without the model that it began as.
     assert (tmp_path / "run" / "tokenizer" / "tokenizer.json").is_file()
 
