@@ -34,6 +34,7 @@ from llm_jax.evaluation.tasks import Format
 from llm_jax.inference.opening import Opened, open_model
 from llm_jax.models.transformer import Transformer
 from llm_jax.optimizers import AdamW
+from llm_jax.pretrained import Pretrained
 from llm_jax.run import SCHEMA, Execution, Run
 from llm_jax.scaling import page, style
 from llm_jax.scaling.page import Answer, Drawing, Page, Table, Tile
@@ -317,7 +318,7 @@ def made(base: BaseVsInstruct, folder: Path) -> BaseVsInstruct:
     }
     for name, source in data.items():
         run = Run(
-            Transformer(layers=1, width=32, heads=2),
+            Transformer(layers=1, width=32, heads=2) if name == "base" else Pretrained(str(folder / "base")),
             source,
             AdamW(learning_rate=1e-2),
             tokens=40 * source.tokens_per_step,

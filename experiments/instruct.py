@@ -15,7 +15,6 @@ Result: see below.
 """
 
 import dataclasses
-import functools
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -28,6 +27,7 @@ import numpy as np
 from llm_jax import config, sharding
 from llm_jax.config import UserError
 from llm_jax.data import Chat, Files, HeldOut, Python, SentencePiece, Text
+from llm_jax.evaluation.compare import Difference, difference
 from llm_jax.held_out import by_document, make_scorer, score
 from llm_jax.inference.opening import open_model
 from llm_jax.member import Hook
@@ -132,12 +132,16 @@ def measure(base: Instruct, folder: Path) -> dict[str, Any]:
         found |= {run.name: of for run, of in every.items()}
     pairs = {f"{name} - base": (best[name].name, "base") for name in best}
     pairs["lora - all"] = best["lora"].name, best["all"].name
-    compare = functools.partial(difference, draws=base.bootstrap)
+
+    def compare(one: str, other: str, what: str) -> Difference:
+        pairs = [np.transpose(found[name][what]) for name in (other, one)]
+        return difference(np.stack(pairs, axis=1), base.bootstrap)
+
     result = {
         "loss": {name: {what: loss(by) for what, by in of.items()} for name, of in found.items()},
         "best": {name: run.optimizer.learning_rate for name, run in best.items()},
         "difference": {
-            pair: {what: compare(found[one][what], found[other][what]) for what in held_out}
+            pair: {what: compare(one, other, what)._asdict() for what in held_out}
             for pair, (one, other) in pairs.items()
         },
         "documents": {what: held.documents for what, held in held_out.items()},
@@ -194,21 +198,6 @@ def loss(by: tuple[np.ndarray, np.ndarray]) -> float:
     return float(by[0].sum() / by[1].sum())
 
 
-def difference(
-    one: tuple[np.ndarray, np.ndarray], other: tuple[np.ndarray, np.ndarray], draws: int
-) -> dict[str, float]:
-    """The difference of two losses with its 95% interval: documents are drawn anew, the same for both.
-
-    One document alone gives none.
-    """
-    if len(one[1]) < 2:
-        return {"value": loss(one) - loss(other), "low": float("nan"), "high": float("nan")}
-    chosen = np.random.default_rng(0).integers(0, len(one[1]), (draws, len(one[1])))
-    drawn = (one[0] - other[0])[chosen].sum(1) / one[1][chosen].sum(1)
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return {"value": loss(one) - loss(other), "low": float(low), "high": float(high)}
-
-
 # ---- made-up conversations ----
 
 NAMES = ("Ada", "Ben", "Cleo", "Dov", "Eve", "Finn")
@@ -239,7 +228,7 @@ def made_up(path: Path, count: int = 400) -> Path:
 
 def report(result: dict[str, Any]) -> Page:
     def ranged(of: dict[str, float]) -> str:
-        return f"{of['value']:+.4f} ({of['low']:+.4f} to {of['high']:+.4f})"
+        return f"{of['difference']:+.4f} ({of['low']:+.4f} to {of['high']:+.4f})"
 
     losses, differences = result["loss"], result["difference"]
     rows = [[name, f"{of['answers']:.4f}", f"{of['books']:.4f}"] for name, of in losses.items()]
@@ -258,7 +247,7 @@ def report(result: dict[str, Any]) -> Page:
         __doc__.splitlines()[0],
         tiles=[
             Tile(
-                f"{apart[what]['value']:+.4f}",
+                f"{apart[what]['difference']:+.4f}",
                 f"LoRA less all parameters, nats/token of {what}",
                 ranged(apart[what]),
             )
