@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from llm_jax.config import UserError, nearest, outside_identity
-from llm_jax.data import readers
+from llm_jax.data import readers, templates
 from llm_jax.data.cache import digest
 from llm_jax.data.catalogue import hash_of, split
 from llm_jax.data.conversations import Conversation, UnusableError, read
@@ -81,7 +81,7 @@ class Chat(DataConfig, kind="chat"):
             raise UserError("data.paths is (); name files of conversations: --config.data.paths=chats.jsonl,")
         if not 0 <= self.held_out_fraction <= 0.5:
             raise UserError(f"data.held_out_fraction is {self.held_out_fraction}; it lies between 0 and 0.5")
-        _ = self.written
+        templates.check(self.written.text)
 
     def fingerprint(self) -> dict[str, Any]:
         """The conversations and the template, wherever they lie."""
@@ -123,7 +123,9 @@ class ChatSource(Source):
             kept.append(encoded)
             hashes.append(hash_of("\0".join(f"{m['role']}\0{m['content']}" for m in messages).encode()))
         if not kept:
-            raise UserError(f"no conversation fits a row of data.sequence_length={config.sequence_length}")
+            reasons = "; ".join(f"{count} have {reason}" for reason, count in self.dropped.items())
+            length = config.sequence_length
+            raise UserError(f"no conversation is left for rows of data.sequence_length={length}: {reasons}")
         sizes = np.array([item.bytes for item in kept])
         held, train = split(np.array(hashes, np.uint64), sizes, config.held_out_fraction, 1 << 62, "chat")
         self._held, self._kept = [kept[number] for number in held], [kept[number] for number in train]

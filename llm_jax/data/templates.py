@@ -78,6 +78,14 @@ class _Generation(jinja2.ext.Extension):
         return caller()
 
 
+def check(template: str) -> None:
+    """Raises UserError where the template isn't Jinja."""
+    try:
+        _compiled(template)
+    except jinja2.TemplateError as error:
+        raise UserError(f"the chat template: {error}") from None
+
+
 def render(
     template: str, messages: Sequence[Message], special: Mapping[str, str], answer: bool = True, **facts: Any
 ) -> str:

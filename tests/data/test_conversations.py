@@ -245,11 +245,15 @@ def test_held_out_conversations_are_scored_in_full(tmp_path):
     [
         ({"paths": ()}, r"data\.paths is \(\); name files"),
         ({"template": "chatlm"}, "no chat template 'chatlm'; did you mean 'chatml'"),
-        ({"sequence_length": 3}, "no conversation fits a row of data.sequence_length=3"),
+        ({"template": "own"}, "data.template=own: data.tokenizer has no chat template of its own"),
+        ({"template": "broken.jinja"}, "the chat template: "),
+        ({"sequence_length": 3}, "no conversation is left .*=3: 20 have more than 4 tokens up to the first"),
         ({"batch_size": 1000}, "a batch takes 1000: give more"),
     ],
 )
-def test_what_can_not_be_is_one_line(tmp_path, fields, words):
+def test_what_can_not_be_is_one_line(tmp_path, monkeypatch, fields, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.jinja").write_text("{% for message in messages %}")
     chat = Chat(**{"paths": (write(tmp_path, *talks(20)),)} | fields)
     with pytest.raises(UserError, match=words):
         chat.open()
