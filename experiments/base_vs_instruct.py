@@ -32,9 +32,9 @@ from llm_jax.evaluation.runner import Evaluator
 from llm_jax.evaluation.scores import Outcome, evaluate
 from llm_jax.evaluation.tasks import Format
 from llm_jax.inference.opening import Opened, open_model
+from llm_jax.inference.pretrained import Pretrained
 from llm_jax.models.transformer import Transformer
 from llm_jax.optimizers import AdamW
-from llm_jax.pretrained import Pretrained
 from llm_jax.run import SCHEMA, Execution, Run
 from llm_jax.scaling import page, style
 from llm_jax.scaling.page import Answer, Drawing, Page, Table, Tile

@@ -30,13 +30,13 @@ from llm_jax.data import Chat, Files, HeldOut, Python, SentencePiece, Text
 from llm_jax.evaluation.compare import Difference, difference
 from llm_jax.held_out import by_document, make_scorer, score
 from llm_jax.inference.opening import open_model
+from llm_jax.inference.pretrained import Pretrained, PretrainedTokenizer
 from llm_jax.member import Hook
 from llm_jax.models import ModelConfig
 from llm_jax.models.lora import LoRA
 from llm_jax.models.transformer import Transformer
 from llm_jax.optimizers import AdamW
 from llm_jax.pack import train_packed
-from llm_jax.pretrained import Pretrained, PretrainedTokenizer
 from llm_jax.run import SCHEMA, Checkpointing, Execution, Run
 from llm_jax.scaling import page, plots
 from llm_jax.scaling.page import Drawing, Page, Table, Tile

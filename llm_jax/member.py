@@ -17,8 +17,8 @@ from llm_jax import facts, optimizers, records, trunks
 from llm_jax.checkpoints import Checkpoints
 from llm_jax.config import UserError, nearest
 from llm_jax.data import Source
+from llm_jax.inference.pretrained import PretrainedTokenizer, keep_tokenizer
 from llm_jax.models import Params
-from llm_jax.pretrained import PretrainedTokenizer, keep_tokenizer
 from llm_jax.program import Program
 from llm_jax.records import Record, load_run, metrics
 from llm_jax.run import Run, refuse_repeats

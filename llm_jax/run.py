@@ -8,9 +8,10 @@ import dataclasses
 import math
 from typing import Literal
 
-from llm_jax import config, pretrained  # noqa: F401 (a kind of models and tokenizers)
+from llm_jax import config
 from llm_jax.config import Tagged, UserError, outside_identity
 from llm_jax.data import DataConfig, Source, Text
+from llm_jax.inference import pretrained  # noqa: F401 (kinds of models and tokenizers)
 from llm_jax.losses import NextToken, Objective
 from llm_jax.models import Layout, ModelConfig
 from llm_jax.models.transformer import Transformer

@@ -17,7 +17,6 @@ ROWS = [
         "program",
         "coordinates",
         "step",
-        "pretrained",
         "run",
         "facts",
         "held_out",

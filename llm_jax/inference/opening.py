@@ -135,6 +135,8 @@ def is_run(place: pathlib.Path) -> bool:
 
 def _of_run(place: pathlib.Path) -> Described:
     """A run's newest parameters, or its best if it kept them; merged if they were trained beside others."""
+    from llm_jax.inference import pretrained  # noqa: F401 (kinds that a run may have, which open models)
+
     facts = load_run(place)
     data = configs.from_json(DataConfig, facts["config"]["data"], "data")
     if "model" in facts:  # with what it took from elsewhere, which may be gone
