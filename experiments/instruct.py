@@ -7,11 +7,9 @@ risen (Biderman et al. 2024, arXiv:2405.09673, ask so of large models).
     python -m launch.local --config=experiments/instruct.py:cpu      (reads the books and conversations below)
     python -m launch.local --config=experiments/instruct.py:smoke    (Python's source, made-up conversations)
 
-Cost: smoke 12 seconds, cpu 6 minutes on 2 CPU cores. cpu reads the training books of pretrain_small/ and
+Cost: smoke 12 seconds on 2 CPU cores; cpu not run. It reads the training books of pretrain_small/ and
 gpteacher_roleplay.json.xz and topical_chat_valid_freq.json.xz of sft/, both in the folder
 LLM_JAX_REFERENCE_DATA (by default ../shared/data).
-
-Result: see below.
 """
 
 import dataclasses
