@@ -162,7 +162,7 @@ def _leaves(tree: Params) -> list[tuple[tuple[str, ...], Any]]:
     return [(tuple(part.key for part in path), leaf) for path, leaf in flat]
 
 
-def _tree(leaves: dict[tuple[str, ...], jax.Array]) -> Params:
+def _tree(leaves: dict[tuple[str, ...], Any]) -> Params:
     tree: Params = {}
     for path, leaf in leaves.items():
         inside = tree
