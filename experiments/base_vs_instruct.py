@@ -222,7 +222,11 @@ def report(
         answers=answers,
         figures=[
             Drawing("differences", "Instruct minus base, by task and format", differences(tasks)),
-            Drawing("tasks", "Both models on each task, as text and in turns", values(tasks)),
+            Drawing(
+                "tasks",
+                "Both models on each task, as text and in turns, with standard errors",
+                values(tasks, found),
+            ),
         ],
         tables=tables,
         notes=[f"{base.limit} items of each task at most, {base.few_shot} examples before each"],
@@ -265,16 +269,19 @@ def differences(tasks: dict[str, Any]) -> Any:
 
 
 @style.styled
-def values(tasks: dict[str, Any]) -> Any:
-    """A panel for each task: both models as text and in turns."""
+def values(tasks: dict[str, Any], outcomes: dict[str, dict[str, Outcome]]) -> Any:
+    """A panel for each task: both models as text and in turns, with standard errors."""
     names = list(dict.fromkeys(key.rpartition("/")[0] for key in tasks))
     figure, panels = style.blank("Tasks", 1.2 + 1.5 * len(names), [1] * len(names))
     colours = {"base": style.LOOK.law, "instruct": style.LOOK.forecast}
     for axes, name in zip(panels, names, strict=True):
         forms = [form for form in ("raw", "chat") if f"{name}/{form}" in tasks]
         for offset, (who, colour) in zip((-0.06, 0.06), colours.items(), strict=True):
-            y = [tasks[f"{name}/{form}"][who] for form in forms]
-            axes.plot(np.arange(len(forms)) + offset, y, style.MARKERS[offset > 0], color=colour, label=who)
+            found = [outcomes[who][f"{name}/{form}"].metrics() for form in forms]
+            first = [next(iter(metrics.values())) for metrics in found]
+            y, errors = [one.value for one in first], [one.standard_error for one in first]
+            place, shape = np.arange(len(forms)) + offset, {"color": colour, "label": who, "capsize": 3}
+            axes.errorbar(place, y, errors, fmt=style.MARKERS[offset > 0], **shape)
         axes.set_xticks(range(len(forms)), forms)
         axes.set_xlim(-0.5, len(forms) - 0.5)
         axes.set_ylabel(f"{name}\n{tasks[f'{name}/raw']['metric']}", fontsize=8)

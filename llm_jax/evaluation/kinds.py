@@ -2,10 +2,12 @@
 
 import dataclasses
 import math
+import re
 import string
 from collections.abc import Sequence
 from typing import Literal
 
+from llm_jax.config import UserError
 from llm_jax.evaluation import checks
 from llm_jax.evaluation.requests import Answered, Generate, LogLikelihood, Request, Rolling
 from llm_jax.evaluation.tasks import Asker, Item, Record, Score, Task, filled, joined
@@ -123,8 +125,18 @@ class Generation(Task, kind="generation"):
     stops: tuple[str, ...] = ("\n\n",)
     max_tokens: int = 256
 
+    def validate(self) -> None:
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise UserError(f"pattern is {self.pattern!r}, no regular expression: {error}") from None
+        if (self.check_by == "regex") != bool(self.pattern):
+            raise UserError("pattern is given with check_by=regex, and only then")
+
     def check(self, record: Record) -> None:
         filled(self.question, record)
+        if self.check_by == "numeric" and checks.number(self._expected(record)) is None:
+            raise ValueError(f"the answer {self._expected(record)!r} has no number")
         self._expected(record)
 
     def requests(self, item: Item, ask: Asker) -> list[Request]:

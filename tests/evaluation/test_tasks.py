@@ -210,6 +210,12 @@ def test_a_task_is_evaluated_with_its_groups(folder, evaluator):
         ("a.jsonl", '{"text": 3}', Documents(), "line 1: the field 'text' is no text"),
         (
             "a.jsonl",
+            '{"question": "?", "answer": "many"}',
+            Generation(check_by="numeric"),
+            "line 1: the answer 'many' has no number",
+        ),
+        (
+            "a.jsonl",
             '{"prompt": "a", "instruction_id_list": ["en:no:such"], "kwargs": [{}]}',
             Generation(question="{prompt}", check_by="rules"),
             "line 1: no rule 'no:such'",
@@ -232,6 +238,8 @@ def test_what_cannot_be_asked_is_named_by_file_line_and_field(tmp_path, file, co
         ("{}/a.json", '{"file": "b.csv"}', "no kind; it is one of"),
         ("{}/a.json", '{"kind": "completion", "quest": "b"}', "no field 'quest' in Completion"),
         ("{}/a.json", '{"kind": "generation", "check_by": "feel"}', "check_by"),
+        ("{}/a.json", '{"kind": "generation", "check_by": "regex"}', "pattern is given with check_by=regex"),
+        ("{}/a.json", '{"kind": "generation", "check_by": "regex", "pattern": "("}', "no regular expression"),
         ("arc_easy", None, "arc_easy: no file .*; --data=DIR names the folder of task files"),
     ],
 )
