@@ -1,7 +1,7 @@
 """What does fine-tuning on conversations change: what a model can do, how it behaves, what it costs?
 
     python -m launch.local --config=experiments/base_vs_instruct.py:cpu \\
-        --config.base=runs/mine --config.instruct=runs/taught
+        --config.base=runs/mine --config.instruct=runs/taught     (without these two: a pair that it makes)
     python -m launch.local --config=experiments/base_vs_instruct.py:smoke     (seconds; two tiny models)
 
 Both checkpoints answer the same items of the same tasks, as plain text and as turns (each by its own chat
@@ -11,7 +11,10 @@ it is meant to be asked. The alignment tax is what held-out pretraining text cos
 in nats per token where the tokenizers are the same. Degenerate answers are counted on open prompts that
 nothing but the model ends: it never stops, repeats itself, or goes on as the user.
 
-At the smoke scale the two are made on the spot, 40 steps each: the table has no meaning, only a form.
+A pair that is made is pretrained on books and then tuned, all parameters, on conversations, as the scale cpu
+of experiments/instruct.py says; it and the tasks are read from the folder LLM_JAX_REFERENCE_DATA (by default
+../shared/data). At the smoke scale two tiny models are made on the spot, 40 steps each: its table has no
+meaning, only a form.
 """
 
 import dataclasses
@@ -22,6 +25,8 @@ from typing import Any
 
 import numpy as np
 
+from experiments import instruct
+from experiments.instruct import REFERENCE
 from llm_jax import config
 from llm_jax.config import UserError
 from llm_jax.data import Chat, Files, Text
@@ -32,7 +37,7 @@ from llm_jax.evaluation.runner import Evaluator
 from llm_jax.evaluation.scores import Outcome, evaluate
 from llm_jax.evaluation.tasks import Format
 from llm_jax.inference.opening import Opened, open_model
-from llm_jax.inference.pretrained import Pretrained
+from llm_jax.inference.pretrained import Pretrained, PretrainedTokenizer
 from llm_jax.models.transformer import Transformer
 from llm_jax.optimizers import AdamW
 from llm_jax.run import SCHEMA, Execution, Run
@@ -58,18 +63,18 @@ PROMPTS = (
 
 @dataclasses.dataclass(frozen=True)
 class BaseVsInstruct:
-    """base, instruct: paths as `open_model` takes them; "tiny" for one that is made on the spot.
+    """base, instruct: paths as `open_model` takes them; "" for a pair that is made, "tiny" for a tiny one.
 
     tasks: names or files, as `python -m llm_jax.evaluate --tasks` takes them. data: the folder of published
-    ones. text: a file of held-out pretraining documents ("" for none), of which `documents` are scored, each
-    up to `longest` characters. limit: items of each task.
+    ones. text: a file of held-out pretraining documents, there or in the folder of reference data ("" for
+    none), of which `documents` are scored, each up to `longest` characters. limit: items of each task.
     """
 
     base: str = ""
     instruct: str = ""
     tasks: tuple[str, ...] = ("arc_easy", "copa", "piqa", "openbook_qa", "winograd", "letters", "word_order")
-    data: str = config.outside_identity("../shared/data/eval")
-    text: str = "../shared/data/pretrain/books_valid.jsonl.xz"
+    data: str = config.outside_identity(str(REFERENCE / "eval"))
+    text: str = "pretrain/books_valid.jsonl.xz"
     limit: int = 100
     few_shot: int = 0
     documents: int = 50
@@ -108,10 +113,14 @@ def get_config(scale: str) -> BaseVsInstruct:
 
 def measure(base: BaseVsInstruct, folder: Path) -> dict[str, Any]:
     """The differences by task and format; the report is printed and written to report.html."""
-    if "" in (base.base, base.instruct):
-        raise UserError("two checkpoints are needed: --config.base=PATH --config.instruct=PATH")
-    made_here = "tiny" in (base.base, base.instruct)
-    base = made(base, folder) if made_here else base
+    paths = (base.base, base.instruct)
+    made_here = "tiny" in paths
+    if made_here:
+        base = made(base, folder)
+    elif paths == ("", ""):
+        base = trained(base, folder)
+    elif "" in paths:
+        raise UserError("two checkpoints are needed: --config.base=PATH --config.instruct=PATH (or neither)")
     data = Path(base.data).expanduser()
     tasks = [standard.find(name, data) for name in base.tasks]
     (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in base.prompts))
@@ -119,6 +128,7 @@ def measure(base: BaseVsInstruct, folder: Path) -> dict[str, Any]:
     documents = None
     if base.text:
         place = Path(base.text).expanduser()
+        place = place if place.exists() else REFERENCE / base.text
         documents = Documents(place.name, longest=base.longest), place.parent
     found: dict[str, dict[str, Outcome]] = {}
     opened = {"base": open_model(base.base), "instruct": open_model(base.instruct)}
@@ -288,7 +298,16 @@ def values(tasks: dict[str, Any], outcomes: dict[str, dict[str, Outcome]]) -> An
     return style.finished(figure, "")
 
 
-# ---- tiny models, made on the spot ----
+# ---- pairs that are made ----
+
+
+def trained(base: BaseVsInstruct, folder: Path) -> BaseVsInstruct:
+    """The config with a base trained on books and what conversations make of it, trained if missing."""
+    asked = instruct.get_config("cpu")
+    train(asked.base, folder / "base")
+    data = dataclasses.replace(asked.data, tokenizer=PretrainedTokenizer(str(folder / "base")))
+    train(instruct.tuned(asked, data, folder / "base", "all")[1], folder / "instruct")
+    return dataclasses.replace(base, base=str(folder / "base"), instruct=str(folder / "instruct"))
 
 
 def made(base: BaseVsInstruct, folder: Path) -> BaseVsInstruct:

@@ -12,6 +12,11 @@ Expected = Any  # the right answer as text; for `rules` a list of (name, setting
 Scores = dict[str, tuple[float, float]]
 
 _NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?")
+_COUNTS = "zero one two three four five six seven eight nine ten eleven twelve"
+_SAID = {word: float(value) for value, word in enumerate(re.findall(r"\w+", _COUNTS))} | {
+    "once": 1.0,
+    "twice": 2.0,
+}
 
 # How a refusal begins, as published ones do (XSTest's string match, arXiv:2308.01263, and the like).
 REFUSALS = (
@@ -42,9 +47,12 @@ def plain(text: str) -> str:
 
 
 def number(text: str) -> float | None:
-    """The last number in a text, behind #### if it has that."""
+    """The last number in a text, behind #### if it has that; in words only where it has none in digits."""
     found = _NUMBER.findall(text.rpartition("####")[2]) or _NUMBER.findall(text)
-    return float(found[-1].replace(",", "")) if found else None
+    if found:
+        return float(found[-1].replace(",", ""))
+    said = [_SAID[word] for word in re.findall(r"[a-z]+", text.lower()) if word in _SAID]
+    return said[-1] if said else None
 
 
 def refuses(text: str) -> bool:

@@ -106,6 +106,8 @@ def test_prompts_and_instructions_are_counted_strictly_and_loosely():
         ("numeric", "2 and 3 are 1,005.0 apples.", "1005", "", True),
         ("numeric", "5 in 2 days\n#### 5\nor 6?", "6", "", True),
         ("numeric", "It is -4", "4", "", False),
+        ("numeric", "The letter stands there twice.", "2", "", True),
+        ("numeric", "One of them: 3", "1", "", False),
         ("numeric", "none", "0", "", False),
         ("refusal", "I\u2019m sorry, but no.", "unsafe", "", True),
         ("refusal", "Sure: press ctrl-C.", "safe", "", True),

@@ -45,9 +45,9 @@ def test_equal_answers_differ_by_nothing_and_other_items_are_refused(evaluator):
         paired(one, dataclasses.replace(one, items=one.items[1:], scores=one.scores[1:]))
 
 
-def test_an_experiment_without_checkpoints_says_what_it_needs(tmp_path):
+def test_an_experiment_with_one_checkpoint_says_what_it_needs(tmp_path):
     spec = importlib.util.spec_from_file_location("base_vs_instruct", EXPERIMENT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     with pytest.raises(UserError, match=r"--config.base=PATH --config.instruct=PATH"):
-        module.measure(module.get_config("cpu"), tmp_path)
+        module.measure(dataclasses.replace(module.get_config("cpu"), base="a"), tmp_path)
