@@ -110,6 +110,11 @@ BAD = [
     (["--config.model.positions.theta=0"], "model.positions.theta=0.0 must be positive"),
     (["--config.optimizer.schedule.warmup_fraction=2"], "optimizer.schedule.warmup_fraction is 2.0"),
     (["--config.data.corpus=markov", "--config.data.corpus.states=1"], "data.corpus.states is 1"),
+    (["--config.model=pretrained"], "model.path is empty; name a model: --config.model=runs/base"),
+    (["--config.model=lora", "--config.model.rank=0"], "model.rank is 0; it is at least 1"),
+    (["--config.model=lora", "--config.model.matrices=querry,"], "no matrix 'querry'; did you mean 'query'?"),
+    (["--config.data.tokenizer=pretrained"], "data.tokenizer.path is empty; name a model"),
+    (["--config.execution.checkpoint.keep_best=loss"], "keep_best=loss compares evaluations: say how often"),
     (["--config.execution.checkpoint.keep_last=0"], "execution.checkpoint.keep_last is 0; it is at least 1"),
     (
         ["--config.execution.evaluate_every_steps=-1"],

@@ -34,7 +34,7 @@ class Writer:
         new = [name for name in template.special if name not in self.ids]
         self.ids |= {name: codec.vocabulary + number for number, name in enumerate(new)}
         self.vocabulary = codec.vocabulary + len(new)
-        self.ids[EOS] = codec.eot
+        self.ids.setdefault(EOS, codec.eot)
         self._names = re.compile("|".join(map(re.escape, self.ids)))
         first = template.special[0] if "bos_token" in template.text else EOS
         self._special = {"bos_token": first, "eos_token": EOS, **template.roles}

@@ -62,9 +62,11 @@ class Portable:
 
     @property
     def template(self) -> Template:
-        """The chat template with the special tokens that it writes."""
-        names = dict.fromkeys(token.content for token in self._named.values())
-        written = [name for name in names if name in self.chat_template]
+        """The chat template with the special tokens that it writes, by name or role; what ends a turn last."""
+        names = {token.content: number for number, token in self._named.items()}
+        called = {name for role, name in self.special.items() if role in self.chat_template}
+        written = [name for name in names if name in called or name in self.chat_template]
+        written.sort(key=lambda name: (names[name] in self.stops, names[name]))
         return Template(self.chat_template, tuple(written), dict(self.special))
 
     def id_of(self, role: str) -> int | None:

@@ -112,7 +112,7 @@ def count_parameters(model: Model) -> dict[str, int]:
 
     N_total = N_embedding + N_positions + N_head + N_body, where a tied head is 0 and the last norm is body.
     N_non_embedding is N_body. N_body_matmul is its matrices alone (without norms and biases), N_matmul adds
-    the logits' matrix, tied or not.
+    the logits' matrix, tied or not. N_trained is told where that isn't all.
     """
     params = jax.eval_shape(model.init, jax.random.key(0))
     groups = {"N_embedding": 0, "N_positions": 0, "N_head": 0, "N_body": 0, "matrices": 0}
@@ -122,7 +122,9 @@ def count_parameters(model: Model) -> dict[str, int]:
         if group == "N_body" and role.decay:
             groups["matrices"] += leaf.size
     embedding, positions, head, body, matrices = groups.values()
-    return _named(embedding, positions, head, body, matrices)
+    trained = sum(leaf.size for leaf in jax.tree.leaves(model.split(params)[1]))
+    part = {"N_trained": trained} if model.frozen else {}
+    return _named(embedding, positions, head, body, matrices) | part
 
 
 def _named(embedding: int, positions: int, head: int, body: int, body_matmul: int) -> dict[str, int]:

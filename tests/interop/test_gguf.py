@@ -291,6 +291,19 @@ def test_conversations_are_written_by_smollm2s_own_template_as_transformers_writ
     assert writer.vocabulary == found.ids == 49152  # none of its special tokens is new
 
 
+def test_special_tokens_that_a_template_writes_by_their_role_are_special():
+    text = "{% for m in messages %}{{ bos_token if loop.first }}{{ m.content }}{{ eos_token }}{% endfor %}"
+    found = dataclasses.replace(tokenizer.of(Bytes()).begun(256), chat_template=text)
+    extra = tokenizers.Tokenizer.from_str(found.data)
+    extra.add_special_tokens(["<s>", "<turn>"])
+    named = {"bos_token": "<s>", "eos_token": "<|endoftext|>"}
+    found = dataclasses.replace(found, data=extra.to_str(), special=named)
+    assert found.template.special == ("<s>", "<|endoftext|>")  # the last ends an answer
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    parts = Writer(found.codec(), found.template).encode(talk)
+    assert np.concatenate([part.tokens for part in parts]).tolist() == [257, ord("a"), 256, ord("b"), 256]
+
+
 @functools.cache
 def smollm2_continued():
     """The prompt, what transformers made of it, and the logits of that here."""

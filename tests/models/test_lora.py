@@ -66,6 +66,7 @@ def test_only_thin_matrices_are_trained(trained):
     assert min(jax.tree.leaves(moved)) > 0
     sizes = counting.count_parameters(model)["N_total"] - counting.count_parameters(BASE.build())["N_total"]
     assert sum(leaf.size for leaf in jax.tree.leaves(after.trained)) == sizes
+    assert counting.count_parameters(model)["N_trained"] == sizes
 
 
 def test_merged_it_is_the_same_model(trained):
