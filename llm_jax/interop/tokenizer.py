@@ -62,7 +62,7 @@ class Portable:
 
     @property
     def template(self) -> Template:
-        """The chat template with the special tokens that it writes, by name or role; what ends a turn last."""
+        """The chat template and the special tokens that it writes, by name or role; last what ends a turn."""
         names = {token.content: number for number, token in self._named.items()}
         called = {name for role, name in self.special.items() if role in self.chat_template}
         written = [name for name in names if name in called or name in self.chat_template]
