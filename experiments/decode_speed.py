@@ -41,7 +41,6 @@ from llm_jax.inference.batching import Batcher, Request, complete
 from llm_jax.inference.generation import Engine, bucket
 from llm_jax.inference.opening import open_model
 from llm_jax.inference.quantising import quantise
-from llm_jax.inference.sampling import Sampling
 from llm_jax.interop import huggingface
 from llm_jax.kernels.memory import keep_freed_memory
 from llm_jax.models import Params
@@ -206,13 +205,12 @@ def turn(engine: Engine, case: Case, tokens: int) -> dict[str, float]:
     """Tokens per second of reading prompts and of decoding, all rows together."""
     random = np.random.default_rng(0)
     prompts = [
-        random.integers(0, engine.vocabulary, case.context - tokens).astype(np.int32)
-        for _ in range(case.batch)
+        engine.ready(random.integers(0, engine.vocabulary, case.context - tokens), number=number)
+        for number in range(case.batch)
     ]
-    plain, slots = [Sampling()] * case.batch, list(range(case.batch))
     state, rows = engine.empty(case.batch, bucket(case.context, 64))
     start = time.perf_counter()
-    state, rows, drawn = engine.join(state, rows, prompts, plain, slots, slots)
+    state, rows, drawn = engine.join(state, rows, prompts, range(case.batch))
     np.asarray(drawn.token)
     read = time.perf_counter()
     for _ in range(tokens):

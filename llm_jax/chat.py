@@ -7,6 +7,7 @@ The models keep nothing: each turn sends the whole conversation, which /context 
 """
 
 import dataclasses
+import os
 import shutil
 import sys
 import textwrap
@@ -20,10 +21,11 @@ from llm_jax.config import UserError, nearest
 from llm_jax.data.templates import Message
 from llm_jax.inference import options
 from llm_jax.inference.conversation import Reply, Speaker
-from llm_jax.inference.opening import open_model
 from llm_jax.inference.sampling import Sampling
 from llm_jax.inference.tools import CLOSE, MOST_CALLS, Tool, described, heard, toolbox
 from llm_jax.process import prepare_xla
+
+TOKEN = "LLM_JAX_TOKEN"  # in the environment, where other users of the machine don't see it
 
 HELP = """\
 /system TEXT      what the models are told first; without TEXT, nothing
@@ -215,14 +217,14 @@ def talk(chat: Chat, ask: TextIO) -> None:
 def opened(**batch: int) -> list[Speaker]:
     """The speakers that --model and --compare name; batch: of each, as `Speaker` has it."""
     f = flags.FLAGS
-    found = [open_model(path, f.dtype) for path in (f.model, f.compare) if path]
+    found = [options.opened(path) for path in (f.model, f.compare) if path]
     if len(found) == 2 and found[0].name == found[1].name:
         found[1] = found[1]._replace(name=f"{found[1].name} (2)")
     for one in found:
         if one.tokenizer is None:
             raise UserError(f"{one.name} has no tokenizer: it can't be talked to")
         options.sampling().check(one.config.vocabulary)
-    return [Speaker(one, **batch) for one in found]
+    return [Speaker(one, keep=False, **batch) for one in found]
 
 
 def web() -> None:
@@ -231,11 +233,12 @@ def web() -> None:
         from llm_jax.inference import api, server
     except ImportError as error:
         raise UserError(f"--web needs the extra `web` (pip install 'llm-jax[web]'): {error}") from None
-    with server.listen(f.host, f.port, f.token) as socket:
+    token = os.environ.get(TOKEN) or None if f.token is None else f.token
+    with server.listen(f.host, f.port, token) as socket:
         defaults = {"system": f.system, "max_tokens": f.max_tokens, "stop": f.stop}
         defaults |= dataclasses.asdict(options.sampling())
         speakers = opened(slots=f.slots, candidates=api.CANDIDATES)
-        server.serve(speakers, socket, f.token, defaults)
+        server.serve(speakers, socket, token, defaults)
 
 
 def main() -> None:
@@ -266,6 +269,6 @@ if __name__ == "__main__":
     flags.DEFINE_bool("web", False, "a page instead of the terminal, and the OpenAI API under /v1")
     flags.DEFINE_string("host", "127.0.0.1", "where --web is served; elsewhere than on loopback with --token")
     flags.DEFINE_integer("port", 8000, "of --web; 0 takes a free one")
-    flags.DEFINE_string("token", None, "what who asks --web has to show: 'Authorization: Bearer TOKEN'")
+    flags.DEFINE_string("token", None, f"what who asks --web has to show (or in {TOKEN})")
     flags.DEFINE_integer("slots", 8, "how many answers --web decodes at once")
     config.run_main(main)

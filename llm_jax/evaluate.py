@@ -21,10 +21,8 @@ from llm_jax.evaluation.runner import Evaluator
 from llm_jax.evaluation.scores import Outcome, evaluate
 from llm_jax.evaluation.tasks import Format
 from llm_jax.inference import options
-from llm_jax.inference.opening import open_model
 from llm_jax.process import prepare_xla
 from llm_jax.scaling.page import Table
-from llm_jax.sharding import MeshConfig, make_mesh
 
 
 def table(outcomes: Sequence[Outcome]) -> Table:
@@ -61,19 +59,9 @@ def main() -> None:
     if f.few_shot < 0 or (f.limit is not None and f.limit < 1) or f.slots < 1:
         raise UserError("--few_shot is at least 0, --limit and --slots are at least 1")
     tasks = [standard.find(name, data_folder()) for name in f.tasks]
-    sizes = [item.partition("=") for item in f.mesh]
-    if unknown := [
-        name for name, _, size in sizes if name not in ("data", "fsdp", "tensor") or not size.isdigit()
-    ]:
-        raise UserError(f"--mesh: {unknown[0]!r} is not data=N, fsdp=N or tensor=N")
-    mesh = (
-        make_mesh(MeshConfig(**{"data": 1, **{name: int(size) for name, _, size in sizes}}))
-        if sizes
-        else None
-    )
     form = Format(f.chat, f.few_shot)
-    opened = open_model(f.model, f.dtype, mesh)
-    evaluator = Evaluator(opened, mesh, keep=f.keep, slots=f.slots)
+    opened = options.opened(f.model)
+    evaluator = Evaluator(opened, opened.mesh, keep=f.keep, slots=f.slots)
     outcomes = [evaluate(evaluator, *task, form, f.limit) for task in tasks]
     print(table(outcomes))
     for outcome in outcomes:
@@ -104,7 +92,6 @@ if __name__ == "__main__":
     flags.DEFINE_integer("limit", None, "a fair sample of so many items of each task")
     flags.DEFINE_string("data", None, "the folder of published task files")
     flags.DEFINE_string("out", None, "a folder for result.json and every item's answers")
-    flags.DEFINE_list("mesh", [], "how devices share the model and the work: data=2,fsdp=4,tensor=1")
     flags.DEFINE_integer("slots", 16, "how many answers are generated at once")
     flags.DEFINE_bool("keep", True, "keep answers in the cache, so that the same command continues")
     config.run_main(main)

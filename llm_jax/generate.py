@@ -13,7 +13,6 @@ from llm_jax.config import UserError
 from llm_jax.inference import options
 from llm_jax.inference.batching import Batcher, Request
 from llm_jax.inference.generation import Engine
-from llm_jax.inference.opening import open_model
 from llm_jax.process import prepare_xla
 
 
@@ -25,14 +24,14 @@ def main() -> None:
     for name, least in {"n": 1, "slots": 1, "candidates": 0, "max_tokens": 1}.items():
         if f[name].value < least:
             raise UserError(f"{name} is {f[name].value}; it is at least {least}")
-    opened = open_model(f.model, f.dtype)
+    opened = options.opened(f.model)
     prompts = [opened.encode(text) for text in f.prompt]
     requests = [
         Request(prompt, options.sampling(), f.max_tokens, opened.stop_ids, tuple(f.stop), number)
         for prompt in prompts
         for number in range(f.n)
     ]
-    engine = Engine(opened.config, opened.params, f.candidates)
+    engine = Engine(opened.config, opened.params, f.candidates, opened.mesh, keep=False)
     batcher = Batcher(engine, min(len(requests), f.slots), opened.context, opened.tokenizer)
     answers = [batcher.submit(request) for request in requests]
     streaming = len(answers) == 1 and not f.json

@@ -18,7 +18,8 @@ from absl import flags
 from llm_jax import config
 from llm_jax.config import UserError
 from llm_jax.inference import options
-from llm_jax.inference.opening import Opened, open_model
+from llm_jax.inference.generation import computing
+from llm_jax.inference.opening import Opened
 from llm_jax.models import ModelConfig, Params
 from llm_jax.process import prepare_xla
 
@@ -35,7 +36,8 @@ def score(opened: Opened, ids: np.ndarray) -> Scores:
     """Scores rows of ids [B, T] in one pass; raises UserError for ids it can't score, and for too many."""
     opened.check(ids)
     ids = ids.astype(np.int32)
-    logits, following = _scorer(opened.config)(opened.params, ids)
+    with computing(opened.config, opened.mesh):
+        logits, following = _scorer(opened.config)(opened.params, ids)
     first = np.full((len(ids), 1), math.nan, np.float32)
     return Scores(ids, np.concatenate([first, following], axis=1), np.asarray(logits))
 
@@ -106,7 +108,7 @@ def main() -> None:
     if place and not place.parent.is_dir():
         raise UserError(f"--out={f.out}: there is no folder {place.parent}")
     ids = read_ids(f.ids) if f.ids else None
-    opened = open_model(f.model, f.dtype)
+    opened = options.opened(f.model)
     scores = score(opened, opened.encode(f.text)[None] if ids is None else ids)
     for row in range(len(scores.ids)):
         print("\n".join(table(opened, scores, row, f.candidates)))

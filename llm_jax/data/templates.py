@@ -92,14 +92,16 @@ def render(
     """The text of a conversation; answer: it ends where the assistant's next turn begins.
 
     special: tokens by role (bos_token, …). facts: whatever else the template asks for, such as tools.
-    Raises UserError where the template is broken or refuses the messages.
+    Raises UserError where the template is broken or refuses the messages: it is a program of whoever wrote
+    it, and may fail in any way.
     """
     try:
         return _compiled(template).render(
             messages=messages, add_generation_prompt=answer, **{"tools": None, **special, **facts}
         )
-    except (jinja2.TemplateError, TypeError) as error:
-        raise UserError(f"the chat template: {error}") from None
+    except Exception as error:
+        why = str(error) if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {error}"
+        raise UserError(f"the chat template: {why}") from None
 
 
 def pieces(

@@ -129,7 +129,7 @@ class Evaluator:
         places, targets = np.concatenate(places), np.concatenate(targets)
         fill = -len(places) % PICKED
         places, targets = np.pad(places, (0, fill)), np.pad(targets, (0, fill))
-        with self._on_mesh():
+        with self._engine.computing():
             hidden = self._read(self._engine.params, self._placed(tokens))
             picked = [
                 self._pick(self._engine.params, hidden, places[i : i + PICKED], targets[i : i + PICKED])
@@ -157,9 +157,6 @@ class Evaluator:
 
     def _placed(self, tokens: np.ndarray) -> Any:
         return tokens if self._mesh is None else jax.device_put(tokens, sharding.batch_sharding(self._mesh))
-
-    def _on_mesh(self) -> contextlib.AbstractContextManager:
-        return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
 
     # ---- texts ----
 

@@ -18,6 +18,8 @@ from llm_jax.inference.conversation import Speaker
 from llm_jax.inference.sampling import Sampling
 
 CANDIDATES = 20  # the most that are told of at a place
+ANSWERS = 128  # the most that one request asks for
+STOPS = 16  # texts that end an answer
 
 # Fields of the API that aren't here, with the values that ask for nothing.
 ABSENT: Mapping[str, tuple[Any, ...]] = {
@@ -31,6 +33,7 @@ ABSENT: Mapping[str, tuple[Any, ...]] = {
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "store": (False,),
+    "service_tier": ("auto", "default"),
 }
 
 
@@ -107,6 +110,11 @@ def _is_id(value: Any) -> bool:
     return type(value) is int and 0 <= value < 1 << 31
 
 
+def _role(value: Any) -> Any:
+    """What a developer says is the system's word under its newer name."""
+    return "system" if value == "developer" else value
+
+
 def _content(value: Any) -> Any:
     """A text, or parts that are texts, as one text."""
     if not isinstance(value, list):
@@ -126,8 +134,17 @@ def _biases(value: Any) -> Any:
 
 
 class Turn(Body):
-    role: Literal["system", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_content)]
+    """What one side said, the assistant perhaps nothing; templates may use a name."""
+
+    role: Annotated[Literal["system", "user", "assistant"], BeforeValidator(_role)]
+    content: Annotated[str, BeforeValidator(_content)] = ""
+    name: str | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _said(self) -> Self:
+        if self.role != "assistant" and "content" not in self.model_fields_set:
+            raise ValueError("content is missing")
+        return self
 
 
 class StreamOptions(Body):
@@ -141,16 +158,16 @@ class Conversation(Body):
     messages: list[Turn] = Field(min_length=1)
 
     def turns(self) -> list[dict[str, str]]:
-        return [turn.model_dump() for turn in self.messages]
+        return [turn.model_dump(exclude_none=True) for turn in self.messages]
 
 
 class Sampled(Body):
     """What chats and completions share; sampling as the API has it, and the settings it lacks."""
 
     model: str
-    n: int = Field(1, ge=1, le=128)
+    n: int = Field(1, ge=1, le=ANSWERS)
     max_tokens: int | None = None
-    stop: Annotated[list[str], BeforeValidator(_texts)] = []
+    stop: Annotated[list[str], BeforeValidator(_texts), Field(max_length=STOPS)] = []
     seed: int | None = None
     temperature: float = 1.0
     top_p: float = 1.0
@@ -160,7 +177,8 @@ class Sampled(Body):
     logit_bias: Annotated[dict[int, float], BeforeValidator(_biases)] = {}
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
-    user: str = ""  # whoever it is, the answer is the same
+    user: str = ""  # whoever it is, and whatever for, the answer is the same
+    metadata: dict[str, str] = {}
 
     def sampling(self) -> Sampling:
         """Without a seed, another one each time."""
@@ -201,6 +219,8 @@ class Completion(Sampled):
             raise RefusedError(
                 "logprobs with echo is not supported: llm_jax.score tells a prompt's", param="echo"
             )
+        if (count := len(self.prompt) * self.n) > ANSWERS:
+            raise RefusedError(f"{count} answers: one request asks for {ANSWERS} at most", param="prompt")
         opened, sampling = speaker.opened, self.sampling()
         ids = [
             opened.encode(text) if isinstance(text, str) else np.array(text, np.int32) for text in self.prompt

@@ -15,9 +15,9 @@ from typing import NamedTuple
 import numpy as np
 
 from llm_jax.config import UserError
-from llm_jax.inference.generation import SHORTEST, Drawn, Engine, bucket
+from llm_jax.inference.generation import SHORTEST, Drawn, Engine, Prompt, bucket
 from llm_jax.inference.sampling import Sampling
-from llm_jax.inference.text import TextStream
+from llm_jax.inference.text import SIGHT, TextStream
 from llm_jax.interop.tokenizer import Portable
 
 
@@ -46,11 +46,11 @@ class Token(NamedTuple):
 
 
 class Answer:
-    """What a request has been given so far. finish: None, "stop" or "length"."""
+    """What a request has been given so far. prompt: the request's. finish: None, "stop" or "length"."""
 
-    def __init__(self, request: Request, tokenizer: Portable | None) -> None:
-        self.request, self.tokens, self.text, self.finish = request, [], "", None
-        self._stream = TextStream(tokenizer, request.stops) if tokenizer else None
+    def __init__(self, request: Request, prompt: Prompt, tokenizer: Portable | None) -> None:
+        self.request, self.prompt, self.tokens, self.text, self.finish = request, prompt, [], "", None
+        self._stream = TextStream(tokenizer, request.stops, prompt.ids[-SIGHT:]) if tokenizer else None
 
     @property
     def ids(self) -> list[int]:
@@ -69,12 +69,11 @@ class Answer:
         else:
             self.tokens.append(token)
             piece = self._stream.push(token.id) if self._stream else ""
-            if self._stream and self._stream.stopped:
-                self.finish = "stop"
-            elif full or len(self.tokens) >= self.request.max_tokens:
+            if full or len(self.tokens) >= self.request.max_tokens:
                 self.finish = "length"
-        if self.finish and self._stream:
-            piece += self._stream.rest()
+        if self._stream:
+            piece += self._stream.rest() if self.finish else ""
+            self.finish = "stop" if self._stream.stopped else self.finish
         self.text += piece
         return piece
 
@@ -93,20 +92,24 @@ class Batcher:
         self._most = slots
         self._waiting: collections.deque[Answer] = collections.deque()
         self._slots: list[Answer | None] = []
+        self._admitted = False  # by the last step
         self._lengths = np.zeros(slots, np.int64)  # of each row, its last token included
 
     @property
     def busy(self) -> bool:
         return bool(self._waiting) or any(self._slots)
 
+    @property
+    def waiting(self) -> int:
+        """How many requests are in line."""
+        return len(self._waiting)
+
     def submit(self, request: Request) -> Answer:
         """Puts a request in line; raises UserError for one that can't be answered."""
-        size, vocabulary = len(request.prompt), self.engine.vocabulary
-        request.sampling.check(vocabulary)
-        if size == 0:
-            raise UserError("the prompt is empty: give at least one token to continue")
-        if request.prompt.min() < 0 or request.prompt.max() >= vocabulary:
-            raise UserError(f"the prompt has ids outside 0 .. {vocabulary - 1}")
+        prompt, size = (
+            self.engine.ready(request.prompt, request.sampling, request.number),
+            len(request.prompt),
+        )
         if request.max_tokens < 1:
             raise UserError(f"max_tokens is {request.max_tokens}; it is at least 1")
         if "" in request.stops:
@@ -115,7 +118,7 @@ class Batcher:
             raise UserError(
                 f"the prompt has {size:,} tokens, and the model's context is {self.context:,}: shorten it"
             )
-        answer = Answer(request, self.tokenizer)
+        answer = Answer(request, prompt, self.tokenizer)
         self._waiting.append(answer)
         return answer
 
@@ -129,11 +132,13 @@ class Batcher:
     def step(self) -> list[tuple[Answer, str]]:
         """Admits who waits, as far as slots are free, else decodes a token of every row.
 
-        Returns the answers that grew, each with the text that became certain.
+        After an admission comes a token, or many short answers would keep the long ones waiting. Returns the
+        answers that grew, each with the text that became certain.
         """
         active = np.array([answer is not None for answer in self._slots], bool)
         arriving = min(len(self._waiting), self._most - int(active.sum()))
-        if arriving:
+        self._admitted = arriving > 0 and not (self._admitted and active.any())
+        if self._admitted:
             return self._admit(arriving)
         if not active.any():
             return []
@@ -143,22 +148,15 @@ class Batcher:
 
     def _admit(self, count: int) -> list[tuple[Answer, str]]:
         arriving = [self._waiting.popleft() for _ in range(count)]
-        requests = [answer.request for answer in arriving]
+        prompts = [answer.prompt for answer in arriving]
         if not any(self._slots):
             self._slots = []  # what there was is forgotten
         used = len(self._slots) - self._slots.count(None)
-        self._make_room(used + count, max(len(request.prompt) for request in requests))
+        self._make_room(used + count, max(len(prompt.ids) for prompt in prompts))
         slots = [slot for slot, answer in enumerate(self._slots) if answer is None][:count]
         for slot, answer in zip(slots, arriving, strict=True):
-            self._slots[slot], self._lengths[slot] = answer, len(answer.request.prompt)
-        self._state, self._rows, drawn = self.engine.join(
-            self._state,
-            self._rows,
-            [request.prompt for request in requests],
-            [request.sampling for request in requests],
-            [request.number for request in requests],
-            slots,
-        )
+            self._slots[slot], self._lengths[slot] = answer, len(answer.prompt.ids)
+        self._state, self._rows, drawn = self.engine.join(self._state, self._rows, prompts, slots)
         return self._give(drawn, dict(enumerate(slots)))
 
     def _give(self, drawn: Drawn, slots: dict[int, int]) -> list[tuple[Answer, str]]:

@@ -1,5 +1,6 @@
 """Talking to a model: it keeps nothing between turns, so each turn sends the whole conversation."""
 
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -16,13 +17,15 @@ from llm_jax.inference.sampling import Sampling
 class Speaker:
     """A model that answers. Without a chat template (a base model) it goes on with a plain transcript.
 
-    slots: how many answers are decoded at once. candidates: of how many tokens each step tells.
+    slots: how many answers are decoded at once. candidates: of how many tokens each step tells. keep: the
+    opened model's parameters can be used elsewhere too.
     """
 
-    def __init__(self, opened: Opened, slots: int = 1, candidates: int = 0) -> None:
+    def __init__(self, opened: Opened, slots: int = 1, candidates: int = 0, keep: bool = True) -> None:
         self.opened = opened._replace(params=None)  # the engine has them
         self.template = opened.tokenizer.chat_template if opened.tokenizer else None
-        self._engine, self._slots = Engine(opened.config, opened.params, candidates), slots
+        self._engine = Engine(opened.config, opened.params, candidates, opened.mesh, keep=keep)
+        self._slots = slots
         self.batcher = self.new_batcher()
 
     def new_batcher(self) -> Batcher:
@@ -34,13 +37,20 @@ class Speaker:
         return self.opened.name
 
     def text(self, messages: Sequence[Message]) -> str:
-        """What is sent, as text."""
+        """What is sent, as text, with the special tokens that it begins with."""
+        text = self._written(messages)
+        if self.template is None and (tokenizer := self.opened.tokenizer):
+            begun = itertools.takewhile(tokenizer.unwritten.__contains__, tokenizer.encode("").tolist())
+            text = b"".join(map(tokenizer.spelling, begun)).decode() + text
+        return text
+
+    def _written(self, messages: Sequence[Message]) -> str:
         special = self.opened.tokenizer.special if self.opened.tokenizer else {}
         return render(self.template or TRANSCRIPT, messages, special)
 
     def ids(self, messages: Sequence[Message]) -> np.ndarray:
         """What is sent, as the model sees it. A template writes special tokens itself."""
-        text = self.text(messages)
+        text = self._written(messages)
         if self.template is None:
             return self.opened.encode(text)
         return self.opened.tokenizer.encode(text, special=False)
@@ -67,12 +77,14 @@ class Reply:
     def __init__(self, batcher: Batcher, request: Request) -> None:
         self._batcher, self.request = batcher, request
         self.answer: Answer = batcher.submit(request)
-        self._times: list[float] = [time.perf_counter()]
+        self._seconds: list[float] = []  # of each step, whoever else is answering meanwhile
 
     def __iter__(self) -> Iterator[str]:
         while self.answer.finish is None and self._batcher.busy:
-            for _, piece in self._batcher.step():
-                self._times.append(time.perf_counter())
+            start = time.perf_counter()
+            grown = self._batcher.step()
+            self._seconds.append(time.perf_counter() - start)
+            for _, piece in grown:
                 yield piece
 
     def close(self) -> None:
@@ -80,11 +92,9 @@ class Reply:
 
     def __str__(self) -> str:
         """How long and how fast it was."""
-        steps = len(self._times) - 2
-        waited = self._times[min(1, len(self._times) - 1)] - self._times[0]
-        took = self._times[-1] - self._times[min(1, len(self._times) - 1)]
-        speed = f", {steps / took:.1f} tokens/s" if steps > 0 and took > 0 else ""
+        first, following = sum(self._seconds[:1]), self._seconds[1:]
+        speed = f", {len(following) / sum(following):.1f} tokens/s" if following else ""
         return (
-            f"{len(self.answer.tokens)} tokens{speed}, first after {waited:.2f} s "
+            f"{len(self.answer.tokens)} tokens{speed}, first after {first:.2f} s "
             f"for {len(self.request.prompt)} sent"
         )

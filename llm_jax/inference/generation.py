@@ -1,12 +1,14 @@
 """The compiled part of generation: prefill and one decoding step, for as many rows as there are slots.
 
 Both are compiled once for each bucket of lengths (powers of two), whatever the prompts are. A row's tokens
-follow from its own prompt, settings and seed, not from who decodes beside it.
+follow from its own prompt, settings and seed, not from who decodes beside it: in float32 token for token. In
+bfloat16, and with weights of eight bits on a CPU, products of one row round otherwise than those of several,
+so company can decide there between two tokens about as probable.
 """
 
 import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from llm_jax.config import UserError
 from llm_jax.inference.sampling import Sampling, Settings, sample
 from llm_jax.models import Layout, Model, ModelConfig, Params
 from llm_jax.sharding import constrain
@@ -37,6 +40,15 @@ class Rows(NamedTuple):
     settings: Settings
 
 
+class Prompt(NamedTuple):
+    """A prompt that `Engine.ready` has checked: ids [T], the settings of one row, and whose sample it is."""
+
+    ids: np.ndarray
+    settings: Settings
+    seed: int
+    number: int
+
+
 class Drawn(NamedTuple):
     """A token [B] of each row with its log-probability by the model itself (before any setting), and
 
@@ -57,7 +69,8 @@ def bucket(size: int, smallest: int = 1) -> int:
 class Engine:
     """The compiled functions of a model; `candidates`: how many of the most probable tokens each step tells.
 
-    mesh: where the parameters lie, if not on one device; the state is spread as they are. Parameters are an
+    mesh: where the parameters lie, if not on one device; the state is spread as they are. keep: `params` can
+    be used elsewhere too; else they are used up, where layers apart would be a second copy. Parameters are an
     argument of every function, so weights can be exchanged without compiling.
     """
 
@@ -68,9 +81,10 @@ class Engine:
         candidates: int = 0,
         mesh: Mesh | None = None,
         layout: Layout | None = None,
+        keep: bool = True,
     ) -> None:
         self.model: Model = config.build(layout or Layout())
-        self.params, self.mesh = jax.jit(self.model.apart)(params), mesh
+        self.params, self._place = self.model.apart(params, keep), (config, mesh)
         self.vocabulary, self.candidates = config.vocabulary, min(candidates, config.vocabulary)
         self._width = jax.eval_shape(
             lambda p: self.model.apply(p, {"tokens": jnp.zeros((1, 1), jnp.int32)}, None).hidden, self.params
@@ -83,31 +97,37 @@ class Engine:
 
     def empty(self, slots: int, length: int) -> tuple[Any, Rows]:
         """State and rows of `slots` rows of up to `length` tokens, none of which is at anything."""
-        with self._on_mesh():
+        with self.computing():
             return self._empty(slots, length)
 
     def grow(self, state: Any, rows: Rows, slots: int, length: int) -> tuple[Any, Rows]:
         """The same state and rows among `slots` rows, with room for `length` tokens each."""
-        with self._on_mesh():
+        with self.computing():
             return self._grow(state, rows, slots, length)
 
-    def join(
-        self,
-        state: Any,
-        rows: Rows,
-        prompts: Sequence[np.ndarray],
-        samplings: Sequence[Sampling],
-        numbers: Sequence[int],
-        slots: Sequence[int],
-    ) -> tuple[Any, Rows, Drawn]:
-        """Reads prompts [each at least a token] into free slots and draws the first token of each.
+    def ready(self, ids: np.ndarray, sampling: Sampling = Sampling(), number: int = 0) -> Prompt:
+        """A prompt as `join` takes it; number: which of several samples of one seed.
 
-        numbers: which of a request's samples a row is; a prompt of several is read once. The state must have
-        room for the longest prompt. What is drawn has a row for each prompt (and more, to be ignored).
+        Raises UserError for what can't be sampled, so that no request breaks those that it joins.
         """
-        count, longest = bucket(len(prompts)), max(map(len, prompts))
+        sampling.check(self.vocabulary)
+        if len(ids) == 0:
+            raise UserError("the prompt is empty: give at least one token to continue")
+        if ids.min() < 0 or ids.max() >= self.vocabulary:
+            raise UserError(f"the prompt has ids outside 0 .. {self.vocabulary - 1}")
+        return Prompt(ids.astype(np.int32), Settings.of([sampling], self.vocabulary), sampling.seed, number)
+
+    def join(
+        self, state: Any, rows: Rows, prompts: Sequence[Prompt], slots: Sequence[int]
+    ) -> tuple[Any, Rows, Drawn]:
+        """Reads prompts into free slots and draws the first token of each.
+
+        A prompt of several samples is read once. The state must have room for the longest prompt. What is
+        drawn has a row for each prompt (and more, to be ignored).
+        """
+        count, longest = bucket(len(prompts)), max(len(prompt.ids) for prompt in prompts)
         fill = count - len(prompts)
-        texts = [tuple(prompt.tolist()) for prompt in prompts]
+        texts = [tuple(prompt.ids.tolist()) for prompt in prompts]
         read = list(dict.fromkeys(texts))
         sources = np.array([*map(read.index, texts), *[0] * fill], np.int32)
         lengths = np.array([*map(len, read), *[0] * (bucket(len(read)) - len(read))], np.int32)
@@ -116,8 +136,11 @@ class Engine:
             tokens[row, : len(text)] = text
         seen = np.zeros((count, self.vocabulary), bool)
         for row, prompt in enumerate(prompts):
-            seen[row, prompt] = True
-        with self._on_mesh():
+            seen[row, prompt.ids] = True
+        settings = [prompt.settings for prompt in prompts] + [
+            Settings.of([Sampling()], self.vocabulary)
+        ] * fill
+        with self.computing():
             fresh = self._empty(len(lengths), bucket(longest, SHORTEST))[0]
             last = jnp.zeros((len(lengths), self._width.shape[-1]), self._width.dtype)
             for start in range(0, longest, PIECE):
@@ -127,16 +150,16 @@ class Engine:
                 token=np.zeros(count, np.int32),
                 start=lengths[sources],
                 drawn=np.zeros(count, np.int32),
-                keys=_keys([s.seed for s in samplings] + [0] * fill, [*numbers, *[0] * fill]),
+                keys=_keys([(prompt.seed, prompt.number) for prompt in prompts] + [(0, 0)] * fill),
                 seen=seen,
-                settings=Settings.of([*samplings, *[Sampling()] * fill], self.vocabulary),
+                settings=Settings(*map(np.concatenate, zip(*settings, strict=True))),
             )
             places = np.array([*slots, *[len(rows.start)] * fill], np.int32)  # outside: dropped
             return self._join(self.params, state, rows, fresh, new, last, sources, places)
 
     def step(self, state: Any, rows: Rows, active: np.ndarray) -> tuple[Any, Rows, Drawn]:
         """One more token of each active row [B]; the state must have room for it."""
-        with self._on_mesh():
+        with self.computing():
             return self._step(self.params, state, rows, active)
 
     # ---- what is compiled ----
@@ -226,8 +249,21 @@ class Engine:
         placed = [constrain(leaf, *axes) for leaf, axes in zip(flat, self._axes(state), strict=True)]
         return jax.tree.unflatten(tree, placed)
 
-    def _on_mesh(self) -> contextlib.AbstractContextManager:
-        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+    def computing(self) -> contextlib.AbstractContextManager:
+        """Where all of this is computed."""
+        return computing(*self._place)
+
+
+@contextlib.contextmanager
+def computing(config: ModelConfig, mesh: Mesh | None) -> Iterator[None]:
+    """What is computed inside is on the mesh, if there is one, and, in float32, exact.
+
+    JAX's default for float32 is TF32 on a GPU and bfloat16 on a TPU, which is meant for training.
+    """
+    exact = "highest" if getattr(config, "dtype", None) == "float32" else None
+    place = contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+    with place, jax.default_matmul_precision(exact):
+        yield
 
 
 @functools.partial(jax.jit)
@@ -236,6 +272,6 @@ def _fold(seeds: jax.Array, numbers: jax.Array) -> jax.Array:
     return jax.random.key_data(keys)
 
 
-def _keys(seeds: Sequence[int], numbers: Sequence[int]) -> jax.Array:
-    """Raw keys [B, 2] of samples: by the request's seed and the sample's number."""
-    return _fold(np.array(seeds, np.uint32), np.array(numbers, np.uint32))
+def _keys(samples: Sequence[tuple[int, int]]) -> jax.Array:
+    """Raw keys [B, 2] of samples by seed and number."""
+    return _fold(*np.array(samples, np.uint32).T)

@@ -24,8 +24,8 @@ def told(error: RefusedError) -> dict[str, Any]:
 
 def response(error: RefusedError) -> JSONResponse:
     """The same as a response of its status."""
-    headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else None
-    return JSONResponse(told(error), error.status, headers)
+    headers = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}
+    return JSONResponse(told(error), error.status, headers.get(error.status))
 
 
 class Guard:

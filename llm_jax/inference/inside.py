@@ -13,7 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_jax.config import UserError
+from llm_jax.inference.generation import computing
 from llm_jax.inference.opening import Opened
+from llm_jax.models.int8 import Int8
 
 
 class Inside(NamedTuple):
@@ -33,7 +35,8 @@ def look(opened: Opened, ids: np.ndarray) -> Inside:
     model = opened.config.build()
     if model.activations is None or model.finish is None:
         raise UserError(f"{opened.name} is a {opened.config.kind}, which doesn't show its activations")
-    found = model.activations(opened.params, {"tokens": jnp.asarray(ids[None])}, attention=True)
+    with computing(opened.config, opened.mesh):
+        found = model.activations(opened.params, {"tokens": jnp.asarray(ids[None])}, attention=True)
     stream = jnp.concatenate([found["embedding"], found["stream"]])
     return Inside(*(np.asarray(x[:, 0], np.float32) for x in (found["attention"], stream)))
 
@@ -45,12 +48,20 @@ def lens(opened: Opened, stream: np.ndarray) -> np.ndarray:
     """
     model = opened.config.build()
     x = jnp.asarray(stream, opened.config.dtype)
-    return np.asarray(model.unembed(opened.params, model.finish(opened.params, x)))
+    with computing(opened.config, opened.mesh):
+        return np.asarray(model.unembed(opened.params, model.finish(opened.params, x)))
 
 
 def neighbours(opened: Opened, token: int, count: int = 8) -> list[tuple[int, float]]:
-    """The tokens whose embeddings point most nearly where a token's does, each with the cosine."""
-    table = jnp.asarray(opened.params["embed"]["embedding"], jnp.float32)
+    """The tokens whose embeddings point most nearly where a token's does, each with the cosine.
+
+    Fewer than `count` where the vocabulary has no more.
+    """
+    table = opened.params["embed"]["embedding"]
+    table = table.rows(jnp.arange(len(table.values))) if isinstance(table, Int8) else table
+    table = jnp.asarray(table, jnp.float32)
     table = table / jnp.maximum(jnp.linalg.norm(table, axis=-1, keepdims=True), 1e-30)
-    cosines, ids = jax.lax.top_k((table @ table[token]).at[token].set(-jnp.inf), count)
+    count = min(count, len(table) - 1)
+    with computing(opened.config, opened.mesh):
+        cosines, ids = jax.lax.top_k((table @ table[token]).at[token].set(-jnp.inf), count)
     return list(zip(ids.tolist(), cosines.tolist(), strict=True))

@@ -1,6 +1,7 @@
 """Opening a model wherever it comes from: a Hugging Face directory, a GGUF file, or the folder of a run."""
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -18,9 +19,10 @@ from llm_jax import links, optimizers
 from llm_jax.checkpoints import Checkpoints
 from llm_jax.config import UserError
 from llm_jax.data import Chat, DataConfig, SentencePiece
-from llm_jax.inference.quantising import quantise
+from llm_jax.inference.quantising import quantised
 from llm_jax.interop import huggingface
 from llm_jax.interop import tokenizer as tokenizers
+from llm_jax.interop.tensors import Convert
 from llm_jax.interop.tokenizer import Portable
 from llm_jax.models import ModelConfig, Params, lora  # noqa: F401 (a kind of models)
 from llm_jax.optimizers import Optimizer
@@ -35,6 +37,7 @@ class Opened(NamedTuple):
     """A model to be talked to.
 
     tokenizer: None where the files have none. context: the longest text it is made for, if that is known.
+    mesh: where its parameters lie, if not on one device.
     """
 
     name: str
@@ -42,6 +45,7 @@ class Opened(NamedTuple):
     params: Params
     tokenizer: Portable | None
     context: int | None
+    mesh: Mesh | None = None
 
     def encode(self, text: str) -> np.ndarray:
         """The ids of a text from its beginning; raises UserError without a tokenizer."""
@@ -69,23 +73,29 @@ class Opened(NamedTuple):
 
 
 class Described(NamedTuple):
-    """A model that is known, and whose parameters are still where they are: read(mesh) reads them."""
+    """A model that is known, and whose parameters are still where they are.
+
+    read(mesh=None, convert=None) reads them; convert(name, parameter): what becomes of each.
+    """
 
     name: str
     config: ModelConfig
     tokenizer: Portable | None
     context: int | None
-    read: Callable[[Mesh | None], Params]
+    read: Callable[..., Params]
 
 
 def open_model(path: str, dtype: Dtype | None = None, mesh: Mesh | None = None) -> Opened:
     """The model at `path`, computing in `dtype` (by default as it is stored), its parameters on the mesh.
 
-    Raises UserError for what is no model, and as its reader does for one that is damaged.
+    int8 is for matrices only, computing stays. Each parameter is converted as soon as it is read. Raises
+    UserError for what is no model, and as its reader does for one that is damaged.
     """
-    found = describe(path)
-    opened = Opened(found.name, found.config, found.read(mesh), found.tokenizer, found.context)
-    return opened if dtype is None else cast(opened, dtype)
+    name, config, tokenizer, context, read = describe(path)
+    params = read(mesh, dtype and functools.partial(_converted, dtype))
+    if dtype not in (None, "int8"):
+        config = dataclasses.replace(config, dtype=dtype)
+    return Opened(name, config, params, tokenizer, context, mesh)
 
 
 def describe(path: str | pathlib.Path) -> Described:
@@ -105,18 +115,27 @@ def describe(path: str | pathlib.Path) -> Described:
     )
 
 
-def cast(opened: Opened, dtype: Dtype) -> Opened:
-    """The same model with parameters and computing in `dtype`; int8 is for matrices only, computing stays."""
-    if dtype == "int8":
-        return opened._replace(params=jax.jit(quantise)(opened.params))
-    params = jax.tree.map(lambda leaf: leaf.astype(dtype), opened.params)
-    return opened._replace(params=params, config=dataclasses.replace(opened.config, dtype=dtype))
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _converted(dtype: Dtype, name: str, leaf: jax.Array) -> Any:
+    """The parameter `name` as it is used."""
+    return quantised(name, leaf) if dtype == "int8" else leaf.astype(dtype)
+
+
+def _converted_by_leaf(convert: Convert, params: Params) -> Params:
+    """All of them, in whose place no others stay: they are nobody else's."""
+    leaves, tree = jax.tree_util.tree_flatten_with_path(params)
+    params.clear()
+    found = []
+    while leaves:
+        path, leaf = leaves.pop(0)
+        found.append(jax.block_until_ready(convert(path[-1].key, leaf)))
+    return tree.unflatten(found)
 
 
 def _portable(place: pathlib.Path, reader: types.ModuleType) -> Described:
     config, read, tokenizer = reader.describe(place)
     context = tokenizer.context if tokenizer else reader.context(place)
-    return Described(place.name, config, tokenizer, _limit(config, context), read)
+    return Described(place.resolve().name, config, tokenizer, _limit(config, context), read)
 
 
 def _limit(config: ModelConfig, context: int | None) -> int | None:
@@ -150,10 +169,11 @@ def _of_run(place: pathlib.Path) -> Described:
     tokenizer = dataclasses.replace(tokenizer, context=context)
     optimizer = configs.from_json(Optimizer, facts["config"]["optimizer"], "optimizer")
 
-    def read(mesh: Mesh | None) -> Params:
-        return _params_of_run(place, config, optimizers.structure(optimizer), step_of(facts), mesh)
+    def read(mesh: Mesh | None = None, convert: Convert | None = None) -> Params:
+        params = _params_of_run(place, config, optimizers.structure(optimizer), step_of(facts), mesh)
+        return _converted_by_leaf(convert, params) if convert else params
 
-    return Described(place.name, merged, tokenizer, context, read)
+    return Described(place.resolve().name, merged, tokenizer, context, read)
 
 
 def _tokenizer_of_run(place: pathlib.Path, facts: Mapping[str, Any], data: Any) -> Portable:

@@ -5,13 +5,30 @@ from collections.abc import Sequence
 from absl import flags
 
 from llm_jax.config import UserError
+from llm_jax.inference.opening import Opened, open_model
 from llm_jax.inference.sampling import Sampling
+from llm_jax.sharding import MeshConfig, make_mesh
+
+AXES = ("data", "fsdp", "tensor")
 
 
 def define_model(dtypes: Sequence[str] = ("float32", "bfloat16", "int8")) -> None:
-    """Defines --model and --dtype."""
+    """Defines --model, --dtype and --mesh."""
     flags.DEFINE_string("model", None, "a directory in Hugging Face's format, a .gguf file or a run's folder")
     flags.DEFINE_enum("dtype", None, dtypes, "of weights; default: as stored")
+    flags.DEFINE_list("mesh", [], "how devices share the model and the work: data=2,fsdp=4,tensor=1")
+
+
+def opened(path: str) -> Opened:
+    """The model at `path` as --dtype and --mesh say."""
+    sizes = {"data": "1"} if flags.FLAGS.mesh else {}
+    for item in flags.FLAGS.mesh:
+        name, _, size = item.partition("=")
+        if name not in AXES or not size.isdecimal():
+            raise UserError(f"--mesh: {name!r} is not data=N, fsdp=N or tensor=N")
+        sizes[name] = size
+    mesh = make_mesh(MeshConfig(**{name: int(size) for name, size in sizes.items()})) if sizes else None
+    return open_model(path, flags.FLAGS.dtype, mesh)
 
 
 def define(max_tokens: int = 128) -> None:

@@ -1,7 +1,8 @@
 """How the next token is chosen: what a user sets, and one pure function of logits, settings and keys.
 
 The order is that of transformers' logits processors: bias, repetition penalty, temperature, top-k, top-p,
-min-p.
+min-p. A setting beyond what float32 holds means the nearest that it does, and one so strict that no token is
+left means the most probable one.
 """
 
 import dataclasses
@@ -59,6 +60,11 @@ class Sampling:
                 )
 
 
+FLOATS = np.finfo(np.float32)
+FAR = float(FLOATS.max) / 4  # from 0; the difference of two logits is a number too
+HOTTEST = 1e30  # at which all tokens are alike but those that FAR keeps out
+
+
 class Settings(NamedTuple):
     """The settings of B rows as arrays [B], and what is added to their logits [B, V]."""
 
@@ -71,37 +77,40 @@ class Settings(NamedTuple):
 
     @classmethod
     def of(cls, rows: Sequence[Sampling], vocabulary: int) -> "Settings":
+        """Of settings that `check` let through."""
         bias = np.zeros((len(rows), vocabulary), np.float32)
         for row, sampling in enumerate(rows):
             for token, value in sampling.logit_bias.items():
-                bias[row, token] = value
+                bias[row, token] = min(max(value, -FAR), FAR)
 
-        def column(name: str, dtype: type) -> np.ndarray:
-            return np.array([getattr(sampling, name) for sampling in rows], dtype)
+        def column(name: str, least: float = float(FLOATS.tiny)) -> np.ndarray:
+            return np.array([min(max(getattr(row, name), least), HOTTEST) for row in rows], np.float32)
 
+        hot = np.array([row.temperature > 0 for row in rows])
         return cls(
-            column("temperature", np.float32),
-            column("top_k", np.int32),
-            column("top_p", np.float32),
-            column("min_p", np.float32),
-            column("repetition_penalty", np.float32),
+            np.where(hot, column("temperature"), 0),
+            np.array([min(row.top_k, vocabulary) for row in rows], np.int32),
+            column("top_p"),
+            column("min_p", 0.0),
+            column("repetition_penalty"),
             bias,
         )
 
 
 def processed(logits_BV: jax.Array, settings: Settings, seen_BV: jax.Array) -> jax.Array:
-    """The logits that are sampled from, -inf where a token is out; seen_BV: which tokens the text has.
+    """The logits that are sampled from, less the row's largest, and -inf where a token is out.
 
-    Tokens exactly as probable as the last that is in are in too.
+    seen_BV: which tokens the text has. Tokens exactly as probable as the last that is in are in too.
     """
     penalty_B1, k_B1, p_B1, min_B1 = (
         x[:, None] for x in (settings.penalty, settings.top_k, settings.top_p, settings.min_p)
     )
     logits_BV = logits_BV + settings.bias
     punished_BV = jnp.where(logits_BV < 0, logits_BV * penalty_B1, logits_BV / penalty_B1)
-    logits_BV = jnp.where(seen_BV, punished_BV, logits_BV)
+    logits_BV = jnp.clip(jnp.where(seen_BV, punished_BV, logits_BV), -FAR, FAR)
     hot_B = settings.temperature > 0
-    logits_BV = logits_BV / jnp.where(hot_B, settings.temperature, 1.0)[:, None]
+    logits_BV -= logits_BV.max(-1, keepdims=True)  # a small temperature leaves this one in float32's range
+    logits_BV /= jnp.where(hot_B, settings.temperature, 1.0)[:, None]
 
     def cut(logits_BV: jax.Array) -> jax.Array:
         V = logits_BV.shape[-1]
@@ -110,6 +119,7 @@ def processed(logits_BV: jax.Array, settings: Settings, seen_BV: jax.Array) -> j
         p_BV = jax.nn.softmax(sorted_BV, axis=-1)
         inside_BV = (jnp.cumsum(p_BV, axis=-1) - p_BV < p_B1) & (sorted_BV > -jnp.inf)
         inside_BV &= p_BV >= min_B1 * p_BV[:, :1]
+        inside_BV |= jnp.arange(V) == 0
         last_B1 = jnp.where(inside_BV, sorted_BV, jnp.inf).min(-1, keepdims=True)
         return jnp.where(logits_BV >= last_B1, logits_BV, -jnp.inf)
 

@@ -5,36 +5,56 @@ from collections.abc import Sequence
 from llm_jax.interop.tokenizer import Portable
 
 BROKEN = "\ufffd"  # what a character stands for whose bytes aren't all there yet
+SIGHT = 8  # ids of what stands before that are looked at
 
 
 class TextStream:
-    """Token ids in, certain text out. What might be the beginning of a stop text is held back."""
+    """Token ids in, certain text out. What might be the beginning of a stop text is held back.
 
-    def __init__(self, tokenizer: Portable, stops: Sequence[str] = ()) -> None:
+    before: ids that the text goes on from, of which some stay in sight: what a token is spelled as can depend
+    on those before it. SentencePiece's space is one only inside a text, and bytes are a character together.
+    """
+
+    def __init__(self, tokenizer: Portable, stops: Sequence[str] = (), before: Sequence[int] = ()) -> None:
         self._tokenizer, self._stops = tokenizer, tuple(stops)
-        self._ids: list[int] = []
-        self._before = self._held = ""  # text of the tokens in _ids that has been given; what waits
+        self._ids = self._last_whole([int(i) for i in before])
+        self._new = len(self._ids)  # where in _ids those begin whose text hasn't been given
+        self._held = ""
         self.stopped = ""  # the stop text that came
 
     def push(self, token: int) -> str:
         """The text that has become certain with one more token."""
+        if token in self._tokenizer.unwritten:
+            return ""
         self._ids.append(token)
-        text = self._tokenizer.decode(self._ids)
+        text = self._text()
         if text.endswith(BROKEN):
             return ""
-        self._held += text[len(self._before) :]
-        # A token's text can depend on the one before it (a space at the start), so one is kept.
-        self._ids = self._ids[-1:]
-        self._before = self._tokenizer.decode(self._ids)
+        self._held += text
+        self._ids = self._ids[self._new :]
+        self._new = len(self._ids)
         return self._release()
 
     def rest(self) -> str:
         """What is left when no token follows."""
         if self.stopped:
             return ""
-        self._held += self._tokenizer.decode(self._ids)[len(self._before) :]
-        certain, self._held = self._held, ""
+        self._held += self._text()
+        certain = self._release()
+        if not self.stopped:
+            certain, self._held = certain + self._held, ""
         return certain
+
+    def _text(self) -> str:
+        """The text of the new ids after those before them."""
+        decode = self._tokenizer.decode
+        return decode(self._ids)[len(decode(self._ids[: self._new])) :]
+
+    def _last_whole(self, ids: list[int]) -> list[int]:
+        """The last ids that are whole characters, as few as possible."""
+        written = [token for token in ids[-SIGHT:] if token not in self._tokenizer.unwritten]
+        ends = (written[start:] for start in reversed(range(len(written))))
+        return next((end for end in ends if BROKEN not in self._tokenizer.decode(end)), [])
 
     def _release(self) -> str:
         found = [(place, stop) for stop in self._stops if (place := self._held.find(stop)) >= 0]

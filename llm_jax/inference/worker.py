@@ -9,8 +9,11 @@ from typing import NamedTuple
 
 from absl import logging
 
+from llm_jax.inference.api import RefusedError
 from llm_jax.inference.batching import Answer, Request, Token
 from llm_jax.inference.conversation import Speaker
+
+LONGEST = 1024  # answers that wait in line
 
 
 class Heard(NamedTuple):
@@ -50,6 +53,9 @@ class Worker:
     def submit(self, asked: "Asked", requests: Sequence[Request]) -> None:
         batcher, answers = self.speaker.batcher, []
         try:
+            if batcher.waiting + len(requests) > LONGEST:
+                message = f"overloaded: {batcher.waiting} answers wait in line; try again later"
+                raise RefusedError(message, 503, code="overloaded")
             for request in requests:
                 answers.append(batcher.submit(request))
         except Exception as error:  # a UserError where a request can't be answered

@@ -5,6 +5,7 @@ gguf.save("model.gguf", config, params, tokenizer, kind="Q8_0")
 """
 
 import dataclasses
+import functools
 import os
 import pathlib
 from typing import Any
@@ -49,9 +50,8 @@ def describe(path: str | pathlib.Path) -> Described:
     file = File(pathlib.Path(os.path.expanduser(path)))
     architecture, config = _config_of(file)
     tensors.shapes(file, architecture.tensors, config)
-    return Described(
-        config, lambda mesh: tensors.load(file, architecture.tensors, config, mesh), _tokenizer_of(file)
-    )
+    read = functools.partial(tensors.load, file, architecture.tensors, config)
+    return Described(config, read, _tokenizer_of(file))
 
 
 def context(path: str | pathlib.Path) -> int | None:

@@ -5,6 +5,7 @@ huggingface.save("out", config, params, tokenizer)      # opens in transformers
 """
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -40,10 +41,10 @@ class Loaded(NamedTuple):
 
 
 class Described(NamedTuple):
-    """A model in a file whose parameters are still there: read(mesh) reads them."""
+    """A model in a file whose parameters are still there: read(mesh, convert) reads them (`tensors.load`)."""
 
     config: Transformer
-    read: Callable[[Mesh | None], Params]
+    read: Callable[..., Params]
     tokenizer: Portable | None
 
     def load(self, mesh: Mesh | None) -> Loaded:
@@ -75,7 +76,7 @@ def describe(directory: str | pathlib.Path) -> Described:
     dtype = tensors.stored(tensors.shapes(shards, family.tensors, config))
     return Described(
         dataclasses.replace(config, dtype=dtype),
-        lambda mesh: tensors.load(shards, family.tensors, config, mesh),
+        functools.partial(tensors.load, shards, family.tensors, config),
         tokenizers.read(folder, context(folder)),
     )
 

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import jax
@@ -19,6 +19,7 @@ from llm_jax.models.transformer import Transformer
 from llm_jax.sharding import MeshConfig, make_mesh, shardings
 
 Plan = dict[str, list[Piece]]
+Convert = Callable[[str, jax.Array], Any]
 
 
 class Reader(Protocol):
@@ -53,10 +54,17 @@ def shapes(reader: Reader, table: Table, config: Transformer) -> Params:
     return _tree({path: jax.ShapeDtypeStruct(leaf.shape, dtypes[path]) for path, leaf in leaves})
 
 
-def load(reader: Reader, table: Table, config: Transformer, mesh: Mesh | None = None) -> Params:
+def load(
+    reader: Reader,
+    table: Table,
+    config: Transformer,
+    mesh: Mesh | None = None,
+    convert: Convert | None = None,
+) -> Params:
     """The parameters of `config` on the mesh (by default one device), each tensor sent there as it is read.
 
-    Raises UserError as `shapes` does.
+    convert: what becomes of each parameter, by its name, as soon as it is whole. Raises UserError as
+    `shapes` does.
     """
     model, sizes, wanted = config.build(), sizes_of(config), shapes(reader, table, config)
     roles = dict(_leaves(model.roles(wanted)))
@@ -75,6 +83,8 @@ def load(reader: Reader, table: Table, config: Transformer, mesh: Mesh | None = 
                 whole = filled[path] if path in filled else _zeros(leaf.shape, dtype, place)
                 part = _put(whole, part, piece.index, place).block_until_ready()
             filled[path] = part
+        if convert:
+            filled[path] = part = jax.block_until_ready(convert(path[-1], part))
     return _tree(filled)
 
 

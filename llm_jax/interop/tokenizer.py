@@ -114,6 +114,11 @@ class Portable:
         return self._tokenizer.get_added_tokens_decoder()
 
     @functools.cached_property
+    def unwritten(self) -> frozenset[int]:
+        """Special tokens, which `decode` leaves out."""
+        return frozenset(number for number, token in self._named.items() if token.special)
+
+    @functools.cached_property
     def _byte_level(self) -> bool:
         return "ByteLevel" in json.dumps(json.loads(self.data).get("decoder"))
 

@@ -84,11 +84,12 @@ class Model:
     unembed_params(params) returns, so that a chunked loss differentiates through nothing else.
     roles(params) -> tree of Role. A model that generates brings init_state(batch_size, length) -> state,
     decode(params, state, tokens, positions, lengths) -> (hidden, state) and state_axes(state), the tree of
-    logical axes of its state. apart(params) are the same parameters as they are read fastest where nothing
-    trains; apply, decode and unembed take both. activations(params, batch, attention=False) -> {name: array
-    [L, B, T, ...]} is for a look at what stands in every layer, and finish(params, x) -> hidden ends the
-    model after any of them. frozen: the top-level names of parameters that are used and not trained;
-    merge(params) -> the parameters of the same model without such, `ModelConfig.merged`.
+    logical axes of its state. apart(params, keep=True) are the same parameters as they are read fastest where
+    nothing trains, and without keep the others are used up; apply, decode and unembed take both.
+    activations(params, batch, attention=False) -> {name: array [L, B, T, ...]} is for a look at what stands
+    in every layer, and finish(params, x) -> hidden ends the model after any of them. frozen: the top-level
+    names of parameters that are used and not trained; merge(params) -> the parameters of the same model
+    without such, `ModelConfig.merged`.
     """
 
     init: Callable[[jax.Array], Params]
@@ -101,7 +102,7 @@ class Model:
     state_axes: Callable[[Any], Any] | None = None
     activations: Callable[..., dict[str, jax.Array]] | None = None
     finish: Callable[[Params, jax.Array], jax.Array] | None = None
-    apart: Callable[[Params], Params] = lambda params: params
+    apart: Callable[..., Params] = lambda params, keep=True: params
     frozen: tuple[str, ...] = ()
     merge: Callable[[Params], Params] = lambda params: params
 

@@ -276,14 +276,27 @@ class Decoder:
         logits = logits.reshape(*hidden.shape[:-1], -1)
         return logits if self.softcap is None else self.softcap * jnp.tanh(logits / self.softcap)
 
-    def apart(self, params: Params) -> Params:
+    def apart(self, params: Params, keep: bool = True) -> Params:
         """Where layers run as straight code: each layer's parameters as arrays of their own.
 
-        XLA on a CPU copies a layer out of its stack before it multiplies by it, at every step.
+        XLA on a CPU copies a layer out of its stack before it multiplies by it, at every step. keep: the
+        stacks stay; else each is deleted when its layers stand.
         """
         if not self.unrolled:
             return params
-        return params | {name: unstack(params[name]) for name, _, _ in self.groups()}
+        cut = jax.jit(list)
+
+        def layers(stack: jax.Array) -> list[jax.Array]:
+            found = jax.block_until_ready(cut(stack))
+            if not keep:
+                stack.delete()
+            return found
+
+        def apart(stacked: Params) -> list[Params]:
+            stacks, tree = jax.tree.flatten(stacked)
+            return [tree.unflatten(layer) for layer in zip(*map(layers, stacks), strict=True)]
+
+        return params | {name: apart(params[name]) for name, _, _ in self.groups()}
 
     def init_state(self, batch: int, length: int) -> Any:
         """Empty state for `batch` rows of up to `length` tokens, stacked or apart as the parameters are."""

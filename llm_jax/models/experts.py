@@ -9,6 +9,7 @@ from flax import linen as nn
 
 from llm_jax.config import UserError
 from llm_jax.models.blocks import ACTIVATIONS, linear
+from llm_jax.models.int8 import Int8
 from llm_jax.models.roles import parameter
 from llm_jax.values import check_least
 
@@ -69,7 +70,9 @@ class ExpertMLP(nn.Module):
         order = jnp.argsort(chosen_NA.reshape(-1))  # by expert; slot i is token i // active
         sizes_E = jnp.bincount(chosen_NA.reshape(-1), length=self.count)
 
-        def product(rows: jax.Array, weight: jax.Array) -> jax.Array:
+        def product(rows: jax.Array, weight: jax.Array | Int8) -> jax.Array:
+            if isinstance(weight, Int8):
+                return weight.ragged(rows, sizes_E, chosen_NA.reshape(-1)[order])
             return jax.lax.ragged_dot(rows, weight.astype(rows.dtype), sizes_E)
 
         rows = x_ND[order // self.active]

@@ -5,6 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from llm_jax.sharding import constrain
+
 FEW = 128  # rows; of more, whole numbers are no faster
 
 
@@ -44,6 +46,16 @@ class Int8:
         high_NO, low_NO = jnp.split(sums.astype(jnp.float32), 2)
         return unit_N1 * (high_NO + low_NO / 254)
 
+    def ragged(self, x_NI: jax.Array, sizes_E: jax.Array, expert_N: jax.Array) -> jax.Array:
+        """Rows x [N, I] in groups, sizes_E of each, times the matrix of their expert_N, [N, O], in x's dtype.
+
+        For matrices [E, O, I].
+        """
+        wide_EIO = jnp.swapaxes(self.values, -1, -2).astype(x_NI.dtype)
+        return jax.lax.ragged_dot(x_NI, wide_EIO, sizes_E) * self.scales[expert_N].astype(x_NI.dtype)
+
     def rows(self, chosen: jax.Array) -> jax.Array:
         """Rows of the matrix's transpose: the embeddings of token ids, float32."""
-        return self.values[chosen] * self.scales[chosen][..., None]
+        # A gather from a table whose width is spread over devices would first be replicated.
+        values, scales = constrain(self.values, "vocabulary", None), constrain(self.scales, "vocabulary")
+        return values[chosen] * scales[chosen][..., None]

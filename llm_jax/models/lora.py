@@ -104,7 +104,7 @@ class LoRA(ModelConfig, kind="lora"):
             decode=seen(base.decode),
             activations=seen(base.activations),
             frozen=tuple(name for name in names if name not in self.whole),
-            apart=lambda params: base.apart(merge(params)),
+            apart=lambda params, keep=True: base.apart(merge(params), keep),
             merge=merge,
         )
 

@@ -56,6 +56,10 @@ def test_a_transcript_goes_on_where_the_assistant_speaks():
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe"),
         ("{{ messages.append(1) }}", "unsafe|not safely callable"),
         ("{{ missing.thing }}", "'missing' is undefined"),
+        ("{{ 1 / 0 }}", "the chat template: ZeroDivisionError: division by zero"),
+        ("{% for i in range(10**7) %}{% endfor %}", "the chat template: OverflowError"),
+        ("{{ '%d' % 'x' }}", "the chat template: TypeError"),
+        ("{{ 'a' * 10**15 }}", "the chat template: MemoryError"),
     ],
 )
 def test_a_template_that_breaks_refuses_or_reaches_out_is_one_line(template, message):

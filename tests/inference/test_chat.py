@@ -1,6 +1,7 @@
 """The chat sends its whole context, shows it, and goes on after mistakes; the commands around it."""
 
 import dataclasses
+import functools
 import io
 import json
 import subprocess
@@ -15,7 +16,9 @@ from llm_jax import manifest
 from llm_jax.chat import Chat, beside, talk
 from llm_jax.checkpoints import Checkpoints
 from llm_jax.config import UserError, replace
+from llm_jax.inference.batching import Batcher
 from llm_jax.inference.conversation import Speaker
+from llm_jax.inference.generation import Engine
 from llm_jax.inference.opening import open_model
 from llm_jax.interop import gguf, huggingface
 from llm_jax.interop import tokenizer as tokenizers
@@ -89,9 +92,36 @@ def test_two_models_answer_side_by_side_each_with_its_own_past(speaker, run):
     chat, shown = talked([speaker, base], ["hi", "/context"])
     ((_, turns),) = chat.turns
     answers = [turn["content"] for (turn,) in turns]
-    assert base.template is None and base.text(chat.messages(1, "x")).startswith("User: hi\nAssistant: ")
+    assert base.template is None and base.text(chat.messages(1, "x")).startswith(
+        "<|endoftext|>User: hi\nAssistant: "
+    )
     assert answers[1] in base.text(chat.messages(1)) and answers[0] in speaker.text(chat.messages(0))
     assert "tiny" in shown and "mine" in shown and " | " in shown
+
+
+def test_what_is_shown_is_what_is_sent(speaker, run):
+    for who in (speaker, Speaker(open_model(run))):
+        messages = [{"role": "user", "content": "hi"}]
+        shown = b"".join(map(who.opened.tokenizer.spelling, who.ids(messages).tolist()))
+        assert shown.decode() == who.text(messages)
+
+
+def test_each_model_is_as_fast_as_it_is_alone(folder, monkeypatch):
+    now = [0.0]
+
+    def step(batcher, took):
+        now[0] += took
+        return Batcher.step(batcher)
+
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    messages = [{"role": "user", "content": "hi"}]
+    replies = [Speaker(open_model(folder)).reply(messages, max_tokens=5) for _ in range(2)]
+    for reply, took in zip(replies, (1.0, 0.1), strict=True):
+        monkeypatch.setattr(reply._batcher, "step", functools.partial(step, reply._batcher, took))
+    for _ in zip(*replies, strict=True):
+        pass
+    assert "5 tokens, 1.0 tokens/s, first after 1.00 s" in str(replies[0])
+    assert "5 tokens, 10.0 tokens/s, first after 0.10 s" in str(replies[1])
 
 
 def test_columns_keep_their_width():
@@ -150,7 +180,7 @@ def test_what_is_no_model_or_no_text_is_refused(folder, tmp_path):
             read_ids(str(tmp_path / name))
 
 
-def command(name, *arguments, text=""):
+def process(name, *arguments, text=""):
     program = [sys.executable, "-m", f"llm_jax.{name}", *map(str, arguments)]
     return subprocess.run(program, input=text, capture_output=True, text=True)
 
@@ -158,7 +188,7 @@ def command(name, *arguments, text=""):
 def test_the_commands_score_generate_and_chat(folder, tmp_path):
     opened, out = open_model(folder), tmp_path / "out.npz"
     np.save(tmp_path / "ids.npy", np.array([[104, 105, 33], [1, 2, 3]]))
-    done = command("score", f"--model={folder}", f"--ids={tmp_path / 'ids.npy'}", f"--out={out}")
+    done = process("score", f"--model={folder}", f"--ids={tmp_path / 'ids.npy'}", f"--out={out}")
     assert done.returncode == 0, done.stderr
     saved, here = np.load(out), score(opened, np.load(tmp_path / "ids.npy"))
     assert saved["logits"].shape == (2, 3, 257) and saved["logits"].dtype == np.float32
@@ -169,16 +199,45 @@ def test_the_commands_score_generate_and_chat(folder, tmp_path):
     assert "'i'" in done.stdout and "nats a token over 2" in done.stdout
 
     flags = ["--prompt=hi", "--n=2", "--temperature=1", "--max_tokens=4", "--candidates=2", "--json"]
-    done = command("generate", f"--model={folder}", *flags)
+    done = process("generate", f"--model={folder}", *flags)
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     assert done.returncode == 0 and len(answers) == 2, done.stderr
     assert all(len(token["top"]) == 2 for answer in answers for token in answer["tokens"])
 
-    done = command("chat", f"--model={folder}", "--max_tokens=3", text="hi\n/context\n")
+    done = process("chat", f"--model={folder}", "--max_tokens=3", text="hi\n/context\n")
     assert done.returncode == 0 and "[u]hi[a]" in done.stdout, done.stderr
 
 
 def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(folder):
-    done = command("generate", f"--model={folder}", "--prompt=x", "--top_p=7")
+    done = process("generate", f"--model={folder}", "--prompt=x", "--top_p=7")
     assert done.returncode == 2
     assert done.stderr == "error: top_p is 7.0; it is above 0 and at most 1\n"
+
+
+def test_the_commands_spread_a_model_over_devices(folder, tmp_path, monkeypatch, command):
+    steps, step = [], Engine.step
+    monkeypatch.setattr(Engine, "step", lambda self, *a: steps.append((self.params, a[0])) or step(self, *a))
+    answers, flags = [], [f"--model={folder}", "--max_tokens=4"]
+    for mesh in ([], ["--mesh=tensor=2,fsdp=2"]):
+        code, out, err = command("llm_jax.generate", *flags, "--prompt=hi", *mesh)
+        assert not code, err
+        params, state = steps.pop()
+        out_path = tmp_path / f"{len(answers)}.npz"
+        assert command("llm_jax.score", flags[0], "--text=hi", f"--out={out_path}", *mesh)[0] is None
+        answers.append((out, np.load(out_path)["logits"]))
+        devices = [len(leaf.sharding.device_set) for leaf in jax.tree.leaves((params, state))]
+        assert set(devices) == {4 if mesh else 1}
+    assert answers[0][0] == answers[1][0]
+    np.testing.assert_allclose(answers[0][1], answers[1][1], atol=1e-5)
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi\n"))
+    code, out, err = command("llm_jax.chat", *flags, "--mesh=tensor=2")
+    assert not code and "4 tokens" in out, err
+    assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(steps[-1])} == {2}
+    for wrong, message in [("rows=2", "'rows' is not data=N"), ("tensor=64", "needs 64 devices")]:
+        code, _, err = command("llm_jax.score", flags[0], "--text=hi", f"--mesh={wrong}")
+        assert code == 2 and message in err and err.count("\n") == 1
+
+
+def test_a_model_is_named_by_its_folder_wherever_it_is_asked_from(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    assert open_model(".").name == "tiny"

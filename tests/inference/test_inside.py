@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import numpy as np
 import pytest
 import reference
@@ -10,6 +11,7 @@ from reference import FIXTURES
 from llm_jax.config import UserError
 from llm_jax.inference.inside import lens, look, neighbours
 from llm_jax.inference.opening import open_model
+from llm_jax.inference.quantising import quantise
 
 NAMES = "gpt2", "llama", "gemma3"  # learned and rotary positions; shared keys; windows, sandwiched norms
 TOLERANCE = 2e-4
@@ -73,3 +75,14 @@ def test_neighbours_are_the_embeddings_of_the_smallest_angle():
 def test_a_text_that_is_too_long_to_be_read_is_refused():
     with pytest.raises(UserError, match="81 tokens, and the model's context is 80"):
         look(opened("gpt2"), np.zeros(81, int))
+
+
+def test_neighbours_of_weights_of_eight_bits_are_nearly_those_of_the_others_and_at_most_all():
+    wide = opened("llama")
+    small = wide._replace(params=jax.jit(quantise)(wide.params))
+    every = neighbours(wide, 5, count=10_000)
+    assert len(every) == wide.config.vocabulary - 1 and 5 not in dict(every)
+    assert neighbours(small, 5, count=1)[0][0] == every[0][0]
+    np.testing.assert_allclose(
+        [c for _, c in neighbours(small, 5, 99)], [c for _, c in every[:99]], atol=0.02
+    )

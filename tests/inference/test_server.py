@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from serving import HI, LONG, TINY, Web
 
+from llm_jax.config import UserError
 from llm_jax.data import SentencePiece
-from llm_jax.inference import guards
+from llm_jax.inference import guards, worker
 from llm_jax.inference.batching import Request, complete
 from llm_jax.inference.conversation import Speaker
 from llm_jax.inference.sampling import Sampling
@@ -107,6 +108,26 @@ def test_many_clients_at_once_are_answered_as_one_after_another(web):
     assert together == [ask(number) for number in range(10)]
 
 
+EXTREME = [
+    {"top_k": 2**40},
+    {"top_p": 1e-60},
+    {"temperature": 1e300},
+    {"repetition_penalty": 1e-300},
+    {"logit_bias": {str(token): -1e300 for token in range(257)}},
+]
+
+
+@pytest.mark.parametrize("extreme", EXTREME, ids=lambda extreme: next(iter(extreme)))
+def test_an_extreme_request_disturbs_nobody_beside_it(web, alone, extreme):
+    expected = alone(Request(PROMPT, max_tokens=300))[0].text
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        innocent = pool.submit(web.chat, max_tokens=300, temperature=0)
+        until(lambda: web.batcher().busy)
+        code, found, _ = web.ask("/v1/chat/completions", {**CHAT, "max_tokens": 3, **extreme})
+        assert code == 200, found
+        assert innocent.result().choices[0].message.content == expected
+
+
 def test_both_models_are_offered_by_name_and_what_one_is_sent_is_told(web):
     assert [model.id for model in web.client.models.list()] == ["tiny", "base"]
     assert web.client.models.retrieve("base").context is None
@@ -140,8 +161,12 @@ CHATS = [
     ({**CHAT, "temperature": -1}, 400, "temperature is -1.0; it is a number of at least 0", None),
     ({**CHAT, "top_p": 0}, 400, "top_p is 0.0; it is above 0 and at most 1", None),
     ({**CHAT, "max_tokens": 0}, 400, "max_tokens is 0; it is at least 1", None),
+    ({**CHAT, "stop": ["a"] * 17}, 400, "stop: value should have at most 16 items", "stop"),
+    ({**CHAT, "messages": [{"role": "user"}]}, 400, "messages.0: content is missing", "messages"),
     ({**CHAT, "n": 0}, 400, "n: input should be greater than or equal to 1", "n"),
     ({**CHAT, "seed": -1}, 400, "seed is -1", None),
+    ({**CHAT, "seed": 2**40}, 400, "seed is 1099511627776; it is 0 .. 4294967295", None),
+    ({**CHAT, "top_k": -(2**70)}, 400, "top_k is -1180591620717411303424; it is at least 0", None),
     ({**CHAT, "stop": [""]}, 400, "a stop text is empty", None),
     ({**CHAT, "logit_bias": {"a": 1}}, 400, "logit_bias: it maps token ids to numbers", "logit_bias"),
     ({**CHAT, "logit_bias": {"999": 1}}, 400, "ids lie in 0 .. 256", None),
@@ -173,6 +198,7 @@ TEXTS = [
     ({"model": "tiny", "prompt": ""}, 400, "the prompt is empty", None),
     ({"model": "tiny", "prompt": ["fine", ""], "stream": True}, 400, "the prompt is empty", None),
     ({"model": "tiny", "prompt": "a", "echo": True, "logprobs": 1}, 400, "logprobs with echo", "echo"),
+    ({"model": "tiny", "prompt": ["a"] * 65, "n": 2}, 400, "130 answers: one request asks for 128", "prompt"),
     ({"model": "tiny", "prompt": "a", "best_of": 2}, 400, "best_of is not supported", "best_of"),
 ]
 
@@ -190,6 +216,7 @@ def test_a_wrong_request_is_refused_in_one_line(web, path, body, status, message
 
 def test_the_server_lives_on_after_them_and_what_asks_for_nothing_is_let_through(web, monkeypatch):
     nothing = {"presence_penalty": 0, "tools": None, "seed": None, "response_format": {"type": "text"}}
+    nothing |= {"metadata": {"for": "a test"}, "service_tier": "auto", "user": "me"}
     assert web.ask("/v1/chat/completions", {**CHAT, **nothing})[0] == 200
     assert web.ask("/v1/nothing")[:2] == (404, web.ask("/v1/nothing")[1])
     assert web.ask("/v1/chat/completions")[0] == 405
@@ -199,6 +226,29 @@ def test_the_server_lives_on_after_them_and_what_asks_for_nothing_is_let_through
     with contextlib.closing(socket.create_connection(("127.0.0.1", web.port))) as raw:
         raw.sendall(b"no HTTP\r\n\r\n")
         assert b" 400 " in raw.recv(1000)
+
+
+def test_roles_and_turns_of_newer_clients_are_those_they_stand_for(web):
+    newer = [{"role": "developer", "content": "Be."}, {"role": "assistant", "content": None}]
+    messages = [*newer, {"role": "user", "content": "hi", "name": "Ann"}]
+    _, found, _ = web.ask("/v1/chat/context", {"model": "tiny", "messages": messages})
+    assert found["text"] == "[s]Be.[a][u]hi[a]"
+
+
+def test_a_full_line_is_said_to_and_what_stands_in_it_is_answered(web, monkeypatch):
+    monkeypatch.setattr(worker, "LONGEST", 6)
+    asked = {"temperature": 0, "logit_bias": {"120": 100}}
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        waiting = [pool.submit(web.chat, max_tokens=400, n=5, **asked)]
+        until(lambda: web.batcher().waiting == 1)
+        waiting.append(pool.submit(web.chat, max_tokens=400, n=5, **asked))
+        until(lambda: web.batcher().waiting == 6)
+        code, found, headers = web.ask("/v1/chat/completions", {**CHAT, **asked})
+        assert code == 503 and "6 answers wait in line" in found["error"]["message"]
+        assert found["error"]["type"] == "server_error" and headers["Retry-After"] == "1"
+        for answer in waiting:
+            assert [choice.message.content for choice in answer.result().choices] == ["x" * 400] * 5
+    assert web.ask("/v1/chat/completions", {**CHAT, **asked})[0] == 200
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -262,6 +312,20 @@ def test_a_token_opens_the_api_and_nothing_else_does():
         right = {"Authorization": "Bearer open-sesame"}
         assert web.ask("/v1/models", Host="far.example", **right)[0] == 200
         assert web.ask("/", Host="far.example")[0] == 200
+
+
+def test_a_token_may_stand_in_the_environment(command, monkeypatch):
+    given = []
+
+    def listen(host, port, token):
+        given.append(token)
+        raise UserError("heard")
+
+    monkeypatch.setattr("llm_jax.inference.server.listen", listen)
+    monkeypatch.setenv("LLM_JAX_TOKEN", "open-sesame")
+    for flags in ([], ["--token=mine"]):
+        assert command("llm_jax.chat", "--web", "--model=nowhere", *flags)[0] == 2
+    assert given == ["open-sesame", "mine"]
 
 
 @pytest.mark.parametrize(
