@@ -20,8 +20,10 @@ from llm_jax.models.lora import LoRA
 from llm_jax.optimizers import AdamW
 from llm_jax.pack import train_packed
 from llm_jax.run import Checkpointing, Execution, Run
+from llm_jax.schedules import WSD
 from llm_jax.sharding import MeshConfig
 from llm_jax.train import train
+from llm_jax.trunks import shared_steps
 
 ALONE = Execution(mesh=MeshConfig(data=1))
 STILL = AdamW(learning_rate=0.0)
@@ -112,6 +114,13 @@ def test_a_stopped_one_continues_bit_for_bit(base, tuned, tmp_path, lora):
     assert records.starts(tmp_path / "part")[-1]["resume_at"] == 3
     assert again["loss"] == whole["loss"] and again["train_loss"] == whole["train_loss"]
     equal(open_model(tmp_path / "part").params, open_model(tmp_path / "whole").params)
+
+
+def test_runs_that_begin_as_one_model_share_their_first_steps(tuned):
+    wsd = AdamW(schedule=WSD(warmup_steps=2, decay_fraction=0.25))
+    short, long = (tuned(steps=steps, optimizer=wsd) for steps in (16, 32))
+    assert shared_steps(short, long) == 13  # the last quarter begins at the full rate
+    assert shared_steps(short, tuned("directory", steps=32, optimizer=wsd)) == 0
 
 
 @pytest.mark.parametrize("lora", [False, True])
