@@ -119,9 +119,12 @@ class Chat:
         kinds.pop("logit_bias")
         name, equals, value = text.partition("=")
         if text and (not equals or name not in kinds):
-            raise UserError(f"/set {text}: write NAME=VALUE; {nearest(name, kinds)}")
+            hint = "" if name in kinds else f"; {nearest(name, kinds)}"
+            raise UserError(f"/set {text}: write NAME=VALUE{hint}")
         if name == "max_tokens":
-            self.max_tokens = values.parse(int, value, name)
+            if (most := values.parse(int, value, name)) < 1:
+                raise UserError(f"max_tokens is {most}; it is at least 1")
+            self.max_tokens = most
         elif text:
             changed = dataclasses.replace(self.sampling, **{name: values.parse(kinds[name], value, name)})
             changed.check(self.speakers[0].opened.config.vocabulary)
@@ -248,6 +251,7 @@ def main() -> None:
         raise UserError(
             "--model is missing: a directory in Hugging Face's format, a .gguf file or a run's folder"
         )
+    options.check(slots=1)
     if f.web:
         if f.tools:
             raise UserError("--tools are called in the terminal; --web has none")

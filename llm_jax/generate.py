@@ -21,9 +21,7 @@ def main() -> None:
     prepare_xla(deterministic=False)
     if not f.model or not f.prompt:
         raise UserError("--model and --prompt are needed, for example --model=runs/mine --prompt='Once upon'")
-    for name, least in {"n": 1, "slots": 1, "candidates": 0, "max_tokens": 1}.items():
-        if f[name].value < least:
-            raise UserError(f"{name} is {f[name].value}; it is at least {least}")
+    options.check(n=1, slots=1, candidates=0)
     opened = options.opened(f.model)
     prompts = [opened.encode(text) for text in f.prompt]
     requests = [

@@ -45,6 +45,15 @@ def define(max_tokens: int = 128) -> None:
     flags.DEFINE_integer("seed", 0, "the same seed gives the same samples")
 
 
+def check(**least: int) -> None:
+    """Raises UserError for a flag below the least that it may be, and for an empty stop text."""
+    for name, low in {"max_tokens": 1, **least}.items():
+        if flags.FLAGS[name].value < low:
+            raise UserError(f"{name} is {flags.FLAGS[name].value}; it is at least {low}")
+    if "" in flags.FLAGS.stop:
+        raise UserError("--stop: a stop text is empty")
+
+
 def sampling() -> Sampling:
     """What the flags ask for."""
     f = flags.FLAGS

@@ -79,12 +79,21 @@ def test_settings_change_and_an_answer_is_the_same_for_the_same_seed(speaker):
 
 
 def test_a_mistake_is_one_line_and_the_chat_goes_on(speaker, capsys):
-    lines = ["/retyr", "/set top_p=3", "/set topp=1", "/set top_k=x", "/retry", "x" * 200, "hi"]
+    lines = [
+        "/retyr",
+        "/set top_p=3",
+        "/set topp=1",
+        "/set top_k=x",
+        "/retry",
+        "x" * 200,
+        "/set max_tokens=0",
+    ]
+    lines.append("hi")
     chat, _ = talked([speaker], lines)
     errors = capsys.readouterr().err.splitlines()
-    assert [said for said, _ in chat.turns] == ["hi"] and len(errors) == 6
+    assert [said for said, _ in chat.turns] == ["hi"] and len(errors) == 7
     assert "did you mean '/retry'" in errors[0] and "top_p is 3" in errors[1] and "'top_p'" in errors[2]
-    assert "the model's context is 96" in errors[5]
+    assert "the model's context is 96" in errors[5] and "max_tokens is 0; it is at least 1" in errors[6]
 
 
 def test_two_models_answer_side_by_side_each_with_its_own_past(speaker, run):
@@ -206,6 +215,12 @@ def test_the_commands_score_generate_and_chat(folder, tmp_path):
 
     done = process("chat", f"--model={folder}", "--max_tokens=3", text="hi\n/context\n")
     assert done.returncode == 0 and "[u]hi[a]" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("flag", ["--max_tokens=0", "--slots=0", "--stop="])
+def test_what_no_answer_could_keep_to_is_refused_before_the_chat_begins(folder, command, flag):
+    code, _, err = command("llm_jax.chat", f"--model={folder}", "--web", "--port=0", flag)
+    assert code == 2 and flag.strip("-").partition("=")[0] in err and err.count("\n") == 1
 
 
 def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(folder):
