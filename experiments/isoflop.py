@@ -7,7 +7,7 @@ Models of several sizes are trained at each of a few compute budgets (Hoffmann e
     python -m launch.local --config=experiments/isoflop.py:cpu --workers=2
     python -m launch.local --config=experiments/isoflop.py:smoke --workers=2
 
-Cost: smoke 18 seconds, quickstart 6 minutes, cpu 2 hours (not run), each on 2 CPU cores; gpu 25 minutes
+Cost: smoke 18 seconds, quickstart 4 minutes, cpu 2 hours (not run), each on 2 CPU cores; gpu 25 minutes
 on one H100 (not run); full some days on a pod, on a corpus of yours (not run). What was not run is estimated.
 
 Result (quickstart, 2026-11-22): N_opt ~ C^0.53 (90% interval 0.42 to 0.65, Approach 2), C^0.43 (0.34 to 0.54,
