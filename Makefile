@@ -27,7 +27,7 @@ quickstart: $(call installed,$(QUICK))  ## a scaling sweep on real text, the law
 	$(BIN)/python -m launch.local --config=experiments/isoflop.py:$(SCALE)
 
 test: $(STAMP)  ## the test suite
-	$(BIN)/python -m pytest -n $(JOBS) --dist=worksteal $(TESTS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist=worksteal --durations=15 $(TESTS)
 
 smoke: $(STAMP)  ## every experiment at its smoke scale, anew
 	@rm -rf .cache/smoke
