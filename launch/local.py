@@ -24,7 +24,7 @@ import numpy as np
 from absl import flags
 
 from launch import order, packs, sweep
-from launch.pool import Pool, gpus, shares
+from launch.pool import Pool, gpus, one_core_each, shares
 from launch.sweep import Plan, Planned
 from llm_jax import config, records
 from llm_jax.config import Chosen, UserError
@@ -70,8 +70,11 @@ def launch(experiment: Chosen, folder: Path) -> int:
     # This process plans and draws; devices are for the workers (a GPU's memory would be taken twice).
     jax.config.update("jax_platforms", "cpu")
     plan = sweep.make_plan(experiment, folder)
-    workers, width = flags.FLAGS.workers, packs.width_of(flags.FLAGS.pack)
-    ways = len(shares(workers, len(plan.sweep)))
+    workers, width, off = flags.FLAGS.workers, packs.width_of(flags.FLAGS.pack), "--pack=off"
+    parts = shares(workers, len(plan.sweep))
+    ways = len(parts)
+    if width is None and one_core_each(parts):
+        width, off = 1, "a core for each worker, which one run fills; --pack=8, say, packs all the same"
     planned = [
         pack
         for stage in (plan.sweep, plan.holdout)
@@ -84,7 +87,7 @@ def launch(experiment: Chosen, folder: Path) -> int:
     if not flags.FLAGS.dry_run:
         plan.write()
     print(f"{folder}: the plan of {experiment.module.__file__}:{experiment.scale}")
-    notes += filter(None, (packs.summary(planned, ways, width), packs.unstopped(planned)))
+    notes += filter(None, (packs.summary(planned, ways, width, off), packs.unstopped(planned)))
     print(sweep.summary(plan), expected_time(plan), *notes, sep="\n", flush=True)
     if flags.FLAGS.dry_run:
         return 0

@@ -87,15 +87,15 @@ def unstopped(packs: Sequence[Pack]) -> str:
     )
 
 
-def summary(packs: Sequence[Pack], workers: int, width: int | None) -> str:
-    """A line on how the plan's runs are packed, and why so; "" if there are none."""
+def summary(packs: Sequence[Pack], workers: int, width: int | None, off: str = "--pack=off") -> str:
+    """A line on how the plan's runs are packed, and why so; "" if there are none. off: why width is 1."""
     if not packs:
         return ""
     widths = sorted((len(pack.runs) for pack in packs if len(pack.runs) > 1), reverse=True)
     if not widths:
         runs = [run for pack in packs for run in pack.runs]
         if width == 1:
-            why = "--pack=off"
+            why = off
         elif all(len(pack.runs) == 1 for pack in packed(runs, workers, len(runs))):
             why = "no runs with one program and about as many steps"
         else:

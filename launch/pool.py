@@ -72,6 +72,11 @@ def shares(workers: int | None, planned: int) -> list[Share]:
     return [Share(frozenset(cores[n * size : (n + 1) * size])) for n in range(count)]
 
 
+def one_core_each(parts: Sequence[Share]) -> bool:
+    """Whether a run alone leaves its worker nothing that a pack could fill (analysis/packing.md)."""
+    return all(part.cores is not None and len(part.cores) == 1 for part in parts)
+
+
 def gpus() -> list[str]:
     """The names that CUDA_VISIBLE_DEVICES knows this machine's NVIDIA GPUs by."""
     if os.environ.get("JAX_PLATFORMS", "").split(",")[0] == "cpu":

@@ -61,7 +61,7 @@ def main() -> None:
     tasks = [standard.find(name, data_folder()) for name in f.tasks]
     form = Format(f.chat, f.few_shot)
     opened = options.opened(f.model)
-    evaluator = Evaluator(opened, opened.mesh, keep=f.keep, slots=f.slots)
+    evaluator = Evaluator(opened, keep=f.keep, slots=f.slots)
     outcomes = [evaluate(evaluator, *task, form, f.limit) for task in tasks]
     print(table(outcomes))
     for outcome in outcomes:

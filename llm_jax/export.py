@@ -44,7 +44,7 @@ def main() -> None:
         raise UserError(f"--to={f.to} exists; give another name")
     if f.dtype == "q8_0" and place.suffix != ".gguf":
         raise UserError(f"--dtype=q8_0 is for .gguf files; {f.to} is written in float32, bfloat16 or float16")
-    export(open_model(f.model), place, f.dtype)
+    export(open_model(f.model, mesh=options.mesh()), place, f.dtype)
     size = sum(file.stat().st_size for file in [place, *place.glob("*")] if file.is_file())
     print(f"{place}: {size:,} bytes")
 

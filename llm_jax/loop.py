@@ -155,8 +155,11 @@ def train_together(members: Sequence[Member], shape: Shape, mesh: jax.sharding.M
                 raise SystemExit(143)
             staying = [member for member in running if member not in ended]
             narrowing = narrower_pays(staying, len(members))
-            saving = [m for m in running if late or stopping or m.saves(m.first + clock)]
-            saving += [member for member in staying if narrowing and member not in saving]
+            saving = [
+                member
+                for member in running
+                if late or stopping or (narrowing and member in staying) or member.saves(member.first + clock)
+            ]
             if ended or evaluating or saving:
                 in_flight.settle()
                 in_flight.stopwatch.restart()

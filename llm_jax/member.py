@@ -17,7 +17,6 @@ from llm_jax import facts, optimizers, records, trunks
 from llm_jax.checkpoints import Checkpoints
 from llm_jax.config import UserError, nearest
 from llm_jax.data import Source
-from llm_jax.inference.pretrained import PretrainedTokenizer, keep_tokenizer
 from llm_jax.models import Params
 from llm_jax.program import Program
 from llm_jax.records import Record, load_run, metrics
@@ -94,8 +93,8 @@ class Member:
             raise UserError(
                 f"{self.folder} can't be a run's folder: {error.strerror}; name another by --folder"
             ) from None
-        if isinstance(getattr(self.run.data, "tokenizer", None), PretrainedTokenizer):
-            keep_tokenizer(self.run.data, self.source.codec, self.folder)
+        if hasattr(self.run.data, "tokenizer"):
+            self.run.data.tokenizer.keep(self.run.data, self.source, self.folder)
         self.result = self._ended()
         if self.result is not None:  # by another process, in the meantime
             self.status = self.result["status"]
@@ -112,7 +111,7 @@ class Member:
         self._latest = collections.deque(losses, maxlen=DIVERGED_STEPS)
         twentieth = self.steps // (20 * self.run.execution.log_every_steps)
         self._recent = collections.deque(losses, maxlen=max(1, twentieth))
-        self._best = self._best_before(earlier)
+        self._find_best(earlier)
         self._seconds_shared, self._seconds_before = (
             float(rows["seconds"].max()) if len(rows) else 0.0
             for rows in (earlier[earlier["step"] <= shared], earlier)
@@ -220,15 +219,14 @@ class Member:
         self.checkpoints.best = step
         return True
 
-    def _best_before(self, earlier: Any) -> dict[str, Any] | None:
+    def _find_best(self, earlier: Any) -> None:
         """The best of the evaluations up to here whose state stands, by the records."""
-        keeps, self._best = self.run.execution.checkpoint, None
-        column = f"held_out/{keeps.keep_best}"
-        if keeps.keep_best and column in earlier:
-            for step, value in earlier[["step", column]].dropna().itertuples(index=False):
-                if step in self.checkpoints.steps() and step <= self.first:
-                    self._is_best(int(step), {keeps.keep_best: float(value)})
-        return self._best
+        self._best: dict[str, Any] | None = None
+        metric, stand = self.run.execution.checkpoint.keep_best, self.checkpoints.steps()
+        if metric and f"held_out/{metric}" in earlier:
+            for step, value in earlier[["step", f"held_out/{metric}"]].dropna().itertuples(index=False):
+                if step in stand and step <= self.first:
+                    self._is_best(int(step), {metric: float(value)})
 
     def finish(self, scores: Mapping[str, float], mesh: jax.sharding.Mesh, **measured: Any) -> None:
         """Writes the result: that of the last evaluation, unless the run has diverged."""

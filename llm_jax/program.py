@@ -97,10 +97,10 @@ class Program:
 
         # ---- the state ----
         init, packed = make_init(self.model, shape.optimizer, self.roles), shape.members is not None
-        init_one = init
         one = jax.eval_shape(init, KEY)
         place_of_one = place = state_shardings(one, self.roles, mesh)
         self.one = self.state = _at(one, place)
+        self._begin = jax.jit(init, out_shardings=place)
         memory.check(self.one.trained, self.one, mesh)
         if packed:
             init = jax.vmap(init, spmd_axis_name="member")
@@ -108,7 +108,6 @@ class Program:
             keys = jax.ShapeDtypeStruct((shape.members, *KEY.shape), KEY.dtype)
             self.state = _at(jax.eval_shape(init, keys), place)
         self.init = jax.jit(init, out_shardings=place)
-        self._begin = jax.jit(init_one, out_shardings=place_of_one)
         self.scorer = make_scorer(self.model, packed)
         self.pick = jax.jit(_take)
         self._take = jax.jit(_take, out_shardings=place_of_one)

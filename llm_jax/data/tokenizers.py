@@ -14,7 +14,7 @@ import pathlib
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -82,6 +82,9 @@ class Tokenizer(Tagged):
     def id_of(self, name: str) -> int | None:
         """The id of the special token of that name, if the tokenizer has it already."""
         return None
+
+    def keep(self, data: Any, source: Any, folder: pathlib.Path) -> None:
+        """Leaves in the folder of a run on `data` what opening it needs and may be gone by then: nothing."""
 
     def template(self) -> Template | None:
         """The chat template that came with it, if one did."""

@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tqdm
-from jax.sharding import Mesh
 
 from llm_jax import config as configs
 from llm_jax import sharding
@@ -54,15 +53,16 @@ PICKED = 128  # positions whose logits exist at once
 class Evaluator:
     """A model that is asked. keep: answers stay on disk, in the cache's folder.
 
-    mesh: where the parameters lie, if not on one device. slots: how many answers are generated at once.
+    slots: how many answers are generated at once.
     """
 
-    def __init__(self, opened: Opened, mesh: Mesh | None = None, keep: bool = False, slots: int = 16) -> None:
+    def __init__(self, opened: Opened, keep: bool = False, slots: int = 16) -> None:
         self.content = content(opened)
         self.opened = opened._replace(params=None)  # the engine has them
-        self._engine, self._mesh, self._slots = Engine(opened.config, opened.params, mesh=mesh), mesh, slots
+        self._mesh, self._slots = opened.mesh, slots
+        self._engine = Engine(opened.config, opened.params, mesh=opened.mesh)
         # Rows divide over the mesh.
-        self._ways = 1 if mesh is None else math.prod(mesh.shape[n] for n in sharding.TABLE["batch"])
+        self._ways = math.prod(opened.mesh.shape[n] for n in sharding.TABLE["batch"]) if opened.mesh else 1
         self._read, self._pick = jax.jit(self._read), jax.jit(self._pick)
         place = cache_folder() / "evaluation" / f"{self.content}.jsonl"
         self._kept = _Kept(place if keep else None)

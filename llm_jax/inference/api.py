@@ -119,9 +119,11 @@ def _content(value: Any) -> Any:
     """A text, or parts that are texts, as one text."""
     if not isinstance(value, list):
         return value
-    if not all(isinstance(part, dict) and set(part) == {"type", "text"} for part in value):
+    if not all(isinstance(part, dict) and part.keys() == {"type", "text"} for part in value) or not all(
+        part["type"] == "text" and isinstance(part["text"], str) for part in value
+    ):
         raise ValueError('its parts are {"type": "text", "text": …}; nothing else is read here')
-    return "".join(str(part["text"]) for part in value)
+    return "".join(part["text"] for part in value)
 
 
 def _biases(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from absl import flags
+from jax.sharding import Mesh
 
 from llm_jax.config import UserError
 from llm_jax.inference.opening import Opened, open_model
@@ -21,14 +22,18 @@ def define_model(dtypes: Sequence[str] = ("float32", "bfloat16", "int8")) -> Non
 
 def opened(path: str) -> Opened:
     """The model at `path` as --dtype and --mesh say."""
+    return open_model(path, flags.FLAGS.dtype, mesh())
+
+
+def mesh() -> Mesh | None:
+    """What --mesh says."""
     sizes = {"data": "1"} if flags.FLAGS.mesh else {}
     for item in flags.FLAGS.mesh:
         name, _, size = item.partition("=")
         if name not in AXES or not size.isdecimal():
             raise UserError(f"--mesh: {name!r} is not data=N, fsdp=N or tensor=N")
         sizes[name] = size
-    mesh = make_mesh(MeshConfig(**{name: int(size) for name, size in sizes.items()})) if sizes else None
-    return open_model(path, flags.FLAGS.dtype, mesh)
+    return make_mesh(MeshConfig(**{name: int(size) for name, size in sizes.items()})) if sizes else None
 
 
 def define(max_tokens: int = 128) -> None:

@@ -130,15 +130,13 @@ class PretrainedTokenizer(Tokenizer, kind="pretrained"):
     def id_of(self, name: str) -> int | None:
         return self.open().id_of(name)
 
-
-def keep_tokenizer(data: Any, codec: Any, folder: pathlib.Path) -> None:
-    """Writes the tokenizer of a run into its folder: the model that it began as may be gone some day."""
-    place = folder / opening.TOKENIZER
-    if not place.exists():
-        partial = place.with_name(f"{place.name}.partial")
-        partial.mkdir(exist_ok=True)
-        tokenizers.write(opening.tokenizer_of(data, codec), partial)
-        partial.rename(place)
+    def keep(self, data: Any, source: Any, folder: pathlib.Path) -> None:
+        place = folder / opening.TOKENIZER
+        if not place.exists():
+            partial = place.with_name(f"{place.name}.partial")
+            partial.mkdir(exist_ok=True)
+            tokenizers.write(opening.tokenizer_of(data, source.codec), partial)
+            partial.rename(place)
 
 
 def alike(one: Portable, other: Portable) -> bool:

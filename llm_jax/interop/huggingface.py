@@ -55,8 +55,8 @@ def load(directory: str | pathlib.Path, mesh: Mesh | None = None) -> Loaded:
     """The model in a directory, its parameters sent to the mesh (by default one device) tensor by tensor.
 
     bfloat16 stays, tensor by tensor, and it is computed in what most numbers are; other types become float32.
-    Raises UserError for an
-    architecture that isn't known, a damaged file, and tensors that don't fit the config or are left over.
+    Raises UserError for an architecture that isn't known, a damaged file, and tensors that don't fit the
+    config or are left over.
     """
     return describe(directory).load(mesh)
 

@@ -161,9 +161,10 @@ def test_eight_devices_give_the_answers_of_one(opened, evaluator):
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     model = opened.config.build()
     axes = jax.tree.map(lambda role: role.axes, model.roles(opened.params))
-    spread = opened._replace(params=jax.device_put(opened.params, shardings(opened.params, axes, mesh)))
+    params = jax.device_put(opened.params, shardings(opened.params, axes, mesh))
+    spread = opened._replace(params=params, mesh=mesh)
     asked = [*ASKED, Generate("the rain", max_tokens=6)]
-    for one, many in zip(evaluator.run(asked), Evaluator(spread, mesh).run(asked), strict=True):
+    for one, many in zip(evaluator.run(asked), Evaluator(spread).run(asked), strict=True):
         assert one[1:] == many[1:]
         assert one[0] == (many[0] if isinstance(one[0], str) else pytest.approx(many[0], abs=1e-3))
 

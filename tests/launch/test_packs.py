@@ -7,6 +7,7 @@ import pytest
 from test_local import BITS, ROOT, changed, plan_of, trained, trained_though_killed
 
 from launch import packs
+from launch.pool import Share, one_core_each
 from llm_jax import config, records
 from llm_jax.config import UserError
 from llm_jax.pack import pack
@@ -66,6 +67,18 @@ def test_a_pack_that_would_not_earn_back_its_compilation_is_none_unless_asked_fo
     assert len(alone) == 4 and "with --workers=1 no pack has" in packs.summary(alone, 1, None)
     assert packs.summary([], 1, None) == ""
     assert len(packs.packed(plan.runs, 1, 4)) == 1
+
+
+def test_workers_of_a_core_each_have_nothing_that_a_pack_could_fill(run, tmp_path):
+    assert one_core_each([Share(frozenset({0})), Share(frozenset({1}))])
+    for parts in (
+        [Share()],
+        [Share(frozenset({0, 1}))],
+        [Share(environment=(("CUDA_VISIBLE_DEVICES", "0"),))],
+    ):
+        assert not one_core_each(parts)
+    alone = packs.packed(plan_of(tmp_path, *seeds(run, 2)).runs, 2, 1)
+    assert packs.summary(alone, 2, 1, "a core each") == "packs: none (a core each)"
 
 
 def test_the_plan_says_how_it_is_packed_and_why(run, tmp_path):
