@@ -124,9 +124,17 @@ def _visible(rows: jax.Array, keys: slice, segments: jax.Array | None, rule: Rul
 
 # ---- chunked: blocks of queries, and a gradient that computes the scores again ----
 
-# Queries at once. CPU: few keys above the diagonal, scores in a core's cache; elsewhere: big products.
-BLOCK = {"cpu": 64, "other": 512}
-STRIPES = 4  # straight-line pieces of the program; more would skip more keys and compile longer
+STRIPES = 8  # straight-line pieces of the program; more would skip more keys and compile longer
+
+
+def block_size(length: int) -> int:
+    """Queries at once. CPU: few keys above the diagonal, scores in a core's cache; elsewhere: big products.
+
+    A CPU's loops cost more than a larger block: blocks are straight code up to 8 x 128 queries.
+    """
+    if jax.default_backend() != "cpu":
+        return 512
+    return 64 if length <= 64 * STRIPES else 128
 
 
 class Stripe(NamedTuple):
@@ -140,7 +148,7 @@ class Stripe(NamedTuple):
 
 def stripes(length: int, window: int | None) -> list[Stripe]:
     """How chunked attention cuts `length` queries; the last stripe may reach past the end."""
-    blocks = -(-length // BLOCK.get(jax.default_backend(), BLOCK["other"]))
+    blocks = -(-length // block_size(length))
     size, each = -(-length // blocks), -(-blocks // STRIPES)
     cut = []
     for first in range(0, blocks, each):

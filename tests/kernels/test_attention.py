@@ -48,7 +48,7 @@ def test_the_reference_is_the_definition_written_as_loops():
         (150, 2, True, None, None),
         (150, 1, True, 50, 2.0),
         (128, 2, True, 1, None),
-        (700, 1, True, 200, 2.0),  # several blocks in a stripe
+        (1100, 1, True, 200, 2.0),  # several blocks in a stripe
         (40, 4, False, 1000, 1.0),
     ],
 )
