@@ -195,21 +195,25 @@ def test_the_packed_loss_is_that_of_each_conversation_by_itself(tmp_path):
     model = Transformer(layers=2, width=16, heads=2, vocabulary=chat.vocabulary).build()
     params = model.init(jax.random.key(0))
 
+    @jax.jit
     def nats(tokens, targets, mask, **fields):
-        batch = jax.tree.map(jnp.asarray, {"tokens": tokens, **fields})
-        logits = model.unembed(params, model.apply(params, batch, None).hidden)
-        picked = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), targets[..., None], -1)[..., 0]
+        logits = model.unembed(params, model.apply(params, {"tokens": tokens, **fields}, None).hidden)
+        picked = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1)[..., 0]
         return -(picked * mask).sum(), mask.sum()
+
+    def row(values, kind):
+        """One conversation, then zeros: no token sees what stands behind it, and none of that counts."""
+        return np.pad(values, (0, chat.sequence_length - len(values))).astype(kind)[None]
 
     rows = source.rows(0, np.arange(len(source._rows)))
     together, count = nats(**rows)
     alone = [
         nats(
-            tokens=item.tokens[None, :-1],
-            targets=item.tokens[None, 1:],
-            mask=item.said[None, 1:].astype(np.float32),
-            segments=np.ones((1, len(item.tokens) - 1), np.int32),
-            positions=np.arange(len(item.tokens) - 1, dtype=np.int32)[None],
+            tokens=row(item.tokens[:-1], np.int32),
+            targets=row(item.tokens[1:], np.int32),
+            mask=row(item.said[1:], np.float32),
+            segments=np.ones((1, chat.sequence_length), np.int32),
+            positions=np.arange(chat.sequence_length, dtype=np.int32)[None],
         )
         for item in source._kept
     ]
