@@ -25,6 +25,7 @@ TRANSCRIPT = """\
 {{ 'Assistant:' if add_generation_prompt }}"""
 TRANSCRIPT_STOPS = ("\nUser:",)
 
+OPEN, CLOSE = "<T_C>", "</T_C>"  # around the call of a tool, inside what the assistant says
 
 CHATML = """\
 {%- for message in messages -%}

@@ -16,13 +16,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from llm_jax.config import UserError, nearest
-from llm_jax.data.templates import Message
+from llm_jax.data.templates import CLOSE, OPEN, Message
 from llm_jax.inference import sandbox
 from llm_jax.inference.batching import Answer
 from llm_jax.inference.conversation import Speaker
 from llm_jax.inference.sampling import Sampling
 
-OPEN, CLOSE = "<T_C>", "</T_C>"
 MOST_CALLS = 4  # in one answer
 LONGEST_CALL, LONGEST_RESULT = 8_000, 2_000  # characters
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")

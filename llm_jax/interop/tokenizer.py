@@ -13,7 +13,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
 from llm_jax.config import UserError
-from llm_jax.data.templates import Template
+from llm_jax.data.templates import CLOSE, OPEN, Template
 from llm_jax.data.tokenizers import Bytes, HuggingFaceCodec, SentencePieceCodec
 
 ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -25,9 +25,9 @@ END = "<|endoftext|>"  # what an eot without a name is called
 class Portable:
     """A tokenizer that travels with a model.
 
-    data: the text of its tokenizer.json, less what it says of cutting and padding texts. special: tokens by
-    role (bos_token, eos_token, …). stops: ids at which an answer ends. context: how many tokens the model was
-    made for.
+    data: the text of its tokenizer.json, less what it says of cutting and padding texts; tokens around a call
+    of a tool are text, which is read again, whatever it says. special: tokens by role (bos_token, eos_token,
+    …). stops: ids at which an answer ends. context: how many tokens the model was made for.
     """
 
     data: str
@@ -41,9 +41,13 @@ class Portable:
             tokenizer = tokenizers.Tokenizer.from_str(self.data)
         except Exception as error:  # the library raises bare exceptions
             raise UserError(f"not a tokenizer.json: {error}") from None
-        if tokenizer.truncation or tokenizer.padding:  # what it was saved in the middle of
-            tokenizer.no_truncation()
-            tokenizer.no_padding()
+        added = tokenizer.get_added_tokens_decoder().values()
+        hidden = any(token.special and token.content in (OPEN, CLOSE) for token in added)
+        if tokenizer.truncation or tokenizer.padding or hidden:
+            facts = json.loads(self.data) | {"truncation": None, "padding": None}
+            for token in facts["added_tokens"]:
+                token["special"] &= token["content"] not in (OPEN, CLOSE)
+            tokenizer = tokenizers.Tokenizer.from_str(json.dumps(facts))
             object.__setattr__(self, "data", tokenizer.to_str())
         object.__setattr__(self, "_tokenizer", tokenizer)
 

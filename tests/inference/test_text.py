@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tokenizers as library
 
+from llm_jax.data.templates import CLOSE, OPEN
 from llm_jax.inference.text import TextStream
 from llm_jax.interop import tokenizer as tokenizers
 from llm_jax.interop.tokenizer import Portable
@@ -73,3 +74,16 @@ def test_a_stop_text_ends_what_was_held_back_too():
     stream = TextStream(dataclasses.replace(tokenizers.of_bytes(), data=json.dumps(letters)), ["STOP"])
     assert stream.push(97) == "a" and stream.push(300) == "" and not stream.stopped
     assert stream.rest() == "" and stream.stopped
+
+
+@pytest.mark.parametrize("tokenizer", [pieces(False), tokenizers.of_bytes()], ids=["pieces", "bytes"])
+def test_a_call_is_text_where_its_ends_are_special_tokens_too(tokenizer):
+    special = library.Tokenizer.from_str(tokenizer.data)
+    names = [library.AddedToken(name, special=True, normalized=False) for name in (OPEN, CLOSE, "<|end|>")]
+    special.add_special_tokens(names)
+    found = dataclasses.replace(tokenizer, data=special.to_str())
+    ids = found.encode("P<T_C>a</T_C><|end|> is", special=False)
+    assert found.vocabulary_of()[OPEN] in ids and found.decode(ids) == "P<T_C>a</T_C> is"
+    stream = TextStream(found, [CLOSE])
+    assert "".join(map(stream.push, ids.tolist())) == "P<T_C>a" and stream.stopped == CLOSE
+    assert found.codec().encode(OPEN).tolist() == found.encode(OPEN, special=False).tolist()[-1:]
