@@ -18,11 +18,11 @@ from absl import flags
 
 from llm_jax import config, values
 from llm_jax.config import UserError, nearest
-from llm_jax.data.templates import Message
+from llm_jax.data.templates import CLOSE, Message
 from llm_jax.inference import options
 from llm_jax.inference.conversation import Reply, Speaker
 from llm_jax.inference.sampling import Sampling
-from llm_jax.inference.tools import CLOSE, MOST_CALLS, Tool, described, heard, toolbox
+from llm_jax.inference.tools import MOST_CALLS, Tool, heard, introduced, toolbox
 from llm_jax.process import prepare_xla
 
 TOKEN = "LLM_JAX_TOKEN"  # in the environment, where other users of the machine don't see it
@@ -56,11 +56,11 @@ class Chat:
 
     def messages(self, number: int, said: str | None = None) -> list[Message]:
         """The conversation as one speaker sees it, and then `said`."""
-        told = "\n\n".join(filter(None, (self.system, described(self.tools) if self.tools else "")))
-        found: list[Message] = [{"role": "system", "content": told}] if told else []
+        found: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
         for user, answers in self.turns:
             found += [{"role": "user", "content": user}, *answers[number]]
-        return found + ([{"role": "user", "content": said}] if said is not None else [])
+        found += [{"role": "user", "content": said}] if said is not None else []
+        return introduced(found, self.tools)
 
     def say(self, said: str) -> None:
         """A turn; raises UserError, and leaves the conversation as it was, where it can't be answered."""
@@ -122,11 +122,12 @@ class Chat:
             hint = "" if name in kinds else f"; {nearest(name, kinds)}"
             raise UserError(f"/set {text}: write NAME=VALUE{hint}")
         if name == "max_tokens":
-            if (most := values.parse(int, value, name)) < 1:
+            if (most := values.parse(int, value, f"/set {name}")) < 1:
                 raise UserError(f"max_tokens is {most}; it is at least 1")
             self.max_tokens = most
         elif text:
-            changed = dataclasses.replace(self.sampling, **{name: values.parse(kinds[name], value, name)})
+            parsed = values.parse(kinds[name], value, f"/set {name}")
+            changed = dataclasses.replace(self.sampling, **{name: parsed})
             changed.check(self.speakers[0].opened.config.vocabulary)
             self.sampling = changed
         now = {name: getattr(self.sampling, name, self.max_tokens) for name in kinds}
@@ -237,11 +238,12 @@ def web() -> None:
     except ImportError as error:
         raise UserError(f"--web needs the extra `web` (pip install 'llm-jax[web]'): {error}") from None
     token = os.environ.get(TOKEN) or None if f.token is None else f.token
+    tools = toolbox(f.tools)
     with server.listen(f.host, f.port, token) as socket:
         defaults = {"system": f.system, "max_tokens": f.max_tokens, "stop": f.stop}
         defaults |= dataclasses.asdict(options.sampling())
         speakers = opened(slots=f.slots, candidates=api.CANDIDATES)
-        server.serve(speakers, socket, token, defaults)
+        server.serve(speakers, socket, token, defaults, tools)
 
 
 def main() -> None:
@@ -253,8 +255,6 @@ def main() -> None:
         )
     options.check(slots=1)
     if f.web:
-        if f.tools:
-            raise UserError("--tools are called in the terminal; --web has none")
         return web()
     tools = toolbox(f.tools)
     chat = Chat(opened(), options.sampling(), f.max_tokens, tuple(f.stop), f.system, tools=tools)

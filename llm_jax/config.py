@@ -97,7 +97,7 @@ def override(config: Any, path: str, text: str) -> Any:
     Raises UserError for an unknown field (with the nearest name) and for a value of the wrong type.
     """
     parent_path, _, name = path.rpartition(".")
-    parent = config
+    parent, typed = config, f"config.{path}"
     for part in parent_path.split(".") if parent_path else ():
         if isinstance(parent, tuple):
             parent = parent[_index(parent, part, path)]
@@ -105,15 +105,15 @@ def override(config: Any, path: str, text: str) -> Any:
             _field_type(parent, part)
             parent = getattr(parent, part)
         if not (dataclasses.is_dataclass(parent) or isinstance(parent, tuple)):
-            raise UserError(f"config.{path}: {part} is {parent!r} and has no fields")
+            raise UserError(f"{typed}: {part} is {parent!r} and has no fields")
     if name == "kind" and isinstance(parent, Tagged):
         return replace(config, parent_path, _change_kind(parent, text))
     if isinstance(parent, tuple):
-        return replace(config, path, values.parse(type(parent[_index(parent, name, path)]), text, path))
+        return replace(config, path, values.parse(type(parent[_index(parent, name, path)]), text, typed))
     annotation, value = _field_type(parent, name), getattr(parent, name)
     if isinstance(value, Tagged) and text in value.members:
         return replace(config, path, _change_kind(value, text))
-    return replace(config, path, values.parse(annotation, text, path))
+    return replace(config, path, values.parse(annotation, text, typed))
 
 
 def listing(config: Any, path: str = "config") -> Iterator[tuple[str, str]]:

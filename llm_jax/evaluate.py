@@ -36,29 +36,22 @@ def table(outcomes: Sequence[Outcome]) -> Table:
     return Table(["task", "format", "metric", "value", "standard error", "items"], rows, texts=(0, 1, 2))
 
 
-def data_folder() -> pathlib.Path:
-    """Where published task files lie: --data, else eval/ in the folder LLM_JAX_REFERENCE_DATA."""
-    return pathlib.Path(
-        os.path.expanduser(
-            flags.FLAGS.data or f"{os.environ.get('LLM_JAX_REFERENCE_DATA', '../shared/data')}/eval"
-        )
-    )
-
-
 def main() -> None:
     f = flags.FLAGS
     if f.tasks == ["help"]:
         for name, task in standard.TASKS.items():
             print(f"{name:<20} {task.kind:<16} {task.file}")
         for name in (*probes.PROBES, probes.SELF):
-            print(f"{name:<20} {'probe':<16} made by code; {name}:steps asks to think step by step")
+            print(f"{name:<20} {'probe':<16} made by code; {' or '.join(probes.ways(name)[1:])}")
         return
     prepare_xla(deterministic=False)
     if not f.model or not f.tasks:
         raise UserError("--model and --tasks are needed; --tasks=help lists the published ones")
     if f.few_shot < 0 or (f.limit is not None and f.limit < 1) or f.slots < 1:
         raise UserError("--few_shot is at least 0, --limit and --slots are at least 1")
-    tasks = [standard.find(name, data_folder()) for name in f.tasks]
+    if f.out and os.path.isfile(os.path.expanduser(f.out)):
+        raise UserError(f"--out={f.out} is a file: name a folder")
+    tasks = [standard.find(name, standard.folder(f.data)) for name in f.tasks]
     form = Format(f.chat, f.few_shot)
     opened = options.opened(f.model)
     evaluator = Evaluator(opened, keep=f.keep, slots=f.slots)
@@ -90,7 +83,7 @@ if __name__ == "__main__":
     flags.DEFINE_bool("chat", False, "ask in turns: of the model's chat template, or of a transcript")
     flags.DEFINE_integer("few_shot", 0, "how many examples stand before each question")
     flags.DEFINE_integer("limit", None, "a fair sample of so many items of each task")
-    flags.DEFINE_string("data", None, "the folder of published task files")
+    flags.DEFINE_string("data", "", "the folder of published task files")
     flags.DEFINE_string("out", None, "a folder for result.json and every item's answers")
     flags.DEFINE_integer("slots", 16, "how many answers are generated at once")
     flags.DEFINE_bool("keep", True, "keep answers in the cache, so that the same command continues")

@@ -84,8 +84,9 @@ def table(opened: Opened, scores: Scores, row: int, candidates: int) -> list[str
 
     lines = []
     for place, token in enumerate(scores.ids[row]):
-        line = f"{place:>5}  {name(token):<20} {scores.logprobs[row, place]:>9.4f}"
+        line = f"{place:>5}  {name(token):<20} "  # nothing stands before the first
         if place:
+            line += f"{scores.logprobs[row, place]:>9.4f}"
             logits = scores.logits[row, place - 1].astype(np.float64)
             chances = np.exp(logits - logits.max())
             chances /= chances.sum()
@@ -102,11 +103,15 @@ def main() -> None:
         raise UserError(
             "--model and one of --text and --ids are needed, for example --text='Once upon a time'"
         )
+    if f.text == "":
+        raise UserError("--text is empty: there is nothing to score")
     if f.candidates < 0:
         raise UserError(f"candidates is {f.candidates}; it is at least 0")
     place = pathlib.Path(os.path.expanduser(f.out)) if f.out else None
     if place and not place.parent.is_dir():
         raise UserError(f"--out={f.out}: there is no folder {place.parent}")
+    if place and place.is_dir():
+        raise UserError(f"--out={f.out} is a folder: name a .npz file in it")
     ids = read_ids(f.ids) if f.ids else None
     opened = options.opened(f.model)
     scores = score(opened, opened.encode(f.text)[None] if ids is None else ids)

@@ -101,7 +101,7 @@ def coerce(annotation: Any, value: Any, path: str) -> Any:
 
 
 def parse(annotation: Any, text: str, path: str) -> Any:
-    """`text` from the command line as a value of the type `annotation`; a class may have its own `parse`."""
+    """`text` as a value of the type `annotation`, typed at `path`; a class may have its own `parse`."""
     for option in options(annotation):
         if option is type(None) and text.lower() == "none":
             return None
@@ -124,7 +124,7 @@ def parse(annotation: Any, text: str, path: str) -> Any:
             return option.parse(text)
         if option is str:
             return text
-    raise UserError(f"config.{path}: {text!r} is not {say(annotation)}")
+    raise UserError(f"{path}: {text!r} is not {say(annotation)}")
 
 
 def write(value: Any) -> str:

@@ -59,14 +59,15 @@ def read(paths: Sequence[str | pathlib.Path], form: str = "auto") -> Found:
     kept, dropped = [], collections.Counter[str]()
     for path in map(pathlib.Path, paths):
         for place, record in readers.records(path, "conversations"):
+            reader = FORMATS[_form_of(record, place) if form == "auto" else form]
             try:
-                messages = FORMATS[_form_of(record, place) if form == "auto" else form](record)
+                messages = reader(record)
                 check(messages)
                 kept.append(messages)
-            except (KeyError, TypeError, AttributeError):
-                dropped[f"not in the format {form}" if form != "auto" else "a field is missing"] += 1
             except UnusableError as reason:
                 dropped[str(reason)] += 1
+            except (LookupError, TypeError, AttributeError, ValueError):
+                dropped["a field missing or of another kind"] += 1
     if not kept:
         reasons = "; ".join(f"{count} have {reason}" for reason, count in dropped.items()) or "no record"
         raise UserError(f"no conversation in {', '.join(map(str, paths))}: {reasons}")

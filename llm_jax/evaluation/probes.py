@@ -235,17 +235,21 @@ class Probing(Task, kind="probe"):
         return checks.CHECKS[self.probe.check](said, wanted, "")["accuracy"][0] == 1.0
 
 
+def ways(name: str) -> list[str]:
+    """How the probe NAME can be asked, as it is typed."""
+    helped = name in PROBES and PROBES[name].tools
+    return [name, f"{name}:steps", *[f"{name}:tool"] * bool(helped)]
+
+
 def find(name: str) -> Probing | None:
     """The probe that NAME or NAME:way names; None where it names none."""
     head, _, way = name.partition(":")
     if head not in (*PROBES, SELF):
         return None
-    helped = head in PROBES and PROBES[head].tools
-    ways = ["direct", "steps", *["tool"] * bool(helped)]
-    if way and way not in ways:
-        raise UserError(f"{name}: no way {way!r} of asking {head}; {nearest(way, ways)}")
+    if name not in (f"{head}:direct", *ways(head)):
+        raise UserError(f"no way {way!r} of asking {head}; {nearest(name, ways(head))}")
     if way == "tool":
-        tools.toolbox(helped)  # refuses where a sandbox isn't there
+        tools.toolbox(PROBES[head].tools)  # refuses where a sandbox isn't there
     return Probing(name=head, way=way or "direct")
 
 

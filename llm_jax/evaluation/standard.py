@@ -80,6 +80,12 @@ TASKS: dict[str, Task] = {
 }
 
 
+def folder(given: str = "") -> pathlib.Path:
+    """Where published task files lie: as given, else eval/ in the folder LLM_JAX_REFERENCE_DATA."""
+    place = given or f"{os.environ.get('LLM_JAX_REFERENCE_DATA', '../shared/data')}/eval"
+    return pathlib.Path(os.path.expanduser(place))
+
+
 def find(name: str, folder: pathlib.Path) -> tuple[str, Task, pathlib.Path]:
     """(name, task, the folder of its files) of a published task, a probe, or the .json file of one's own."""
     if name in TASKS:
@@ -103,4 +109,6 @@ def find(name: str, folder: pathlib.Path) -> tuple[str, Task, pathlib.Path]:
         raise UserError(f"{place}: no kind; it is one of {', '.join(Task.members)}")
     task = configs.from_json(Task, value, str(place))
     configs.check(task, str(place))
+    if not task.file and not isinstance(task, probes.Probing):
+        raise UserError(f"{place}: no file; it names that of the questions")
     return place.stem, task, place.parent

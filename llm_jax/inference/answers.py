@@ -26,22 +26,31 @@ class Writer:
     chunk_object: str
 
     def __init__(self, body: Any, speaker: Speaker, prompts: Sequence[Request]) -> None:
-        self.body, self.prompts, self.tokenizer = body, prompts, speaker.opened.tokenizer
+        self.body, self.prompts, self.tokenizer = body, [*prompts], speaker.opened.tokenizer
         self._facts = {
             "id": f"{self.prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
             "model": speaker.name,
         }
-        self._begun: set[int] = set()
+        self._roles: dict[int, str] = {}  # who speaks in each answer
         self._written = 0  # tokens
 
     def whole(self, events: Iterable[Heard]) -> dict[str, Any]:
         """The body of an answer that isn't streamed."""
-        answers: dict[int, Heard] = {}
-        for number, text, tokens, finish in events:
-            before = answers.get(number, Heard(number, "", (), None))
-            answers[number] = Heard(number, before.text + text, before.tokens + tokens, finish)
-        choices = [self._choice(answers[number], "message") for number in sorted(answers)]
+        answers: dict[int, list[Heard]] = {}
+        for heard in events:
+            turns = answers.setdefault(heard.number, [])
+            if turns and turns[-1].role == heard.role:
+                before = turns.pop()
+                heard = heard._replace(text=before.text + heard.text, tokens=before.tokens + heard.tokens)
+            turns.append(heard)
+        choices = []
+        for _, (*earlier, last) in sorted(answers.items()):
+            self._written += sum(len(turn.tokens) for turn in earlier)
+            choices.append(self._choice(last, "message"))
+            if earlier:
+                turns = [{"role": turn.role, "content": turn.text} for turn in earlier]
+                choices[-1]["message"]["tool_turns"] = turns
         return self._facts | {"object": self.object, "choices": choices, "usage": self._usage()}
 
     def chunk(self, heard: Heard) -> dict[str, Any]:
@@ -58,13 +67,13 @@ class Writer:
         return {"prompt_tokens": sent, "completion_tokens": written, "total_tokens": sent + written}
 
     def _choice(self, heard: Heard, key: str) -> dict[str, Any]:
-        first = heard.number not in self._begun
-        self._begun.add(heard.number)
+        first = self._roles.get(heard.number) != heard.role
+        self._roles[heard.number] = heard.role
         self._written += len(heard.tokens)
         return {"index": heard.number, "finish_reason": heard.finish, **self._said(heard, first, key)}
 
     def _said(self, heard: Heard, first: bool, key: str) -> dict[str, Any]:
-        """Text and log-probabilities; first: nothing was said before. key: of a chat's text."""
+        """Text and log-probabilities; first: of a turn. key: of a chat's text."""
         raise NotImplementedError
 
 
@@ -73,7 +82,7 @@ class ChatWriter(Writer):
     body: Chat
 
     def _said(self, heard: Heard, first: bool, key: str) -> dict[str, Any]:
-        role = {"role": "assistant"} if first else {}
+        role = {"role": heard.role} if first else {}
         logprobs = {"content": [self._token(token) for token in heard.tokens]} if self.body.logprobs else None
         return {key: {**role, "content": heard.text}, "logprobs": logprobs}
 

@@ -4,7 +4,7 @@ A field that isn't known, or that asks for what isn't here, is refused by name; 
 """
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
@@ -13,9 +13,11 @@ import pydantic_core
 from pydantic import BeforeValidator, Field
 
 from llm_jax.config import UserError, nearest
+from llm_jax.data.templates import CLOSE, Message
 from llm_jax.inference.batching import Request
 from llm_jax.inference.conversation import Speaker
 from llm_jax.inference.sampling import Sampling
+from llm_jax.inference.tools import Tool, introduced
 
 CANDIDATES = 20  # the most that are told of at a place
 ANSWERS = 128  # the most that one request asks for
@@ -27,8 +29,6 @@ ABSENT: Mapping[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
     "best_of": (1,),
     "suffix": ("",),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
     "parallel_tool_calls": (True, False),
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
@@ -132,13 +132,22 @@ def _biases(value: Any) -> Any:
     return {int(token): bias for token, bias in value.items()}
 
 
+def _hosted(value: Any) -> Any:
+    tools = value if isinstance(value, list) else []
+    if any(isinstance(tool, dict) and tool.get("type") == "function" for tool in tools):
+        raise ValueError(
+            "a client's functions are not supported here, only {\"type\": NAME} of the server's own"
+        )
+    return value
+
+
 # ---- the requests ----
 
 
 class Turn(Body):
     """What one side said, the assistant perhaps nothing; templates may use a name."""
 
-    role: Annotated[Literal["system", "user", "assistant"], BeforeValidator(_role)]
+    role: Annotated[Literal["system", "user", "assistant", "tool"], BeforeValidator(_role)]
     content: Annotated[str, BeforeValidator(_content)] = ""
     name: str | None = None
 
@@ -153,14 +162,30 @@ class StreamOptions(Body):
     include_usage: bool = False
 
 
+class Hosted(Body):
+    """A tool of this server, by its name, in the manner of what OpenAI hosts."""
+
+    type: str
+
+
 class Conversation(Body):
-    """What a model is told."""
+    """What a model is told. tools: which of the server's own it may call."""
 
     model: str
     messages: list[Turn] = Field(min_length=1)
+    tools: Annotated[list[Hosted], BeforeValidator(_hosted)] = []
+    tool_choice: Literal["auto", "none"] = "auto"
 
-    def turns(self) -> list[dict[str, str]]:
-        return [turn.model_dump(exclude_none=True) for turn in self.messages]
+    def toolbox(self, there: Mapping[str, Tool]) -> dict[str, Tool]:
+        """Those of the tools `there` that may be called; raises RefusedError for others."""
+        names = [tool.type for tool in self.tools]
+        for name in names:
+            if name not in there:
+                raise RefusedError(f"no tool {name!r} on this server; {nearest(name, there)}", param="tools")
+        return {name: there[name] for name in names} if self.tool_choice == "auto" else {}
+
+    def turns(self, tools: Mapping[str, Tool]) -> list[Message]:
+        return introduced([turn.model_dump(exclude_none=True) for turn in self.messages], tools)
 
 
 class Sampled(Body):
@@ -196,15 +221,27 @@ class Chat(Sampled, Conversation):
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=CANDIDATES)
 
-    def prompts(self, speaker: Speaker, longest: int) -> list[Request]:
-        """What asks for the answers, one for each prompt; longest: an answer whose length isn't limited."""
+    def prompts(
+        self,
+        speaker: Speaker,
+        longest: int,
+        tools: Mapping[str, Tool] | None = None,
+        said: Sequence[Message] = (),
+    ) -> list[Request]:
+        """What asks for the answers, one for each prompt; longest: an answer whose length isn't limited.
+
+        tools: that may be called. said: calls that were made, and their results.
+        """
+        if tools and self.n > 1:
+            raise RefusedError(f"n is {self.n}; with tools it is 1", param="n")
         if self.top_logprobs and not self.logprobs:
             raise RefusedError("top_logprobs comes with logprobs: true", param="top_logprobs")
         if self.max_tokens is not None and self.max_completion_tokens is not None:
             raise RefusedError("max_completion_tokens is max_tokens: give one of them", param="max_tokens")
         given = (self.max_tokens, self.max_completion_tokens, longest)
         most = next(tokens for tokens in given if tokens is not None)
-        return [speaker.request(self.turns(), self.sampling(), most, self.stop)]
+        stops = (*self.stop, *[CLOSE] * bool(tools))
+        return [speaker.request([*self.turns(tools or {}), *said], self.sampling(), most, stops)]
 
 
 class Completion(Sampled):

@@ -134,12 +134,17 @@ def _converted_by_leaf(convert: Convert, params: Params) -> Params:
 
 def _portable(place: pathlib.Path, reader: types.ModuleType) -> Described:
     config, read, tokenizer = reader.describe(place)
+    if tokenizer and (beyond := tokenizer.beyond(config.vocabulary)):
+        raise UserError(
+            f"{place}: the tokenizer has {beyond:,} tokens beyond the model's vocabulary of "
+            f"{config.vocabulary:,}: put the one there that it was trained with"
+        )
     context = tokenizer.context if tokenizer else reader.context(place)
-    return Described(place.resolve().name, config, tokenizer, _limit(config, context), read)
+    return Described(place.resolve().name, config, tokenizer, context_of(config, context), read)
 
 
-def _limit(config: ModelConfig, context: int | None) -> int | None:
-    """The context, where learned positions end it earlier."""
+def context_of(config: ModelConfig, context: int | None) -> int | None:
+    """How long a text may be: the context, where learned positions don't end it earlier."""
     learned = getattr(config.positions, "length", None)
     return min(filter(None, (context, learned)), default=None)
 
@@ -165,7 +170,7 @@ def _of_run(place: pathlib.Path) -> Described:
     if not hasattr(data, "tokenizer") or config.build().decode is None:
         raise UserError(f"{place}: a {config.kind} on {data.kind} generates no text")
     merged = config.merged
-    tokenizer, context = _tokenizer_of_run(place, facts, data), _limit(merged, data.sequence_length)
+    tokenizer, context = _tokenizer_of_run(place, facts, data), context_of(merged, data.sequence_length)
     tokenizer = dataclasses.replace(tokenizer, context=context)
     optimizer = configs.from_json(Optimizer, facts["config"]["optimizer"], "optimizer")
 

@@ -7,6 +7,7 @@ served on loopback, and elsewhere only with a token.
 import base64
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib.resources
 import ipaddress
@@ -15,7 +16,7 @@ import re
 import socket
 import time
 import urllib.parse
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Mapping, Sequence
 from typing import Any
 
 import uvicorn
@@ -29,22 +30,31 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from llm_jax.config import UserError, nearest
-from llm_jax.inference import guards
+from llm_jax.data.templates import Message
+from llm_jax.inference import batching, guards
 from llm_jax.inference.answers import ChatWriter, CompletionWriter, Writer, spelled
 from llm_jax.inference.api import Body, Chat, Completion, Conversation, RefusedError
 from llm_jax.inference.conversation import Speaker
-from llm_jax.inference.worker import Asked, Worker
+from llm_jax.inference.tools import Tool
+from llm_jax.inference.worker import Heard, Worker
 
 
 class Server:
     """The routes over some speakers, each asked by its name.
 
     defaults: what the page begins with; its max_tokens ends a chat's answer that has no limit of its own.
+    tools: that models may call here, where a request names them.
     """
 
-    def __init__(self, speakers: Sequence[Speaker], defaults: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        speakers: Sequence[Speaker],
+        defaults: Mapping[str, Any],
+        tools: Mapping[str, Tool] | None = None,
+    ) -> None:
         self.workers = {speaker.name: Worker(speaker) for speaker in speakers}
-        self.defaults, self.since = defaults, int(time.time())
+        self.tools = tools or {}
+        self.defaults, self.since = {**defaults, "tools": list(self.tools)}, int(time.time())
         self.page, self.policy = page()
 
     def close(self) -> None:
@@ -92,25 +102,35 @@ class Server:
     async def context(self, request: Request) -> Response:
         """What a model would see of a conversation: the text that is sent, and its tokens."""
         body = await _body(request, Conversation)
-        speaker = self._worker(body.model).speaker
-        ids = await run_in_threadpool(speaker.ids, body.turns())
+        speaker, turns = self._worker(body.model).speaker, body.turns(body.toolbox(self.tools))
+        ids = await run_in_threadpool(speaker.ids, turns)
         tokens = [spelled(speaker.opened.tokenizer, int(token)) for token in ids]
-        return JSONResponse({"model": body.model, "text": speaker.text(body.turns()), "tokens": tokens})
+        return JSONResponse({"model": body.model, "text": speaker.text(turns), "tokens": tokens})
 
     async def _answer(
         self, request: Request, kind: type[Chat] | type[Completion], writer: type[Writer]
     ) -> Response:
         body = await _body(request, kind)
         worker = self._worker(body.model)
-        prompts = await run_in_threadpool(body.prompts, worker.speaker, self.defaults["max_tokens"])
+        ask = functools.partial(body.prompts, worker.speaker, self.defaults["max_tokens"])
+        tools = body.toolbox(self.tools) if isinstance(body, Conversation) else {}
+        ask = functools.partial(ask, tools) if tools else ask
+        prompts = await run_in_threadpool(ask)
         written = writer(body, worker.speaker, prompts)
+
+        def again(said: Sequence[Message]) -> list[batching.Request]:
+            found = ask(said)
+            written.prompts += found
+            return found
+
         requests = [dataclasses.replace(one, number=number) for one in prompts for number in range(body.n)]
         with contextlib.ExitStack() as leaving:
             asked = leaving.enter_context(worker.ask(requests))
             await asked.begun()
+            events = worker.with_tools(asked, again, tools) if tools else asked
             if body.stream:
-                return _Stream(written, asked, leaving.pop_all())
-            return JSONResponse(written.whole([heard async for heard in asked]))
+                return _Stream(written, events, leaving.pop_all())
+            return JSONResponse(written.whole([heard async for heard in events]))
 
     def _worker(self, name: str) -> Worker:
         if name not in self.workers:
@@ -127,8 +147,8 @@ class Server:
 class _Stream(StreamingResponse):
     """Server-sent events, until the answers end or the client leaves."""
 
-    def __init__(self, written: Writer, asked: Asked, leaving: contextlib.ExitStack) -> None:
-        super().__init__(self._events(written, asked), media_type="text/event-stream")
+    def __init__(self, written: Writer, events: AsyncIterable[Heard], leaving: contextlib.ExitStack) -> None:
+        super().__init__(self._events(written, events), media_type="text/event-stream")
         self.headers["Cache-Control"] = "no-store"
         self._leaving = leaving
 
@@ -136,13 +156,15 @@ class _Stream(StreamingResponse):
         with self._leaving:
             await super().__call__(scope, receive, send)
 
-    async def _events(self, written: Writer, asked: Asked) -> AsyncIterator[str]:
+    async def _events(self, written: Writer, events: AsyncIterable[Heard]) -> AsyncIterator[str]:
         try:
-            async for heard in asked:
+            async for heard in events:
                 yield _event(written.chunk(heard))
             for chunk in written.last():
                 yield _event(chunk)
             yield "data: [DONE]\n\n"
+        except UserError as error:  # of what is asked behind a tool's result: it is too long, say
+            yield _event(guards.told(RefusedError(str(error))))
         except Exception:  # the model's, which the log has; that it went well has been said already
             yield _event(guards.told(FAILED))
 
@@ -233,10 +255,14 @@ def runner(server: Server, token: str | None) -> uvicorn.Server:
 
 
 def serve(
-    speakers: Sequence[Speaker], listening: socket.socket, token: str | None, defaults: Mapping[str, Any]
+    speakers: Sequence[Speaker],
+    listening: socket.socket,
+    token: str | None,
+    defaults: Mapping[str, Any],
+    tools: Mapping[str, Tool],
 ) -> None:
     """Serves the speakers until ctrl-C."""
-    server = Server(speakers, defaults)
+    server = Server(speakers, defaults, tools)
     host, port = listening.getsockname()[:2]
     secret = f"#token={urllib.parse.quote(token, safe='')}" if token else ""
     where = f"http://{f'[{host}]' if ':' in host else host}:{port}/{secret}"

@@ -13,12 +13,11 @@ import json
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from llm_jax.config import UserError, nearest
 from llm_jax.data.templates import CLOSE, OPEN, Message
 from llm_jax.inference import sandbox
-from llm_jax.inference.batching import Answer
 from llm_jax.inference.conversation import Speaker
 from llm_jax.inference.sampling import Sampling
 
@@ -60,6 +59,15 @@ def described(tools: Mapping[str, Tool]) -> str:
     return "\n".join([f"You can call a tool by writing {form} and are then told its result. Tools:", *lines])
 
 
+def introduced(messages: Sequence[Message], tools: Mapping[str, Tool]) -> list[Message]:
+    """A conversation at whose beginning a model is told about its tools, behind its system message."""
+    if not tools:
+        return list(messages)
+    told = [turn["content"] for turn in messages[:1] if turn["role"] == "system"]
+    system = "\n\n".join([*filter(None, told), described(tools)])
+    return [{"role": "system", "content": system}, *messages[len(told) :]]
+
+
 def result_of(call: str, tools: Mapping[str, Tool]) -> str:
     """The result of the text of a call, or "error: " and what is wrong with it; never raises for a call."""
     try:
@@ -92,7 +100,14 @@ def call_in(text: str) -> str | None:
     return text.rpartition(OPEN)[2] if OPEN in text else None
 
 
-def heard(answer: Answer, tools: Mapping[str, Tool]) -> list[Message]:
+class Said(Protocol):
+    """Text that a model has said, and the stop text that ended it, if any."""
+
+    text: str
+    stopped_at: str
+
+
+def heard(answer: Said, tools: Mapping[str, Tool]) -> list[Message]:
     """An answer as the assistant's turn; behind one that ends with a call, a tool's turn with the result."""
     call = call_in(answer.text) if tools and answer.stopped_at == CLOSE else None
     if call is None:

@@ -4,11 +4,13 @@ import asyncio
 import contextlib
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from absl import logging
 
+from llm_jax.data.templates import CLOSE, Message
+from llm_jax.inference import tools
 from llm_jax.inference.api import RefusedError
 from llm_jax.inference.batching import Answer, Request, Token
 from llm_jax.inference.conversation import Speaker
@@ -17,12 +19,17 @@ LONGEST = 1024  # answers that wait in line
 
 
 class Heard(NamedTuple):
-    """How one of the answers asked for grew: text that is now certain, tokens, and its end, if it has one."""
+    """How one of the answers asked for grew: text that is now certain, tokens, and its end, if it has one.
+
+    stopped_at: the stop text that ended it. role: "tool" where the text is a tool's.
+    """
 
     number: int
     text: str
     tokens: tuple[Token, ...]
     finish: str | None
+    stopped_at: str = ""
+    role: str = "assistant"
 
 
 class Worker:
@@ -38,6 +45,34 @@ class Worker:
     def ask(self, requests: Sequence[Request]) -> "Asked":
         """Puts requests in line, all or none; called on an event loop, on which it is then heard of them."""
         return Asked(self, requests)
+
+    async def with_tools(
+        self,
+        asked: "Asked",
+        again: Callable[[Sequence[Message]], Sequence[Request]],
+        toolbox: Mapping[str, tools.Tool],
+    ) -> "AsyncIterator[Heard]":
+        """What is heard of one answer, the results of its calls, and how it goes on behind each.
+
+        again(turns) asks anew, with the calls so far and their results.
+        """
+        said: list[Message] = []
+        with contextlib.ExitStack() as leaving:
+            for left in reversed(range(tools.MOST_CALLS + 1)):
+                text, turns = "", []
+                async for heard in asked:
+                    text += heard.text
+                    if heard.finish:
+                        turns = await asyncio.to_thread(tools.heard, heard._replace(text=text), toolbox)
+                    if len(turns) == 2:  # a call and its result
+                        heard = heard._replace(text=heard.text + CLOSE, finish=None if left else heard.finish)
+                    yield heard
+                if len(turns) < 2 or not left:
+                    return
+                yield Heard(0, turns[1]["content"], (), None, role="tool")
+                said += turns
+                asked = leaving.enter_context(self.ask(await asyncio.to_thread(again, said)))
+                await asked.begun()
 
     def close(self) -> None:
         """Ends the thread; who still listens hears no more."""
@@ -92,7 +127,8 @@ class Worker:
     def _tell(self, grown: Sequence[tuple[Answer, str]]) -> None:
         for answer, text in grown:
             asked, number = self._listening[answer]
-            asked.tell(Heard(number, text, tuple(answer.tokens[asked.told[number] :]), answer.finish))
+            tokens = tuple(answer.tokens[asked.told[number] :])
+            asked.tell(Heard(number, text, tokens, answer.finish, answer.stopped_at))
             asked.told[number] = len(answer.tokens)
             if answer.finish:
                 del self._listening[answer]

@@ -64,6 +64,10 @@ class Portable:
         """How many token ids there are, those without a token too."""
         return max(self.vocabulary_of().values()) + 1
 
+    def beyond(self, vocabulary: int) -> int:
+        """How many tokens of text are outside a vocabulary (some models have no place for special ones)."""
+        return sum(number >= vocabulary for number in {*self.vocabulary_of().values()} - self.unwritten)
+
     @property
     def template(self) -> Template:
         """The chat template and the special tokens that it writes, by name or role; last what ends a turn."""
@@ -139,7 +143,11 @@ def read(folder: pathlib.Path, context: int | None) -> Portable | None:
     facts = read_json(folder / "special_tokens_map.json") | read_json(folder / "tokenizer_config.json")
     special = {role: _content(facts[role]) for role in ROLES if facts.get(role)}
     if (folder / "tokenizer.json").is_file():
-        found = Portable(_text(folder / "tokenizer.json"), special)
+        place = folder / "tokenizer.json"
+        try:
+            found = Portable(_text(place), special)
+        except UserError as error:
+            raise UserError(f"{place}: {error}") from None
     elif (folder / "tokenizer.model").is_file():
         try:
             found = of_sentencepiece((folder / "tokenizer.model").read_bytes())

@@ -60,6 +60,7 @@ def test_what_can_not_teach_is_left_out_and_counted_by_reason(tmp_path):
         "no assistant turn": [ASKED],
         "a turn without text": [ASKED, {"role": "assistant", "content": None}],
         "an empty turn": [{"role": "user", "content": " "}, SAID],
+        "a field missing or of another kind": ["Hi", "Hello"],
     }
     path = write(tmp_path, *({"messages": messages} for messages in wrong.values()), {"messages": TALK})
     found = read([path])

@@ -52,6 +52,7 @@ def test_a_table_and_a_result_that_machines_read(evaluate, data):
         (["--tasks={}/mine.json", "--mesh=rows=2"], "'rows' is not data=N, fsdp=N or tensor=N"),
         (["--tasks={}/mine.json", "--few_shot=6"], "6 records, which give no 6 examples for each"),
         (["--tasks=copa"], "copa.jsonl.xz"),
+        (["--tasks={}/mine.json", "--out={}/mine.json"], "mine.json is a file: name a folder"),
     ],
 )
 def test_mistakes_are_one_line(evaluate, data, flags, message):
@@ -61,4 +62,4 @@ def test_mistakes_are_one_line(evaluate, data, flags, message):
 
 def test_the_published_tasks_are_listed(command):
     code, out, _ = command("llm_jax.evaluate", "--tasks=help")
-    assert code in (0, None) and "arc_easy" in out and "gsm8k" in out
+    assert code in (0, None) and "arc_easy" in out and "gsm8k" in out and "arithmetic:tool" in out

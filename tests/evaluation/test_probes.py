@@ -116,7 +116,7 @@ def test_examples_come_before_and_sizes_are_told_apart(evaluator):
 
 def test_names_choose_probe_and_way():
     assert standard.find("dates:steps", None)[1] == Probing(name="dates", way="steps")
-    with pytest.raises(UserError, match="no way 'step' of asking dates; did you mean 'steps'"):
+    with pytest.raises(UserError, match="no way 'step' of asking dates; did you mean 'dates:steps'"):
         standard.find("dates:step", None)
 
 

@@ -237,6 +237,7 @@ def test_what_cannot_be_asked_is_named_by_file_line_and_field(tmp_path, file, co
         ("{}/a.json", '{"kind": "multiple"}', "no task 'multiple'; did you mean 'multiple_choice'"),
         ("{}/a.json", '{"file": "b.csv"}', "no kind; it is one of"),
         ("{}/a.json", '{"kind": "completion", "quest": "b"}', "no field 'quest' in Completion"),
+        ("{}/a.json", '{"kind": "completion"}', "a.json: no file; it names that of the questions"),
         ("{}/a.json", '{"kind": "generation", "check_by": "feel"}', "check_by"),
         ("{}/a.json", '{"kind": "generation", "check_by": "regex"}', "pattern is given with check_by=regex"),
         ("{}/a.json", '{"kind": "generation", "check_by": "regex", "pattern": "("}', "no regular expression"),

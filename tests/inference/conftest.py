@@ -19,3 +19,16 @@ def web():
     speakers = [Speaker(TINY, slots=4, candidates=20), Speaker(BASE, slots=4, candidates=20)]
     with Web(speakers, system="Be.") as found:
         yield found
+
+
+@pytest.fixture(scope="session")
+def calling():
+    """A server of a model that calls the calculator, which is there."""
+    from serving import CALLING, Web, caller
+
+    from llm_jax.inference.conversation import Speaker
+    from llm_jax.inference.tools import toolbox
+
+    tools = toolbox(["calculator", "calendar"])
+    with Web([Speaker(caller(), slots=4, candidates=20)], tools=tools, **CALLING) as found:
+        yield found

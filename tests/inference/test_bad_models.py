@@ -39,6 +39,7 @@ def place(tmp_path_factory):
     wrong("listed", said.name, [facts])
     wrong("damaged", said.name, facts | {"rope_parameters": "llama3"})
     wrong("stray", weights.name, safetensors.numpy.save(tensors | {"vision.weight": np.ones(2)}))
+    wrong("longer", "tokenizer.json", json.loads(characters(41).data))
     wrong("spelled", "tokenizer.json", {"model": "letters"})
     shutil.copytree(here / "good", here / "pickled")
     (here / "pickled" / weights.name).rename(here / "pickled" / "pytorch_model.bin")
@@ -67,7 +68,8 @@ def refusal(code, out, err):
         ("listed", "listed/config.json: a list, and it should be an object"),
         ("damaged", "config.json of a llama is damaged: "),
         ("stray", "1 tensors without a use: vision.weight"),
-        ("spelled", "not a tokenizer.json: "),
+        ("spelled", "tokenizer.json: not a tokenizer.json: "),
+        ("longer", "longer: the tokenizer has 4 tokens beyond the model's vocabulary of 37: put the one"),
         ("pickled", "pytorch_model.bin is pickled, and a pickle runs whatever code it holds"),
         ("pickled/pytorch_model.bin", "pickled/pytorch_model.bin is pickled, and a pickle runs whatever"),
         ("short.gguf", "short.gguf: not a whole GGUF file"),

@@ -83,7 +83,7 @@ def test_a_mistake_is_one_line_and_the_chat_goes_on(speaker, capsys):
         "/retyr",
         "/set top_p=3",
         "/set topp=1",
-        "/set top_k=x",
+        "/set temperature=hot",
         "/retry",
         "x" * 200,
         "/set max_tokens=0",
@@ -93,6 +93,7 @@ def test_a_mistake_is_one_line_and_the_chat_goes_on(speaker, capsys):
     errors = capsys.readouterr().err.splitlines()
     assert [said for said, _ in chat.turns] == ["hi"] and len(errors) == 7
     assert "did you mean '/retry'" in errors[0] and "top_p is 3" in errors[1] and "'top_p'" in errors[2]
+    assert errors[3] == "error: /set temperature: 'hot' is not a number"
     assert "the model's context is 96" in errors[5] and "max_tokens is 0; it is at least 1" in errors[6]
 
 
@@ -227,6 +228,12 @@ def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(folder):
     done = process("generate", f"--model={folder}", "--prompt=x", "--top_p=7")
     assert done.returncode == 2
     assert done.stderr == "error: top_p is 7.0; it is above 0 and at most 1\n"
+
+
+def test_a_score_of_nothing_and_a_file_that_is_a_folder_are_refused_before_a_model_is_read(tmp_path, command):
+    for flag, wrong in {"--text=": "--text is empty", f"--out={tmp_path}": f"{tmp_path} is a folder"}.items():
+        code, out, err = command("llm_jax.score", "--model=none", "--text=a", flag)
+        assert (code, out) == (2, "") and wrong in err and err.count("\n") == 1
 
 
 def test_the_commands_spread_a_model_over_devices(folder, tmp_path, monkeypatch, command):

@@ -1,7 +1,7 @@
 """The page in a real browser: it streams, compares, shows what is sent and what might have been said."""
 
 import pytest
-from serving import LONG
+from serving import CALL, CALLER_ID, LAST_ID, LONG
 
 TEXTS = "[...document.querySelectorAll('.text')].map(node => node.textContent)"
 IDLE = "document.querySelector('#send').textContent === 'Send' && !document.querySelector('#send').disabled"
@@ -118,3 +118,18 @@ def test_the_page_fits_a_phone_and_both_colour_schemes(page, dark):
         "[...document.querySelectorAll('.answer')].map(node => node.getBoundingClientRect().x)"
     )
     assert boxes[0] == boxes[1]  # one under the other
+
+
+def test_a_call_and_its_result_are_turns_of_their_own_which_the_next_message_sends_again(browser, calling):
+    browser.show(1000, 700)
+    browser.open(calling.url)
+    browser.wait(IDLE)
+    browser.evaluate(f"defaults.logit_bias = { {CALLER_ID: 900, LAST_ID: 500} }")
+    say(browser, "What is 6 * 7?")
+    parts = "[...document.querySelectorAll('.answer > div')].map(node => [node.className, node.textContent])"
+    assert browser.evaluate(parts) == [["text called", CALL], ["result", "42"], ["text", "Z"]]
+    assert browser.evaluate("document.querySelectorAll('.cut').length") == 0
+    browser.click("#see")
+    browser.wait("document.querySelector('#context').open")
+    sent = browser.evaluate("document.querySelector('#columns pre').textContent")
+    assert sent.startswith("[s]You can call a tool") and sent.endswith(f"[a]{CALL}[t]42[a]Z[u]…[a]")

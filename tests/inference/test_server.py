@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 import pytest
-from serving import HI, LONG, TINY, Web
+from serving import CALL, CALLING, HI, LONG, TINY, Web
 
 from llm_jax.config import UserError
 from llm_jax.data import SentencePiece
@@ -17,6 +17,7 @@ from llm_jax.inference import guards, worker
 from llm_jax.inference.batching import Request, complete
 from llm_jax.inference.conversation import Speaker
 from llm_jax.inference.sampling import Sampling
+from llm_jax.inference.tools import MOST_CALLS
 from llm_jax.interop import huggingface
 from llm_jax.interop import tokenizer as tokenizers
 
@@ -150,6 +151,63 @@ def test_tokens_are_spelled_by_the_bytes_they_stand_for():
     assert tokenizers.of_bytes().spelling(300) == b""
 
 
+# ---- tools ----
+
+CALCULATOR = {"model": "caller", "messages": HI, "tools": [{"type": "calculator"}], **CALLING}
+CALLED = [{"role": "assistant", "content": CALL}, {"role": "tool", "content": "42"}]
+
+
+def test_a_call_is_answered_on_the_server_whole_and_streamed_alike(calling):
+    _, whole, _ = calling.ask("/v1/chat/completions", CALCULATOR)
+    (choice,) = whole["choices"]
+    assert choice["message"] == {"role": "assistant", "content": "Z", "tool_turns": CALLED}
+    assert choice["finish_reason"] == "length" and whole["usage"]["completion_tokens"] == 2
+    told = {name: CALCULATOR[name] for name in ("model", "tools")}
+    sent = [
+        len(calling.ask("/v1/chat/context", told | {"messages": HI + turns})[1]["tokens"])
+        for turns in ([], CALLED)
+    ]
+    assert whole["usage"]["prompt_tokens"] == sum(sent)
+    _, stream, _ = calling.ask("/v1/chat/completions", CALCULATOR | {"stream": True})
+    chunks = [json.loads(line[6:]) for line in stream.split("\n\n") if line.startswith("data: {")]
+    turns = []
+    for (one,) in (chunk["choices"] for chunk in chunks):
+        if role := one["delta"].get("role"):
+            turns.append({"role": role, "content": ""})
+        turns[-1]["content"] += one["delta"]["content"]
+    assert turns == [*CALLED, {"role": "assistant", "content": "Z"}]
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None, None, "length"]
+
+
+def test_a_model_that_calls_forever_is_ended_and_one_that_may_not_is_not_answered(calling):
+    def turns(**changes):
+        _, found, _ = calling.ask("/v1/chat/completions", CALCULATOR | {"repetition_penalty": 1} | changes)
+        message = found["choices"][0]["message"]
+        return message["content"], message.get("tool_turns", [])
+
+    assert turns() == (CALL, CALLED * MOST_CALLS)
+    assert turns(tool_choice="none") == turns(tools=[]) == (CALL, [])
+
+
+def test_what_a_model_is_told_of_its_tools_is_shown_and_tools_that_are_not_there_are_named(calling):
+    for wrong, message in (
+        ({"tools": [{"type": "calender"}]}, "no tool 'calender' on this server; did you mean 'calendar'?"),
+        ({"n": 2}, "n is 2; with tools it is 1"),
+        ({"tool_choice": "required"}, "tool_choice: input should be 'auto' or 'none'"),
+    ):
+        status, found, _ = calling.ask("/v1/chat/completions", CALCULATOR | wrong)
+        assert status == 400 and found["error"]["message"] == message
+
+
+def test_a_result_that_a_model_has_no_room_for_ends_the_stream_with_a_line(calling):
+    told = {name: CALCULATOR[name] for name in ("model", "tools", "messages")}
+    room = 4090 - len(calling.ask("/v1/chat/context", told)[1]["tokens"])
+    long = [{"role": "user", "content": "x" * room}]
+    status, found, _ = calling.ask("/v1/chat/completions", CALCULATOR | {"messages": long, "stream": True})
+    last = found.rstrip().rpartition("data: ")[2]
+    assert status == 200 and '"content": "42"' in found and "the model's context is 4,096" in last
+
+
 # ---- what goes wrong ----
 
 CHAT = {"model": "tiny", "messages": HI}
@@ -173,7 +231,13 @@ CHATS = [
     ({**CHAT, "top_logprobs": 2}, 400, "top_logprobs comes with logprobs", "top_logprobs"),
     ({**CHAT, "logprobs": True, "top_logprobs": 21}, 400, "less than or equal to 20", "top_logprobs"),
     ({**CHAT, "frequency_penalty": 0.5}, 400, "frequency_penalty is not supported", "frequency_penalty"),
-    ({**CHAT, "tools": [{"type": "function"}]}, 400, "tools is not supported here", "tools"),
+    (
+        {**CHAT, "tools": [{"type": "function"}]},
+        400,
+        "tools: a client's functions are not supported",
+        "tools",
+    ),
+    ({**CHAT, "tools": [{"type": "calculator"}]}, 400, "no tool 'calculator' on this server", "tools"),
     ({**CHAT, "response_format": {"type": "json_object"}}, 400, "not supported", "response_format"),
     ({**CHAT, "messages": []}, 400, "messages: list should have at least 1 item", "messages"),
     ({**CHAT, "messages": [{"role": "robot", "content": ""}]}, 400, "messages.0.role", "messages"),
