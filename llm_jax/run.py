@@ -82,6 +82,22 @@ class EarlyStopping:
 
 
 @dataclasses.dataclass(frozen=True)
+class Tasks:
+    """What every evaluation asks: tasks by the names that `python -m llm_jax.evaluate` knows, or files.
+
+    limit: items of each. chat: in turns. data: the folder of published ones.
+    """
+
+    names: tuple[str, ...] = ()
+    limit: int = 100
+    chat: bool = False
+    data: str = ""
+
+    def validate(self) -> None:
+        check_least(self, "execution.tasks.", limit=1)
+
+
+@dataclasses.dataclass(frozen=True)
 class Execution:
     """How a run is executed: nothing here changes what it computes beyond rounding.
 
@@ -97,6 +113,7 @@ class Execution:
     stopping: EarlyStopping = EarlyStopping()
     trunk: str = ""
     evaluate_every_steps: int = 0
+    tasks: Tasks = Tasks()
     log_every_steps: int = 1
     deterministic: bool = False
 

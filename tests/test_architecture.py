@@ -25,8 +25,9 @@ ROWS = [
         "inference",
         "gradient_noise",
     ],
+    ["evaluation"],
     ["pack", "train", "loop", "member"],
-    ["scaling", "ladder", "posttraining", "evaluation"],
+    ["scaling", "ladder", "posttraining"],
     ["score", "generate", "chat", "evaluate", "export", "aot"],
 ]
 FLOOR = {room: row for row, rooms in enumerate(ROWS) for room in rooms}

@@ -57,15 +57,24 @@ class Evaluator:
     """
 
     def __init__(self, opened: Opened, keep: bool = False, slots: int = 16) -> None:
-        self.content = content(opened)
         self.opened = opened._replace(params=None)  # the engine has them
         self._mesh, self._slots = opened.mesh, slots
         self._engine = Engine(opened.config, opened.params, mesh=opened.mesh)
         # Rows divide over the mesh.
         self._ways = math.prod(opened.mesh.shape[n] for n in sharding.TABLE["batch"]) if opened.mesh else 1
         self._read, self._pick = jax.jit(self._read), jax.jit(self._pick)
+        self._keep = keep
+        self._of(opened)
+
+    def _of(self, opened: Opened) -> None:
+        self.content = content(opened)
         place = cache_folder() / "evaluation" / f"{self.content}.jsonl"
-        self._kept = _Kept(place if keep else None)
+        self._kept = _Kept(place if self._keep else None)
+
+    def exchange(self, params: Params) -> None:
+        """The same model with other parameters, for which nothing is compiled again."""
+        self._engine.params = self._engine.model.apart(params, True)
+        self._of(self.opened._replace(params=params))
 
     def run(self, requests: Sequence[Request], what: str = "requests") -> list[Answered]:
         """The answers in order; `what` names the bar that is shown where it takes longer than seconds."""
