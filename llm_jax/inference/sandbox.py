@@ -122,6 +122,10 @@ def _needs_monty() -> None:
 def _needs_bubblewrap() -> None:
     if shutil.which("bwrap") is None or sys.platform != "linux":
         raise UserError("the tool full_python needs bubblewrap: on Debian, apt-get install bubblewrap")
+    try:
+        bubblewrap("")
+    except (SandboxError, OSError) as error:  # where no namespaces may be made, as in most containers
+        raise UserError(f"the tool full_python needs bubblewrap, which doesn't run here: {error}") from None
 
 
 NEEDS: dict[str, Callable[[], None]] = {"python": _needs_monty, "full_python": _needs_bubblewrap}

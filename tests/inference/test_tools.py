@@ -239,9 +239,17 @@ def test_a_schema_that_would_not_be_checked_is_refused():
             tools.check(wrong, nested, "x")
 
 
+def _no_namespaces():
+    raise SandboxError("no namespaces")
+
+
 def test_tools_that_are_not_there_are_named(monkeypatch):
     with pytest.raises(UserError, match="no tool 'calculater'; did you mean 'calculator'"):
         toolbox(["calculater"])
+    monkeypatch.setattr(sandbox.shutil, "which", lambda name: "bwrap")
+    monkeypatch.setattr(sandbox, "bubblewrap", lambda code: _no_namespaces())
+    with pytest.raises(UserError, match="bubblewrap, which doesn't run here: no namespaces"):
+        toolbox(["full_python"])
     monkeypatch.setattr(sandbox.shutil, "which", lambda name: None)
     with pytest.raises(UserError, match="apt-get install bubblewrap"):
         toolbox(["full_python"])
