@@ -51,6 +51,7 @@ class DataConstrained(Sweep, kind="data_constrained"):
     epochs: tuple[int, ...]
     seeds: int = 2
     rate_exponent: float = -0.7
+    horizon_exponent: float = 0.0
     bootstrap: int = 1000
 
     def validate(self) -> None:

@@ -43,6 +43,7 @@ class KnownEntropy(Sweep, kind="known_entropy"):
     shapes: Shapes
     tokens: tuple[int, ...]
     rate_exponent: float = -0.7
+    horizon_exponent: float = 0.0
     bootstrap: int = 1000
 
     def validate(self) -> None:

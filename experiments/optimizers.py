@@ -31,7 +31,7 @@ from llm_jax.models.transformer import Transformer
 from llm_jax.optimizers import AdamW, Lion, Muon, Optimizer, ScheduleFree
 from llm_jax.run import Cell, Checkpointing, Run, Sweep
 from llm_jax.scaling import figures, page, plots
-from llm_jax.scaling.compare import multiplier
+from llm_jax.scaling.compare import best_loss, multiplier
 from llm_jax.scaling.page import Answer, Drawing, Page, Table, Tile, ranged
 from llm_jax.scaling.plots import Panel, Series
 from llm_jax.scaling.rates import tune
@@ -90,7 +90,7 @@ class Optimizers(Sweep, kind="optimizers"):
 SCALES = {
     "cpu": Optimizers(),
     "smoke": Optimizers(
-        RECIPES[:2], tuple((8, 1, 8192 * n) for n in (1, 2, 4)), (1.0, 4.0, 16.0), seeds=1, bootstrap=100
+        RECIPES[:2], tuple((8, 1, 8192 * n) for n in (1, 2, 4)), (0.5, 2.0, 8.0), seeds=1, bootstrap=100
     ),
     # About 20 tokens for each parameter of the body and the head.
     "gpu": Optimizers(rungs=((128, 4, 16 * M), (192, 5, 45 * M), (256, 6, 96 * M), (384, 6, 214 * M))),
@@ -217,7 +217,7 @@ def by_compute(points: pd.DataFrame, fits: Mapping[str, Fit]) -> Any:
     for kind, mine in points.groupby("optimizer", sort=False):
         series.append(Series(kind, mine["C"], mine["loss"], group=kind))
         if fit := fits.get(kind, next(iter(fits.values()), None)):
-            told = fit.predict(C=C, recipe=np.full_like(C, np.e if kind in fits else 1.0))
+            told = best_loss(fit, C, second=kind in fits)
             series.append(Series(None, C, told.value, told.low, told.high, "-", kind))
     panel = Panel("C, training compute [FLOPs]", "held-out loss [nats/token]", series)
     told = [figures.conventions(fit) for fit in fits.values()][:1]

@@ -54,6 +54,7 @@ class Overtraining(Sweep, kind="overtraining"):
     highest: float = 160.0
     sizes: int = 6
     rate_exponent: float = -0.7
+    horizon_exponent: float = 0.0
     minimum_steps: int = 64
     bootstrap: int = 1000
 

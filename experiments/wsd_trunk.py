@@ -58,6 +58,7 @@ class WsdTrunk(Sweep, kind="wsd_trunk"):
     shapes: Shapes = shapes((8, 12, 16, 24, 32), layers=2)
     D_tokens: tuple[int, ...] = tuple(2**k * 512 * 300 for k in range(4))
     rate_exponent: float = -0.7
+    horizon_exponent: float = 0.0
     cosine_rate: float = 2.0
     rate_seeds: int = 2
     target: float = 4.0
@@ -176,7 +177,7 @@ def rate_check(base: Run, runs: pd.DataFrame, way: str) -> RateCheck | None:
     if not base.sweep.rate_seeds:
         return None
     table = of_way(runs, way)
-    rule = [ladder.rate(trained_by(base, way), width) for width in table["width"]]
+    rule = [ladder.rate(trained_by(base, way), *run) for run in zip(table["width"], table["D"], strict=True)]
     return check_rates(table, rule, ladder.MULTIPLES)[0]
 
 

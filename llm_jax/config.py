@@ -17,6 +17,7 @@ any field of what its `get_config(scale)` returns.
 import dataclasses
 import hashlib
 import json
+import os
 import re
 import shlex
 import sys
@@ -345,7 +346,12 @@ def run_main(main: Callable[[], int | None], elsewhere: Mapping[str, str] | None
 
     def guarded(function: Callable, *args: Any) -> Any:
         try:
-            return function(*args)
+            result = function(*args)
+            sys.stdout.flush()
+            return result
+        except BrokenPipeError:  # whoever read the output has left, as head does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(141)
         except UserError as error:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
             sys.exit(2)

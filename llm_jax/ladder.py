@@ -68,9 +68,13 @@ def model_of(base: Run, width: int, layers: int) -> Transformer:
     return dataclasses.replace(base.model, width=width, layers=layers, heads=heads)
 
 
-def rate(base: Run, width: float) -> float:
-    """The learning rate that the rule gives a width: the base's at 64, going as width^`rate_exponent`."""
-    return base.optimizer.learning_rate * (width / 64) ** base.sweep.rate_exponent
+def rate(base: Run, width: float, tokens: float) -> float:
+    """The learning rate that the rule gives: the base's at width 64 and at the base's tokens.
+
+    It goes as width^`rate_exponent` and as tokens^-`horizon_exponent` (the paper's is in transfer.py).
+    """
+    horizon = (tokens / base.tokens) ** -base.sweep.horizon_exponent
+    return base.optimizer.learning_rate * (width / 64) ** base.sweep.rate_exponent * horizon
 
 
 def candidates(base: Run, sizes: Shapes) -> "pandas.DataFrame":
@@ -114,7 +118,9 @@ def run_of(base: Run, cell: Mapping[str, Any], multiple: float = 1.0, seed: int 
     return dataclasses.replace(
         base,
         model=model_of(base, cell["width"], cell["layers"]),
-        optimizer=dataclasses.replace(base.optimizer, learning_rate=multiple * rate(base, cell["width"])),
+        optimizer=dataclasses.replace(
+            base.optimizer, learning_rate=multiple * rate(base, cell["width"], cell["D"])
+        ),
         tokens=cell["D"],
         seed=seed if checks else base.seed,
         name=f"rate-{cell['name']}-{multiple:g}x-seed{seed}" if checks else cell["name"],

@@ -4,14 +4,15 @@ import dataclasses
 
 import pytest
 
-from llm_jax import config
-from llm_jax.ladder import candidates, model_of, shapes
+from llm_jax import config, transfer
+from llm_jax.ladder import candidates, model_of, rate, shapes
 from llm_jax.run import Run, Sweep
 
 
 @dataclasses.dataclass(frozen=True)
 class Sized(Sweep, kind="test_ladder"):
     rate_exponent: float = -0.7
+    horizon_exponent: float = 0.0
 
 
 BASE = Run(sweep=Sized())
@@ -34,3 +35,12 @@ def test_candidates_grow_with_the_width_and_count_what_their_models_have():
     assert rows["N"].tolist() == pytest.approx(
         [2 * (4 * w * w + 3 * w * (-(-8 * w // 96) * 32)) + 257 * w for w in (16, 32, 64)]
     )
+
+
+def test_rates_follow_the_width_and_where_asked_the_tokens():
+    longer = dataclasses.replace(BASE, sweep=Sized(horizon_exponent=0.32))
+    first = BASE.optimizer.learning_rate
+    assert rate(BASE, 64, 4 * BASE.tokens) == pytest.approx(first)
+    assert rate(BASE, 128, BASE.tokens) == pytest.approx(first * 2**-0.7)
+    told = transfer.to_horizon(BASE.optimizer, 4 * BASE.tokens, BASE.tokens).learning_rate
+    assert rate(longer, 64, 4 * BASE.tokens) == pytest.approx(told)

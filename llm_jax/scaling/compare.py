@@ -14,10 +14,11 @@ from llm_jax.scaling import laws, sensitivity
 from llm_jax.scaling.fits import fit_law, refit
 from llm_jax.scaling.law import Inputs, Law, Optimum, Parameter
 from llm_jax.scaling.objectives import objective
-from llm_jax.scaling.results import Fit, plain
+from llm_jax.scaling.results import Estimate, Fit, plain
 from llm_jax.scaling.tables import check_points
 
 COLUMN = "second recipe"  # no name that an expression could have, so no column of a user's
+CODES = (1.0, np.e)  # ln of them is what the law sees: 0 for the first recipe, 1 for the second
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,6 +158,15 @@ def paired(base: Law) -> Law:
     return Paired()
 
 
+def best_loss(fit: Fit, C: np.ndarray, second: bool) -> Estimate:
+    """The best loss at each C [n] by the law of the first or the second recipe of a `multiplier` fit."""
+    recipe = CODES[second]
+    if "C" in fit.law.inputs:
+        return fit.predict(C=C, **{COLUMN: np.full_like(C, recipe)})
+    best = [fit.optimum(budget, **{COLUMN: recipe}).loss for budget in C]
+    return Estimate(*map(np.array, zip(*best, strict=True)))
+
+
 def multiplier(points: pd.DataFrame, law: str | Law, column: str, **options: Any) -> tuple[Fit, str]:
     """The fit to both recipes of `column`, whose parameter "multiplier" is the compute saved, and what it
     means.
@@ -178,8 +188,7 @@ def multiplier(points: pd.DataFrame, law: str | Law, column: str, **options: Any
             f"--multiplier: the column {column!r} names {len(recipes)} recipes, two are compared: "
             f"{', '.join(recipes[:5])}; choose by --where"
         )
-    # ln of the column is what the law sees: 0 for the first, 1 for the second.
-    coded = numbers.assign(**{COLUMN: np.where(numbers[COLUMN] == kept[1], np.e, 1.0)})
+    coded = numbers.assign(**{COLUMN: np.where(numbers[COLUMN] == kept[1], *CODES[::-1])})
     fit = fit_law(coded, paired(base), **options)
     fit = dataclasses.replace(fit, conventions={**fit.conventions, "recipes": {column: recipes}})
     number = fit.parameters["multiplier"]

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from scipy.interpolate import Akima1DInterpolator
 
 METHODS = {
-    "local": "parabola through the sizes around the lowest, its vertex corrected for the law's skew",
+    "local": "parabola through the sizes around the lowest, corrected for the skew of Chinchilla's law",
     "parabola": "parabola through the sizes around the lowest",
     "akima": "Akima interpolation of all sizes",
     "full": "parabola through all sizes",
@@ -27,6 +27,7 @@ UNFITTED = {  # conventions of local parabolas that no power law was laid throug
     "flops_per_nd": 6.0,
     "where": None,
 }
+_BELOW = 0.05  # of the lowest loss: no local parabola through a budget's runs goes that far below them
 WEIGHT = "weight of the run"  # the column that `curve_of` reads weights from, if it is there
 
 
@@ -118,6 +119,11 @@ def curve_of(group: pd.DataFrame, method: str, window: int) -> Curve:
     if not np.isfinite(minimum).all():
         return dataclasses.replace(curve, refused="the vertex lies outside the sizes it was fitted to")
     N, D, loss = map(float, np.exp(minimum))
+    if half and loss < (1 - _BELOW) * losses.min():
+        reason = (
+            f"the parabola's minimum is {1 - loss / losses.min():.0%} below all runs; one may have diverged"
+        )
+        return dataclasses.replace(curve, refused=reason)
     return dataclasses.replace(curve, N=N, D=D, loss=loss)
 
 

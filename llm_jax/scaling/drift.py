@@ -44,10 +44,11 @@ class Drift:
 
     @property
     def transfers(self) -> bool:
-        """Whether a slope of 0, one rate for all sizes, lies within the interval."""
-        return bool(self.slope.low <= 0 <= self.slope.high)
+        """Whether the slope is known to be near 0, one rate for all sizes: a narrow interval holds it."""
+        return bool(-NEAR <= self.slope.low <= 0 <= self.slope.high <= NEAR)
 
 
+NEAR = 0.25  # over eight times the width the best rate then moves by less than 1.7
 NOTHING = Estimate(np.nan, np.nan, np.nan, np.nan)
 
 

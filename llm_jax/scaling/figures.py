@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from llm_jax.scaling.compare import CODES, Compared, best_loss
 from llm_jax.scaling.compare import COLUMN as RECIPE
-from llm_jax.scaling.compare import Compared
 from llm_jax.scaling.curves import METHODS, Curve
 from llm_jax.scaling.envelope import EnvelopeFit
 from llm_jax.scaling.forecast import Outcome, fitted_flops
@@ -198,8 +198,7 @@ def envelope(fit: EnvelopeFit) -> "Figure":
     top.plot(frontier["C"], frontier["loss"], ".", color=LOOK.forecast, markersize=3, label="envelope")
     bottom.plot(frontier["C"], frontier["N"], ".", color=LOOK.forecast, markersize=3)
     budgets = np.geomspace(frontier["C"].min(), frontier["C"].max(), 40)
-    value, low, high, _ = fit.parameters["a"]
-    text = f"N ∝ C$^{{{value:.2f}}}$" + (f"  [{low:.2f}, {high:.2f}]" if np.isfinite(low) else "")
+    text = f"N ∝ C$^{{{fit.parameters['a'].value:.2f}}}$"
     band(bottom, budgets, [fit.optimum(budget).N for budget in budgets], LOOK.law, text)
     for axes, label in ((top, LOSS), (bottom, SIZES)):
         log_axis(axes.xaxis, power)
@@ -207,8 +206,7 @@ def envelope(fit: EnvelopeFit) -> "Figure":
     loss_axis(top)
     log_axis(bottom.yaxis)
     bottom.set_xlabel(COMPUTE)
-    bands = f"Band: {fit.level:.0%} bootstrap interval, {fit.conventions['resampled']} drawn."
-    return finished(figure, f"{of_optima(fit.conventions)} {bands}")
+    return finished(figure, of_optima(fit.conventions))
 
 
 @styled
@@ -281,15 +279,12 @@ def multiplier(fit: Fit) -> "Figure":
     points = fit.points.frame.assign(C=fitted_flops(fit))
     budgets = np.geomspace(points["C"].min(), points["C"].max(), 60)
     ((column, names),) = fit.conventions["recipes"].items()
-    rows = zip(names, (1.0, np.e), (LOOK.forecast, LOOK.law), "os", strict=True)
+    rows = zip(names, CODES, (LOOK.forecast, LOOK.law), "os", strict=True)
     for name, value, colour, marker in rows:
         mine = points[points[RECIPE] == value]
         axes.plot(mine["C"], mine["loss"], marker, color=colour, markersize=4, label=f"{column}={name}")
-        if "C" in fit.law.inputs:
-            best = [fit.predict(C=budget, **{RECIPE: value}) for budget in budgets]
-        else:
-            best = [fit.optimum(budget, **{RECIPE: value}).loss for budget in budgets]
-        band(axes, budgets, best, colour, f"its frontier ({fit.level:.0%})")
+        best = zip(*best_loss(fit, budgets, value == CODES[1]), strict=True)
+        band(axes, budgets, list(map(Estimate._make, best)), colour, f"its frontier ({fit.level:.0%})")
     log_axis(axes.xaxis, power)
     loss_axis(axes)
     axes.set(xlabel=COMPUTE, ylabel=LABELS["loss"])

@@ -11,7 +11,6 @@ of; with --out writes fit.json and figures. The library behind it is llm_jax.sca
 """
 
 import contextlib
-import math
 import pathlib
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +21,7 @@ from absl import flags
 
 from llm_jax.config import UserError, run_main
 from llm_jax.records import write_atomically
-from llm_jax.scaling import compare, sensitivity, serving
+from llm_jax.scaling import compare, identified, sensitivity, serving
 from llm_jax.scaling.curves import METHODS
 from llm_jax.scaling.envelope import EnvelopeFit
 from llm_jax.scaling.fits import AnyFit, fit
@@ -39,6 +38,7 @@ class Answer(NamedTuple):
 
     asked: str
     numbers: dict[str, Estimate]
+    doubt: str = ""
 
 
 def define_flags() -> None:
@@ -83,7 +83,7 @@ def define_flags() -> None:
 
 
 # What is asked of a fit whatever the approach; the other flags belong to some approaches only.
-COMMON = ("bootstrap", "level", "seed", "where", "counting", "flops_per_nd")
+COMMON = ("where", "counting", "flops_per_nd")
 BELONGS = {
     **dict.fromkeys(("law", "loss", "on", "delta", "fix", "tie", "bounds"), LAWS),
     **dict.fromkeys(("compare", "multiplier"), LAWS),
@@ -122,7 +122,12 @@ def main() -> None:
         result, text = compare.multiplier(points, options.pop("law"), f.multiplier, **options)
     else:
         result, text = fit(points, **({"approach": f.approach} | options)), ""
-    answers = [each for question in questions for each in _answers(result, question)]
+    answers, refused = [], []
+    for question in questions:
+        try:
+            answers += _answers(result, question)
+        except UserError as error:  # told last: the fit itself stands
+            refused.append(error)
     hangs_on = sensitivity.facts(result) if not isinstance(result, EnvelopeFit) else {}
     content = result.to_json() | hangs_on
     if f.multiplier:
@@ -133,6 +138,8 @@ def main() -> None:
     if f.out and not isinstance(result, Fit):  # a table for --law=power, n-opt or d-opt
         write_atomically(pathlib.Path(f.out) / "optima.csv", result.frontier.to_csv(index=False))
         print(f"written: {pathlib.Path(f.out) / 'optima.csv'}")
+    if refused:
+        raise refused[0]
 
 
 def drawings(figures: ModuleType, result: AnyFit) -> dict[str, Any]:
@@ -160,15 +167,20 @@ def _show(
     draw: Callable[[ModuleType], Mapping[str, Any]],
 ) -> None:
     """Prints what was found, and with --out writes fit.json and the figures as PNGs."""
-    print(text)
-    for asked, found in answers:
-        print(f"\nat {asked}")
-        print("\n".join(row(name, number) for name, number in found.items()))
+    parts = [text]
+    for asked, found, doubt in answers:
+        lines = [f"at {asked}", *(row(name, number) for name, number in found.items())]
+        parts.append("\n".join([*lines, f"WARNING: {doubt}"] if doubt else lines))
+    told = "\n\n".join(parts)
     if not flags.FLAGS.out:
+        print(told)
         return
     from llm_jax.scaling import figures, style  # matplotlib, only where files are asked for
 
-    predictions = [{"at": asked} | {k: e._asdict() for k, e in found.items()} for asked, found in answers]
+    predictions = [
+        {"at": asked} | {k: e._asdict() for k, e in found.items()} | ({"doubt": doubt} if doubt else {})
+        for asked, found, doubt in answers
+    ]
     folder = pathlib.Path(flags.FLAGS.out)
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / "fit.json"]
@@ -176,7 +188,7 @@ def _show(
     for name, figure in draw(figures).items():
         paths.append(folder / f"{name}.png")
         paths[-1].write_bytes(style.png(figure))
-    print(f"\nwritten: {', '.join(map(str, paths))}")
+    print(f"{told}\n\nwritten: {', '.join(map(str, paths))}")  # last: who reads may leave
 
 
 def check_folder(folder: pathlib.Path) -> None:
@@ -197,7 +209,7 @@ def answer(result: AnyFit, question: Mapping[str, float]) -> Answer:
     """The optimum at a budget C; the cheapest run to a loss; or the law's value at its inputs and what one
     more run would measure there.
     """
-    asked = ", ".join(f"{name}={value:g}" for name, value in question.items())
+    asked, doubt = ", ".join(f"{name}={value:g}" for name, value in question.items()), ""
     if not isinstance(result, Fit):
         if set(question) != {"C"}:
             raise UserError(
@@ -210,11 +222,13 @@ def answer(result: AnyFit, question: Mapping[str, float]) -> Answer:
         found = serving.cheapest(result, question["loss"], tokens, **given)
     elif "C" in question and not {"N", "D"} & set(question) and not set(result.law.inputs) <= set(question):
         found = result.optimum(question["C"], **{k: v for k, v in question.items() if k != "C"})
+        known = identified.of_optimum(result, question["C"])
+        doubt = known.doubt if known else ""
     else:
         output = result.law.output
         at = {output: result.predict(**question), f"{output}, one run": result.one_run(**question)}
         return Answer(asked, at)
-    return Answer(asked, {name: number for name, number in found._asdict().items() if number})
+    return Answer(asked, {name: number for name, number in found._asdict().items() if number}, doubt)
 
 
 def _answers(result: AnyFit, question: Mapping[str, float]) -> list[Answer]:
@@ -223,7 +237,7 @@ def _answers(result: AnyFit, question: Mapping[str, float]) -> list[Answer]:
     if not recipes:
         return [answer(result, question)]
     asked = ", ".join(f"{name}={value:g}" for name, value in question.items())
-    found = [answer(result, {**question, compare.COLUMN: value}).numbers for value in (1.0, math.e)]
+    found = [answer(result, {**question, compare.COLUMN: value}).numbers for value in compare.CODES]
     return [
         Answer(f"{asked}, {column}={name}", numbers) for name, numbers in zip(recipes, found, strict=True)
     ]
@@ -242,16 +256,16 @@ def _options() -> dict[str, Any]:
     if f.compare and (f.multiplier or f["law"].present):
         other = "multiplier" if f.multiplier else "law"
         raise UserError(f"--compare fits the laws that it names; --{other} belongs to another question")
-    if f.approach == "2":
-        return options | {"method": f.method, "window": f.window, "weights": f.weights}
     if f.approach == "1":
-        return options
+        return options  # and says why it has no intervals
+    options |= {name: f[name].value for name in ("bootstrap", "level", "seed", "weights")}
+    if f.approach == "2":
+        return options | {"method": f.method, "window": f.window}
     return options | {
         "approach": f.approach,
         "law": f.law,
         "loss": f.loss if f.delta is None else f"huber:{f.delta}",
         "on": f.on,
-        "weights": f.weights,
         "fixed": numbers(f.fix, "fix"),
         "tied": None if f.tie is None else pairs(f.tie, "tie"),
         "bounds": _ranges(f.bounds),

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from llm_jax.config import UserError
-from llm_jax.scaling import laws, projection, resampling, solver
+from llm_jax.scaling import identified, laws, projection, resampling, solver
 from llm_jax.scaling.envelope import EnvelopeFit, fit_envelope
 from llm_jax.scaling.isoflop import IsoflopFit, fit_isoflop, off_budget
 from llm_jax.scaling.law import Law
@@ -86,13 +86,24 @@ def fit_law(
     warnings = check_enough(problem, names)
 
     projected = projection.project(problem, names) if projecting else None
-    ends = projection.solve(projected, data) if projected else _from_grid(problem, grid, data)
+    if projected:
+        ends = starts = projection.solve(projected, data)
+    else:
+        ends, starts = _from_grid(problem, grid, data)
     best = int(ends.objective.argmin())
     # A perfect fit has an objective of rounding errors only, hence the second term.
-    agree = ends.objective <= ends.objective[best] * (1 + 1e-6) + 1e-24 * data.y.size
+    agree = starts.objective <= starts.objective.min() * (1 + 1e-6) + 1e-24 * data.y.size
+    if starts is not ends:
+        note = f"starts are led by {_FEW} of the rows, and agree on those; the best {_KEPT} go on with all"
+        checked = dataclasses.replace(checked, notes=(*checked.notes, note))
     end = solver.narrowed(problem, ends.free[best : best + 1], data)
     if not (ends.converged[best] and end.converged[0]):
         warnings.append("the descent to the optimum stopped before it converged")
+    if bootstrap and checked.runs < len(names) + resampling.SPARE:
+        warnings.append(
+            f"no intervals: {checked.runs} runs for {len(names)} parameters; drawing them anew tells nothing"
+        )
+        bootstrap = 0
     drawn = resampling.draw(data, checked.clusters, bootstrap, len(names), seed)
     draws = resampling.refits(problem, end.free, drawn, bootstrap)
     if len(draws) < bootstrap:
@@ -101,7 +112,7 @@ def fit_law(
     remarks = far_runs(checked, residuals), off_budget(with_compute(checked.frame, flops_per_nd))
     warnings += filter(None, remarks)
     doubts, condition, hit = judge(problem, end.free, draws, names, agree)
-    return Fit(
+    fitted = Fit(
         law=law,
         theta=problem.theta(end.free)[0],
         draws=problem.theta(draws),
@@ -109,14 +120,14 @@ def fit_law(
         data=data,
         best=end.free,
         objective=_reported(aim, problem, end, data),
-        starts=len(ends.objective),
+        starts=len(agree),
         agreement=float(agree.mean()),
         condition=condition,
         bounds_hit=hit,
         residuals=residuals,
         points=checked,
         level=level,
-        stretch=resampling.stretch(problem, end.free, data, int(checked.clusters.max()) + 1),
+        stretch=resampling.stretch(problem, end.free, data, checked.runs),
         fixed=choices.fixed,
         tied=choices.tied,
         conventions={
@@ -138,6 +149,11 @@ def fit_law(
         warnings=(*warnings, *doubts),
         approach=approach if projecting else 3,
     )
+    compute = with_compute(checked.frame, flops_per_nd)
+    known = identified.of_optimum(fitted, 10 * float(compute["C"].max())) if "C" in compute else None
+    if known and known.doubt:
+        fitted = dataclasses.replace(fitted, warnings=(*fitted.warnings, known.doubt))
+    return fitted
 
 
 def refit(fit: Fit, problem: Problem, data: Data) -> np.ndarray:
@@ -150,12 +166,14 @@ def refit(fit: Fit, problem: Problem, data: Data) -> np.ndarray:
     return solver.narrowed(problem, ends.free[[ends.objective.argmin()]], data).free
 
 
-def _from_grid(problem: Problem, grid: np.ndarray, data: Data) -> Solution:
-    """Where every start of the grid ends; slow ones that may be the best are followed to their end.
+def _from_grid(problem: Problem, grid: np.ndarray, data: Data) -> tuple[Solution, Solution]:
+    """Where every start of the grid ends; slow ones that may be the best are followed to their end. And where
+    all starts ended, which is the same unless few runs led.
 
     Thousands of runs are more than thousands of starts need: those are led by `_FEW` of the runs, evenly
     chosen, and the best `_KEPT` of their ends by all.
     """
+    led = None
     if data.y.shape[1] > 10 * _FEW and len(grid) > _KEPT:
         few = np.linspace(0, data.y.shape[1] - 1, _FEW).astype(int)
         part = dataclasses.replace(problem, x={name: values[few] for name, values in problem.x.items()})
@@ -163,7 +181,9 @@ def _from_grid(problem: Problem, grid: np.ndarray, data: Data) -> Solution:
         grid = led.free[np.argsort(led.objective, kind="stable")[:_KEPT]]
     wide = solver.widened(problem)
     ends = solver.minimise(wide, grid, data)
-    return solver.resume(wide, ends, data, ~ends.converged & (ends.objective < 1.01 * ends.objective.min()))
+    near = ~ends.converged & (ends.objective < 1.01 * ends.objective.min())
+    ends = solver.resume(wide, ends, data, near)
+    return ends, led or ends
 
 
 def _reported(aim: Objective, problem: Problem, end: Solution, data: Data) -> float:

@@ -41,8 +41,8 @@ class Forecast:
     """The loss expected at one N, D.
 
     loss: the fitted law there [nats/token]. intervals: {level: (low, high)} for one measured loss.
-    noise: standard deviation of ln loss of one run. fitted_flops: the largest fitted budget.
-    points_hash: of N, D and loss of every fitted run.
+    noise: standard deviation of ln loss of one run; seed_noise: that between seeds, if measured.
+    fitted_flops: the largest fitted budget. points_hash: of N, D and loss of every fitted run.
     """
 
     N: float
@@ -57,6 +57,7 @@ class Forecast:
     points_hash: str
     fitted_flops: float
     written_utc: str
+    seed_noise: float | None = None
 
     @property
     def extrapolation(self) -> float:
@@ -68,7 +69,7 @@ class Forecast:
 class Check:
     """A forecast against what was measured: error = measured - forecast [nats/token]; covered by level.
 
-    in_noise: the error in ln loss, in standard deviations of one run's noise.
+    in_noise: the error in ln loss, in standard deviations of one run's noise; in_seed_noise: of seeds'.
     """
 
     measured: float
@@ -76,6 +77,7 @@ class Check:
     relative_error: float
     in_noise: float
     covered: dict[float, bool]
+    in_seed_noise: float | None = None
 
 
 class Outcome(NamedTuple):
@@ -187,6 +189,7 @@ def make(
         points_hash=hash_points(points),
         fitted_flops=float(fitted_flops(fit).max()),
         written_utc=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        seed_noise=seed_noise,
     )
 
 
@@ -307,8 +310,9 @@ def check(forecast: Forecast, measured: float, points: pd.DataFrame | None = Non
         raise UserError(f"the fitted runs aren't those of the forecast written {forecast.written_utc}")
     error = float(measured - forecast.loss)
     covered = {level: low <= measured <= high for level, (low, high) in forecast.intervals.items()}
-    in_noise = float(np.log(measured / forecast.loss)) / forecast.noise
-    return Check(float(measured), error, error / forecast.loss, in_noise, covered)
+    off, seeds = float(np.log(measured / forecast.loss)), forecast.seed_noise
+    in_noise, in_seed_noise = off / forecast.noise, off / seeds if seeds else None
+    return Check(float(measured), error, error / forecast.loss, in_noise, covered, in_seed_noise)
 
 
 def hash_points(points: pd.DataFrame) -> str:

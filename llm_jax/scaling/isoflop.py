@@ -7,6 +7,7 @@ never extrapolated.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -14,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from llm_jax.config import UserError, nearest
+from llm_jax.scaling import projection
 from llm_jax.scaling.curves import (
     METHODS,
     WEIGHT,
@@ -25,12 +27,17 @@ from llm_jax.scaling.curves import (
     shifted,
 )
 from llm_jax.scaling.grids import SAME_BUDGET
+from llm_jax.scaling.laws import PowerLaw
+from llm_jax.scaling.objectives import objective
+from llm_jax.scaling.posing import Choices, pose
 from llm_jax.scaling.powers import FORMULAS, PowerLaws, lines_through
-from llm_jax.scaling.results import Estimate, estimate, heading, plain, remarks, row
+from llm_jax.scaling.results import Estimate, Optimum, estimate, heading, plain, remarks, row
 from llm_jax.scaling.skew import shapes
-from llm_jax.scaling.tables import check_points, listed
+from llm_jax.scaling.solver import Data
+from llm_jax.scaling.tables import Excluded, Points, check_points, listed, name_of
 
 _ODD = 0.1
+FOR_E = 4  # budgets that an asymptote of their losses takes
 
 
 class Beyond(NamedTuple):
@@ -47,7 +54,8 @@ class IsoflopFit(PowerLaws):
     """Minima of isoFLOP curves and the power laws through them.
 
     minima [S, n, 3]: ln N, ln D and ln loss of every budget in every draw (NaN for refused budgets, infinite
-    N and D where a draw has no minimum: `curves.redraw`). corrections [n, 3]: what was added to each curve's
+    N and D where a draw has no minimum: `curves.redraw`). Their losses follow a power law with an asymptote
+    where four budgets or more tell one. corrections [n, 3]: what was added to each curve's
     minimum for the skew of the law.
     """
 
@@ -65,6 +73,39 @@ class IsoflopFit(PowerLaws):
     def frontier(self) -> pd.DataFrame:
         """Accepted budgets as a table C, N, D, loss: what a law of loss over compute is fitted to."""
         return pd.DataFrame([(c.C, c.N, c.D, c.loss) for c in self.accepted], columns=["C", "N", "D", "loss"])
+
+    @property
+    def formula(self) -> str:
+        return "L_opt = E + A C^-a through the minima" if len(self.accepted) >= FOR_E else super().formula
+
+    @functools.cached_property
+    def _losses(self) -> tuple[PowerLaw, np.ndarray, np.ndarray]:
+        """The law of the minima's losses, and its parameters [1, P] and in every draw [S, P]."""
+        law, frame = PowerLaw(), self.frontier
+        points = Points(frame, np.ones(len(frame)), np.arange(len(frame)))
+        problem, data, _, names = pose(law, points, objective("l2", "raw"), Choices({}, {}, {}))
+        projected = projection.project(problem, names)
+        ends = projection.solve(projected, data)
+        best = ends.free[[ends.objective.argmin()]]
+        drawn = self.minima[:, [not curve.refused for curve in self.curves], 2]
+        if not len(drawn):
+            return law, problem.theta(best), problem.theta(best)[:0]
+        drawn = _centred(drawn, data.y[0])
+        refits = projection.solve(projected, Data(drawn, data.weights), np.repeat(best, len(drawn), axis=0))
+        return law, problem.theta(best), problem.theta(refits.free)
+
+    def extrapolate(self, N: float, D: float, C: float) -> tuple[float, np.ndarray]:
+        """ln of the loss of the best run at C FLOPs, and its draws [S]."""
+        if len(self.accepted) < FOR_E:
+            return super().extrapolate(N, D, C)
+        law, best, draws = self._losses
+        x = {"C": np.log([C])}
+        return float(law.log_loss(best, x)[0, 0]), law.log_loss(draws, x)[:, 0]
+
+    def optimum(self, C: float) -> Optimum:
+        """N, D and loss of the best run at C FLOPs."""
+        best, draws = self.extrapolate(np.nan, np.nan, C)
+        return super().optimum(C)._replace(loss=estimate(float(np.exp(best)), np.exp(draws), self.level))
 
     def to_json(self) -> dict[str, Any]:
         """Every number of the fit as JSON values (NaN becomes null)."""
@@ -183,12 +224,14 @@ def fit_isoflop(
         raise UserError(f"--window={window}: a parabola needs 3 sizes")
     checked = check_points(points, ("N", "D", "C", "loss"), columns, where, weights, flops_per_nd)
     frame, notes = checked.frame.assign(**{WEIGHT: checked.weights}), list(checked.notes)
+    excluded = list(checked.excluded)
     groups = [group for _, group in frame.groupby(budgets_of(frame), sort=True)]
     lone = [group for group in groups if group["N"].nunique() < 3]
     if lone:
-        notes.append(
-            f"{sum(map(len, lone))} runs stand at budgets of fewer than 3 sizes and say nothing here"
-        )
+        alone = pd.concat(lone)
+        reason = "its budget has fewer than 3 sizes"
+        excluded += [Excluded(name_of(alone, label), reason) for label in alone.index]
+        notes.append(f"{len(alone)} runs stand at budgets of fewer than 3 sizes and say nothing here")
     groups = [group for group in groups if group["N"].nunique() >= 3]
     curves = [curve_of(group, method, window) for group in groups]
     shaped = shapes(groups, curves, method, window)
@@ -198,7 +241,7 @@ def fit_isoflop(
     accepted = [curve for curve in curves if not curve.refused]
     if len(accepted) < 2:
         reasons = "; ".join(f"C={curve.C:.3g}: {curve.refused}" for curve in curves if curve.refused)
-        reasons = reasons or "no budget has 3 sizes"
+        reasons = reasons or ("no budget has 3 sizes" if not groups else "the table has no other budget")
         found = f"{len(accepted)} of {len(groups)} budgets"
         raise UserError(f"{found} have a minimum within their sizes, power laws need 2 ({reasons})")
     refused = len(curves) - len(accepted)
@@ -211,11 +254,12 @@ def fit_isoflop(
     )
 
     generator = np.random.default_rng(seed)
-    noise = np.concatenate([scaled_residuals(curve, window) for curve in accepted])
+    left = [scaled_residuals(curve, window) for curve in accepted]  # none of curves through 3 sizes
+    noise = np.concatenate(left)
     if not len(noise) and bootstrap:
         warnings.append("no intervals: every parabola has as many coefficients as sizes; add sizes a budget")
         bootstrap = 0
-    freedom = max(len(noise) - 3 * len(accepted), 1)
+    freedom = max(sum(max(len(residuals) - 3, 0) for residuals in left), 1)
     # How large the noise is, few residuals tell: draws of Student's t, not of the residuals alone.
     size = np.sqrt(freedom / generator.chisquare(freedom, (bootstrap, 1)))
     minima = np.full((bootstrap, len(curves), 3), np.nan)
@@ -250,11 +294,10 @@ def fit_isoflop(
         "where": where,
         "seed": seed,
     }
-    checked = dataclasses.replace(checked, notes=tuple(notes))
+    checked = dataclasses.replace(checked, notes=tuple(notes), excluded=tuple(excluded))
     draws = draws[np.isfinite(draws).all((1, 2))]
     if len(draws):
-        # Noise on top of noise moves minima the same way again; the spread counts, around the estimate.
-        draws = draws - np.quantile(draws, [0.05, 0.95], axis=0).mean(0) + lines
+        draws = _centred(draws, lines)
     spread = float(np.sqrt(np.mean(noise**2))) if len(noise) else 0.0
     return IsoflopFit(
         lines,
@@ -269,6 +312,13 @@ def fit_isoflop(
         minima,
         corrections,
     )
+
+
+def _centred(draws: np.ndarray, value: np.ndarray) -> np.ndarray:
+    """Draws [S, ...] around the value: noise on top of noise moves minima the same way again, and only the
+    spread counts.
+    """
+    return draws - np.quantile(draws, [0.05, 0.95], axis=0).mean(0) + value
 
 
 def off_budget(frame: pd.DataFrame) -> str:

@@ -40,6 +40,8 @@ class Choices:
                 )
             if target in self.tied or target == name:
                 raise UserError(f"--tie={name}={target}: {target} is tied itself")
+            if len({law.parameters[law.places[each]].log for each in (name, target)}) > 1:
+                raise UserError(f"--tie={name}={target}: a coefficient can't be tied to an exponent")
         for name, value in self.fixed.items():
             if name in self.tied:
                 raise UserError(f"--fix: {name} is tied to {self.tied[name]} in {law.formula}; fix that")
@@ -120,11 +122,16 @@ def check_enough(problem: Problem, names: list[str]) -> list[str]:
     return []
 
 
-def far_runs(points: Points, residuals: np.ndarray) -> str:
-    """Runs that lie far from the law beside the others, named: diverged, or of another recipe."""
+def far_bound(residuals: np.ndarray) -> float:
+    """The size of a residual of ln loss beyond which a run is no noisy one, beside the others [n]."""
     # The runs that the fit passes through tell nothing of the noise; 1.48 makes a median a deviation.
     sizes = np.sort(np.abs(residuals))[min(5, len(residuals) // 3) :]
-    bound = max(_FAR * 1.48 * float(np.median(sizes)), 0.005)
+    return max(_FAR * 1.48 * float(np.median(sizes)), 0.005)
+
+
+def far_runs(points: Points, residuals: np.ndarray) -> str:
+    """Runs that lie far from the law beside the others, named: diverged, or of another recipe."""
+    bound = far_bound(residuals)
     by = pd.Series(residuals, index=points.frame.index)
     far = by.abs().sort_values(ascending=False, kind="stable")
     text = f"more than {bound:.1%} from the law, perhaps diverged or of another recipe"

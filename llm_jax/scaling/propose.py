@@ -30,7 +30,8 @@ def expected(name: str, values: Mapping[str, float]) -> tuple[Law, np.ndarray]:
     missing = [p.name for p in law.parameters if p.name not in values]
     if missing:
         raise UserError(f"--values lacks {', '.join(missing)} of {law.formula}")
-    theta = np.array([parameter.inner(values[parameter.name]) for parameter in law.parameters])
+    with np.errstate(invalid="ignore"):
+        theta = np.array([parameter.inner(values[parameter.name]) for parameter in law.parameters])
     if not np.isfinite(theta).all():
         raise UserError("--values: each is a number, and coefficients are positive")
     return law, theta
@@ -57,12 +58,14 @@ def sizes(text: str) -> np.ndarray:
     """Parameters of the candidates: LOW:HIGH:COUNT, evenly in logarithms, or N,N,..."""
     try:
         low, *rest = map(float, text.split(":"))
-        found = np.geomspace(low, rest[0], int(rest[1])) if rest else np.array([low])
+        found = np.geomspace(low, rest[0], min(int(rest[1]), 10_001)) if rest else np.array([low])
     except (ValueError, IndexError):
         try:
             found = np.array([float(item) for item in text.split(",")])
         except ValueError:
             found = np.array([])
+    if len(found) > 10_000:
+        raise UserError(f"--sizes={text}: 10,000 sizes are the most")
     if not len(found) or not (np.isfinite(found) & (found >= 1)).all():
         raise UserError(f"--sizes={text}: write LOW:HIGH:COUNT, such as 1e7:3e9:20, or N,N,N")
     return np.unique(found.round().astype(np.int64))
@@ -81,6 +84,12 @@ def main() -> None:
     f = flags.FLAGS
     if bool(f.fit) == bool(f.values):
         raise UserError("one of --fit=FOLDER and --values=NAME=NUMBER,... says what law is expected")
+    if f.fit and (given := [name for name in ("law", "noise") if f[name].present]):
+        raise UserError(f"--{given[0]} belongs to --values; with --fit it is that of the fit")
+    if not 0 < f.noise < 1:
+        raise UserError(f"--noise={f.noise:g}: the standard deviation of ln loss, such as 0.005")
+    if f.out and pathlib.Path(f.out).is_dir():
+        raise UserError(f"--out={f.out} is a folder; the plan is a file, such as plan.csv")
     if not (f.budget and np.isfinite(f.budget) and f.budget > 0):
         raise UserError("--budget is missing: the FLOPs of the whole plan, such as 1e20")
     aim = numbers(f.target or "", "target")
@@ -89,7 +98,10 @@ def main() -> None:
     if f.fit:
         law, theta, noise = fitted(f.fit)
     else:
-        (law, theta), noise = expected(f.law, numbers(f.values, "values")), f.noise
+        values, noise = numbers(f.values, "values"), f.noise
+        law, theta = expected(f.law, values)
+        if unknown := set(values) - set(law.places):
+            raise UserError(f"--values: {law.formula} has no parameter {min(unknown)!r}")
     candidates = pd.DataFrame({"N": sizes(f.sizes)})
     candidates = candidates.assign(flops_per_token=6.0 * candidates["N"], tokens_per_step=f.tokens_per_step)
     limits = Limits(f.available_tokens, f.minimum_steps)

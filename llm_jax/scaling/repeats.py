@@ -12,7 +12,7 @@ from llm_jax.config import UserError
 class Repeats(NamedTuple):
     """One model on U unique tokens. losses: the mean over seeds at each number of epochs [nats/token].
 
-    best: the epochs of the lowest loss. helped: the most epochs that were better than half as many by more
+    best: the epochs of the lowest loss. helped: up to how many epochs every doubling was better by more
     than chance (1: even the second epoch was not). worth: how many unique tokens would have given each loss,
     in epochs of U; NaN beyond what fresh runs reach.
     """
@@ -56,7 +56,7 @@ def repeats(runs: pd.DataFrame, level: float = 0.9) -> list[Repeats]:
             table["count"].to_numpy(),
         )
         error = noise * np.sqrt(1 / counts[1:] + 1 / counts[:-1])
-        gains = np.flatnonzero(means[:-1] - means[1:] > bound * error)
+        gained = means[:-1] - means[1:] > bound * error
         alone = fresh[fresh["N"] == N].groupby("D")["loss"].mean()
         found.append(
             Repeats(
@@ -65,7 +65,7 @@ def repeats(runs: pd.DataFrame, level: float = 0.9) -> list[Repeats]:
                 epochs,
                 np.exp(means),
                 best=float(epochs[means.argmin()]),
-                helped=float(epochs[gains[-1] + 1]) if len(gains) else 1.0,
+                helped=float(epochs[np.argmin([*gained, False])]) if gained[0] else 1.0,
                 worth=_worth(alone, np.exp(means)) / U,
             )
         )

@@ -6,6 +6,7 @@ path = report.write(folder, result)
 """
 
 import dataclasses
+import functools
 import math
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from llm_jax import records
-from llm_jax.scaling import figures, page, style
+from llm_jax.scaling import figures, page, sensitivity, style
 from llm_jax.scaling.curves import METHODS, UNFITTED, Curve, curve_of
 from llm_jax.scaling.forecast import Outcome, fitted_flops, miss
 from llm_jax.scaling.isoflop import IsoflopFit
@@ -55,6 +56,11 @@ class Report:
     @property
     def fits(self) -> list[Fit | IsoflopFit]:
         return [self.law, *([self.isoflop] if self.isoflop else [])]
+
+    @functools.cached_property
+    def hangs_on(self) -> dict[str, Any]:
+        """What the law hangs on, and each budget predicted by the others (sensitivity.py)."""
+        return sensitivity.facts(self.law)
 
     @property
     def rate_doubts(self) -> list[str]:
@@ -136,7 +142,7 @@ def summary(report: Report) -> str:
 def facts(report: Report) -> dict[str, Any]:
     """The report's numbers as JSON values, for result.json."""
     return {
-        "law": report.law.to_json(),
+        "law": report.law.to_json() | report.hangs_on,
         "isoflop": report.isoflop.to_json() if report.isoflop else None,
         "forecasts": [outcome.to_json() for outcome in report.outcomes],
         "rates": [str(check) for check in report.rates],
@@ -169,6 +175,8 @@ def verdict(outcome: Outcome) -> Answer:
     beyond = f"{made.extrapolation:.2g}x the largest fitted budget"
     if check:
         off = f"{check.relative_error:+.2%}, {check.in_noise:+.1f} of the noise of one run"
+        if check.in_seed_noise is not None:
+            off += f", {check.in_seed_noise:+.1f} of that between seeds"
         measured = f"measured {check.measured:.4f}, forecast {made.loss:.4f} ({off})"
         headline = f"Hold-out at {beyond}: {measured}, {coverage(outcome)}."
     else:
@@ -271,7 +279,7 @@ def fitted(fit: Fit | IsoflopFit, mark: str = "") -> Fitted:
 
 
 def tables(report: Report) -> Iterator[tuple[str, Table]]:
-    """The other tables of the page: minima, rate checks, runs."""
+    """The other tables of the page: minima, rate checks, sensitivity, runs."""
     if report.isoflop:
         header = ["C", "runs", "N_opt", "low", "high", "D_opt", "loss", ""]
         rows = []
@@ -294,6 +302,11 @@ def tables(report: Report) -> Iterator[tuple[str, Table]]:
             for c in report.rates
         ]
         yield "Learning-rate checks", Table(header, rows, (0, len(header) - 1))
+    changed = report.hangs_on["sensitivity"]
+    rows = [[c["change"], str(c["runs"]), *(f"{v:.4g}" for v in c["values"].values())] for c in changed]
+    told = sensitivity.left_out(report.hangs_on)
+    title = f"What the law hangs on{f' ({told})' * bool(told)}"
+    yield title, Table(["", "runs", *changed[0]["values"]], rows)
     yield f"All {len(report.runs)} runs", runs_table(report)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from llm_jax.scaling import solver
 from llm_jax.scaling.solver import Data, Problem
 
+SPARE = 2  # runs beyond the parameters without which draws are the table itself, or nearly so
 METHOD = "runs drawn with replacement; percentiles drawn in by (1 - parameters/n)^(2 to 0)"
 
 
@@ -41,9 +42,12 @@ def stretch(problem: Problem, best: np.ndarray, data: Data, runs: int) -> float:
     absolute deviations, with p free parameters and n runs.
 
     A Huber loss lies between them by the share of runs within its bound, without the p that every fit passes
-    through. The power was found by simulation; the factor nears 1 where runs are many.
+    through. The power was found by simulation, on runs of one row each; where they have several, or are
+    fewer than twice the parameters, it is 1. The factor nears 1 where runs are many.
     """
     residual, free = problem.residuals(best, data)[0], best.shape[1]
+    if runs < residual.size or runs < 2 * free:
+        return 1.0
     inside = int((np.abs(residual) <= problem.objective.delta * (1 + 1e-6)).sum())
     squares = max(inside - free, 0) / max(residual.size - free, 1)
     return float(max(1 - free / runs, 0.5) ** (2 * (1 - squares)))

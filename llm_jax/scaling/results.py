@@ -10,9 +10,12 @@ import numpy as np
 
 from llm_jax.config import UserError
 from llm_jax.scaling.law import Inputs, Law
+from llm_jax.scaling.posing import far_bound
 from llm_jax.scaling.resampling import one_run
 from llm_jax.scaling.solver import Data, Problem
 from llm_jax.scaling.tables import Points, name_of
+
+SHOWN = 10  # of the runs that were left out
 
 
 class Estimate(NamedTuple):
@@ -134,6 +137,9 @@ class Fit:
             return N, D, np.exp(self.law.log_loss(theta, x)[:, 0])
 
         best, draws = at(self.theta[None]), at(self.draws)
+        if min(best[0][0], best[1][0]) < 1.001:
+            least = "parameter" if best[0][0] < best[1][0] else "token"
+            raise UserError(f"{self.formula} has no optimum at C={C:g}: its loss falls down to one {least}")
         return Optimum(*(self.with_interval(b[0], d) for b, d in zip(best, draws, strict=True)))
 
     def extrapolate(self, N: float, D: float, C: float) -> tuple[float, np.ndarray]:
@@ -152,14 +158,22 @@ class Fit:
 
     @property
     def freedom(self) -> int:
-        """Runs beyond those that the parameters spend."""
-        return len(self.residuals) - self.free
+        """Runs beyond those that the parameters spend, of which the noise is known."""
+        runs, rows = self.points.runs, len(self.residuals)
+        return max(runs - self.free, 1) if runs < rows > self.free else int(self.near.sum()) - self.free
+
+    @property
+    def near(self) -> np.ndarray:
+        """Which rows tell the noise [n] bool: a robust loss leaves runs far from the law aside, here too."""
+        bound = np.inf if np.isinf(self.problem.objective.delta) else far_bound(self.residuals)
+        return np.abs(self.residuals) <= bound
 
     @property
     def noise(self) -> float:
-        """Standard deviation of ln loss of one run of weight 1, from the residuals (nan without freedom)."""
-        squares = self.points.weights * self.residuals**2
-        return float(np.sqrt(np.sum(squares) / self.freedom)) if self.freedom > 0 else float("nan")
+        """Standard deviation of ln loss of one row of weight 1, from the residuals (nan without freedom)."""
+        left = int(self.near.sum()) - self.free
+        squares = (self.points.weights * self.residuals**2)[self.near]
+        return float(np.sqrt(np.sum(squares) / left)) if left > 0 else float("nan")
 
     @property
     def seed_noise(self) -> tuple[float, int]:
@@ -237,12 +251,11 @@ class Fit:
 
     def with_interval(self, value: Any, draws: np.ndarray) -> Estimate:
         """A number and what the refits make of it, as an estimate."""
-        plain = estimate(value, draws, self.level)
         if np.all(np.asarray(value) > 0) and np.all(draws > 0):
             moved = np.exp(self._around(np.log(value), np.log(draws)))
         else:
             moved = self._around(value, draws)
-        return estimate(value, moved, self.level)._replace(standard_error=plain.standard_error)
+        return estimate(value, moved, self.level)
 
 
 def estimate(value: Any, draws: np.ndarray, level: float) -> Estimate:
@@ -273,7 +286,9 @@ def row(name: str, number: Estimate) -> str:
 def remarks(points: Points, warnings: Sequence[str]) -> list[str]:
     """Lines on what was left out and what to be wary of."""
     lines = [f"note: {note}" for note in points.notes]
-    lines += [f"left out: {run.run} ({run.reason})" for run in points.excluded]
+    lines += [f"left out: {run.run} ({run.reason})" for run in points.excluded[:SHOWN]]
+    more = len(points.excluded) - SHOWN
+    lines += [f"left out: {more} more, all in fit.json"] if more > 0 else []
     return lines + [f"WARNING: {warning}" for warning in warnings]
 
 

@@ -43,7 +43,8 @@ class Variant(NamedTuple):
 def groups(fit: Fit) -> tuple[np.ndarray, np.ndarray]:
     """Each run's compute [n] (or the law's first input) and the number of its budget [n], in rising order.
 
-    Runs that stand at no common budgets are cut into fifths, a hundred or more into tenths.
+    Of a law of the loss, low losses are what is extrapolated to: the last are the lowest. Runs that stand at
+    no common budgets are cut into fifths, a hundred or more into tenths.
     """
     frame = with_compute(fit.points.frame, fit.conventions["flops_per_nd"])
     column = next((name for name in ("budget_flops", "C") if name in frame), fit.law.inputs[0])
@@ -52,7 +53,7 @@ def groups(fit: Fit) -> tuple[np.ndarray, np.ndarray]:
     if labels.max() + 1 > min(len(labels) / 3, 20) or labels.max() == 0:
         parts = 5 if len(compute) < 100 else 10
         labels = np.minimum(parts * np.argsort(np.argsort(compute, kind="stable")) // len(compute), parts - 1)
-    return compute, labels
+    return compute, labels.max() - labels if column == "loss" else labels
 
 
 def held_out(fit: Fit) -> list[HeldOut]:
@@ -98,7 +99,8 @@ def variants(fit: Fit) -> Iterator[Variant]:
         kept = labels != label
         if kept.sum() > fit.free:
             low, high = compute[~kept].min(), compute[~kept].max()
-            text = f"C={low:.3g}" if high < 1.2 * low else f"C={low:.2g} to {high:.2g}"
+            named = "loss" if "loss" in fit.law.inputs else "C"
+            text = f"{named}={low:.3g}" if high < 1.2 * low else f"{named}={low:.2g} to {high:.2g}"
             yield _variant(fit, f"without {text}", *_subset(fit, kept))
     worst = max(1, round(_WORST * len(labels)))
     kept = fit.data.y[0] < np.sort(fit.data.y[0])[-worst]
@@ -187,16 +189,22 @@ def table(content: dict[str, Any]) -> str:
         lines.append(
             f"  {row['change']:30} {row['runs']:5d} " + " ".join(f"{row['values'][n]:10.5g}" for n in names)
         )
+    told = left_out(content)
+    return "\n".join([*lines, told] if told else lines)
+
+
+def left_out(content: dict[str, Any]) -> str:
+    """How the others predict the largest budget, as text; "" where they can't."""
     last = content["leave_largest_out"]
-    if last and "runs" not in last:
+    if not last:
+        return ""
+    if "runs" not in last:
         missed = ", ".join(f"{name} {np.expm1(last[name]):+.1%}" for name in ("N", "D", "loss"))
-        lines.append(f"minimum of the largest budget ({last['C']:.3g}) beside the others' laws: {missed}")
-    elif last:
-        lines.append(
-            f"largest budget ({last['C']:.3g}, {last['runs']} runs) predicted by the others: "
-            f"{last['rms']:.2%} rms, {last['mean']:+.2%} on average"
-        )
-    return "\n".join(lines)
+        return f"minimum of the largest budget ({last['C']:.3g}) beside the others' laws: {missed}"
+    return (
+        f"largest budget ({last['C']:.3g}, {last['runs']} runs) predicted by the others: "
+        f"{last['rms']:.2%} rms, {last['mean']:+.2%} on average"
+    )
 
 
 def _variant(fit: Fit, change: str, problem: Problem, data: Data) -> Variant:

@@ -42,6 +42,11 @@ class Points:
     excluded: tuple[Excluded, ...] = ()
     notes: tuple[str, ...] = ()
 
+    @property
+    def runs(self) -> int:
+        """How many runs the rows are of."""
+        return int(self.clusters.max()) + 1
+
 
 def check_points(
     frame: pd.DataFrame,
@@ -63,11 +68,15 @@ def check_points(
     Raises UserError for a missing column, a cell that is no positive number, and a repeated point.
     """
     frame = frame.copy() if frame.index.is_unique else frame.reset_index(drop=True)
+    given = frame.copy()  # columns may swap names; expressions see the new ones
     for name, source in (columns or {}).items():
-        if source not in frame and any(sign in source for sign in "+-*/"):
+        slip = next((need for need in needs if need.lower() == name.lower() and need != name), None)
+        if slip:
+            raise UserError(f"--columns={name}={source}: the name is {slip}, not {name}")
+        if source not in given and any(sign in source for sign in "+-*/"):
             frame[name] = evaluate("columns", source, frame)
         else:
-            frame[name] = _column(frame, source, f"the column for {name}")
+            frame[name] = _column(given, source, f"the column for {name}")
     excluded, notes = [], list(frame.attrs.get("notes", ()))
     for name in needs:
         if name not in frame and (source := _like(frame, name)):
@@ -96,7 +105,8 @@ def check_points(
         raise UserError(f"no runs are left to fit{why}")
     for name in (*needs, "budget_flops") if "C" in needs and "budget_flops" in frame else needs:
         frame[name] = _numbers(frame, name)
-    run = next((name for name in ("run", "name") if name in frame), None)
+    # Of points a name may be that of a size; of training curves it says whose they are.
+    run = next((name for name in (("run", "name") if curves else ("run",)) if name in frame), None)
     if curves and run is None:
         raise UserError("training curves need a column run that says which run a row belongs to")
     if not curves:
@@ -107,6 +117,8 @@ def check_points(
             line = frame.index[nameless][0]
             raise UserError(f"row {line} has no {run}, which says whose training curve it belongs to")
         numbers[nameless] = numbers.max() + 1 + np.arange(nameless.sum())  # each by itself
+    if not curves and (runs := int(numbers.max()) + 1) < len(frame):
+        notes.append(f"{len(frame)} rows are of {runs} runs, by the column run; intervals draw whole runs")
     return Points(frame, _weights(frame, weights), numbers, tuple(excluded), tuple(notes))
 
 
@@ -158,7 +170,8 @@ def evaluate(flag: str, expression: str, frame: pd.DataFrame) -> Any:
             f"--{flag}={expression!r} is no expression, such as 'D > 20*N and width < 512'"
         ) from None
     try:
-        return _evaluate(tree, frame)
+        with np.errstate(all="ignore"):  # the caller refuses what is no number
+            return _evaluate(tree, frame)
     except TypeError:
         raise UserError(f"--{flag}={expression!r} puts a number and a text together") from None
     except (ArithmeticError, RecursionError):

@@ -134,14 +134,35 @@ def test_approach_2_writes_its_runs_and_figures(points, command, tmp_path):
 def test_an_envelope_becomes_a_figure_and_a_table_of_optima_that_is_fitted_in_turn(tmp_path):
     table, out = tmp_path / "curves.csv", tmp_path / "out"
     curves(8).to_csv(table, index=False)
-    done = run(f"--points={table}", "--approach=1", "--bootstrap=100", f"--out={out}")
+    done = run(f"--points={table}", "--approach=1", f"--out={out}")
     assert done.returncode == 0, done.stderr
+    assert "WARNING: no intervals: " in done.stdout
     assert {path.name for path in out.iterdir()} == {"envelope.png", "fit.json", "optima.csv"}
     law = run(f"--points={out / 'optima.csv'}", "--law=n-opt", "--bootstrap=0", f"--out={out / 'law'}")
     assert law.returncode == 0, law.stderr
     found = json.loads((out / "law" / "fit.json").read_text())["parameters"]["a"]["value"]
     assert found == pytest.approx(TRUTH["beta"] / (TRUTH["alpha"] + TRUTH["beta"]), abs=0.03)
     assert {path.name for path in (out / "law").iterdir()} == {"curve.png", "fit.json", "residuals.png"}
+
+
+def test_few_runs_beside_parameters_have_no_intervals_and_an_answer_that_fails_costs_no_fit(
+    command, tmp_path
+):
+    sweep(noise=0.003).iloc[::6].to_csv(tmp_path / "six.csv", index=False)
+    given = (f"--points={tmp_path / 'six.csv'}", "--bootstrap=100", f"--out={tmp_path / 'out'}")
+    code, out, err = command("llm_jax.scaling.fit", *given, "--predict=loss=0.1")
+    assert code == 2 and err.count("\n") == 1 and "no intervals: 6 runs for 5 parameters" in out
+    content = json.loads((tmp_path / "out" / "fit.json").read_text())
+    assert all(content["parameters"]["E"][name] is None for name in ("low", "high", "standard_error"))
+
+
+def test_who_reads_a_line_and_leaves_costs_no_file(points, tmp_path):
+    command = [sys.executable, "-m", "llm_jax.scaling.fit", f"--points={points}", "--columns=N=params"]
+    asked = ["--law=chinchilla-tied", "--bootstrap=0", f"--out={tmp_path / 'out'}"]
+    with subprocess.Popen(command + asked, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141 and (tmp_path / "out" / "fit.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -158,6 +179,11 @@ def test_an_envelope_becomes_a_figure_and_a_table_of_optima_that_is_fitted_in_tu
         (["--points=POINTS", "--compare=chinchilla,kaplan", "--law=power"], "--law belongs to another"),
         (["--points=POINTS", "--compare=kaplan,power", "--multiplier=x"], "--multiplier belongs to another"),
         (["--points=POINTS", "--approach=1", "--weights=loss"], "belongs to Approach 2 and 3 and vp"),
+        (
+            ["--points=POINTS", "--columns=N=params", "--tie=E=alpha"],
+            "coefficient can't be tied to an exponent",
+        ),
+        (["--points=POINTS", "--columns=N=params,Loss=loss"], "the name is loss, not Loss"),
         (["--bootstrap=abc"], "--bootstrap=abc is not an integer"),
         (["--bootstrp=3"], "no flag --bootstrp; did you mean '--bootstrap'?"),
         (["--points=absent.csv", "--out=POINTS"], "can't be a folder"),

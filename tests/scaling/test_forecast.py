@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import known_laws
 import numpy as np
 import pandas as pd
 import pytest
@@ -135,10 +136,19 @@ def test_a_law_through_the_minima_forecasts_the_frontier_and_passes_its_back_tes
     budget = 4 * grid["C"].max()
     N = sweep.true_optimum(budget)
     made = forecast.make(minima, N, budget / (6 * N), budget)
-    # A power law without an asymptote comes out a little low.
+    # Three budgets tell no asymptote, and a power law without one comes out a little low.
     assert 0.97 < made.loss / sweep.loss(N, budget / (6 * N)) < 1.0
     assert made.intervals[0.95][0] < made.loss < made.intervals[0.95][1]
     assert forecast.backtest(lambda points: fit_isoflop(points, bootstrap=0), grid) < 0.02
+
+
+def test_four_budgets_tell_the_minimas_asymptote_so_that_a_forecast_far_off_is_right():
+    minima, budget = fit_isoflop(known_laws.sweep(), bootstrap=0), 30e22
+    N, (E, A, alpha, B, beta) = known_laws.optimum(known_laws.TRUTH, budget), known_laws.TRUTH.values()
+    loss = E + A / N**alpha + B / (budget / 6 / N) ** beta
+    assert minima.optimum(budget).loss.value == pytest.approx(loss, rel=1e-3)
+    few = fit_isoflop(known_laws.sweep(), bootstrap=0, where="C > 5e19")
+    assert few.optimum(budget).loss.value < 0.95 * loss
 
 
 def test_the_back_test_sees_the_smaller_budgets_only_and_a_wrong_law_fails_it(table):

@@ -282,3 +282,20 @@ def test_minima_that_the_law_is_too_skew_to_correct_are_named():
     written = found.to_json()["curves"]
     assert [curve["correction"]["ln_N"] == 0 for curve in written] == uncorrected.tolist()
     assert not any("skew" in text for text in fit_isoflop(sweep(truth), bootstrap=0).warnings)
+
+
+def test_a_run_alone_at_its_budget_is_named_and_a_minimum_far_below_all_runs_refused():
+    points = sweep(noise=0.003)
+    points.loc[9, "C"] *= 1.25
+    assert [run.run for run in fit_isoflop(points, bootstrap=0).points.excluded] == ["row 9"]
+    bad = sweep(noise=0.003)
+    bad.loc[8, "loss"] *= 3
+    refused = [curve.refused for curve in fit_isoflop(bad, bootstrap=0).curves if curve.refused]
+    assert len(refused) == 1 and "below all runs" in refused[0]
+
+
+def test_budgets_of_three_sizes_cost_the_noise_no_freedom():
+    points = sweep(noise=1e-4, budgets=(1e18, 1e19, 1e20, 1e21, 1e22, 1e23))
+    few = points[(points["C"] < 5e21) | points.index.isin([30, 31, 32, 37, 38, 39])]
+    assert fit_isoflop(points, bootstrap=0).freedom == 6 * 2
+    assert len(fit_isoflop(few, bootstrap=0).accepted) == 6 and fit_isoflop(few, bootstrap=0).freedom == 4 * 2

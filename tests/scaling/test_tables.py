@@ -165,3 +165,10 @@ def test_runs_that_a_filter_leaves_out_may_be_anything():
 def test_an_expression_that_comes_to_no_number_is_refused_at_once(expression):
     with pytest.raises(UserError, match=r"comes to no number|is no expression"):
         check_points(sweep(), NEEDS, where=expression)
+
+
+def test_columns_may_swap_names_and_expressions_see_the_new_ones():
+    frame = sweep().rename(columns={"N": "D", "D": "N"})
+    checked = check_points(frame.drop(columns="C"), NEEDS, columns={"N": "D", "D": "N", "C": "6*N*D"})
+    assert (checked.frame[["N", "D"]].to_numpy() == sweep()[["N", "D"]].to_numpy()).all()
+    assert np.allclose(checked.frame["C"], sweep()["C"])
