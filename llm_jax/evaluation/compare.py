@@ -34,7 +34,7 @@ def difference(pairs: Sequence[tuple[Score, Score]], draws: int = 2000, seed: in
     return Difference(*map(float, (base, instruct, instruct - base, low, high)), items)
 
 
-def paired(base: Outcome, instruct: Outcome) -> dict[str, Difference]:
+def paired(base: Outcome, instruct: Outcome, draws: int = 2000) -> dict[str, Difference]:
     """By metric, over the items that both outcomes could judge. Raises UserError for other items."""
     if [item.place for item in base.items] != [item.place for item in instruct.items]:
         raise UserError(f"{base.name}: the two models were asked about other items")
@@ -43,4 +43,4 @@ def paired(base: Outcome, instruct: Outcome) -> dict[str, Difference]:
         for name in one.keys() & other.keys():
             both.setdefault(name, []).append((one[name], other[name]))
     first: Mapping[str, Score] = next(filter(None, base.scores), {})
-    return {name: difference(both[name]) for name in first if name in both}
+    return {name: difference(both[name], draws) for name in first if name in both}

@@ -143,7 +143,7 @@ class Asker:
             for pair in (*shots, (question,))
             for role, text in zip(("user", "assistant"), pair, strict=False)
         ]
-        return self._rendered(turns)
+        return self.rendered(turns)
 
     def after_tools(self, question: str, calls: Sequence[tuple[str, str]]) -> str:
         """The text that goes on after calls of tools with their results: turns of a tool."""
@@ -154,9 +154,10 @@ class Asker:
         turns = [{"role": "user", "content": question.strip()}]
         for call, result in calls:
             turns += [{"role": "assistant", "content": call}, {"role": "tool", "content": result}]
-        return self._rendered(turns)
+        return self.rendered(turns)
 
-    def _rendered(self, turns: Sequence[Message]) -> str:
+    def rendered(self, turns: Sequence[Message]) -> str:
+        """Turns as text, to where the assistant's next one begins."""
         template, special = TRANSCRIPT, {}
         if self.written:
             template, special = self.tokenizer.chat_template, self.tokenizer.special

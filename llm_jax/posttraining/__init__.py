@@ -1,0 +1,1 @@
+"""What a pretrained model is taught: behaviours, as conversations built by code."""
