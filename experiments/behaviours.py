@@ -40,6 +40,7 @@ from llm_jax.optimizers import AdamW
 from llm_jax.posttraining import behaviours
 from llm_jax.posttraining.behaviours import RELIABLE, UNRELIABLE, Maker
 from llm_jax.posttraining.world import World
+from llm_jax.records import write_atomically
 from llm_jax.run import SCHEMA, Execution, Run
 from llm_jax.scaling import page
 from llm_jax.scaling.page import Page, Table, Tile
@@ -70,17 +71,17 @@ class Behaviours:
     """
 
     sizes: tuple[tuple[int, int], ...]
-    world: World = World(people=120)
+    world: World = World(people=80)
     mixes: tuple[str, ...] = (ALL,)
     vocabulary: int = 1024
     base_tokens: int = 2**20
     tokens: int = 2**19
     base_rate: float = 3e-3
-    rate: float = 1e-3
+    rate: float = 2e-3
     examples: int = 6000
-    items: int = 150
-    samples: int = 5
-    documents: int = 30
+    items: int = 100
+    samples: int = 4
+    documents: int = 20
     batch_size: int = 8
     bootstrap: int = 2000
 
@@ -110,7 +111,7 @@ SCALES = {
         batch_size=4,
         bootstrap=100,
     ),
-    "cpu": Behaviours(((2, 32), (2, 64), (4, 128))),
+    "cpu": Behaviours(((2, 32), (2, 64), (2, 128))),
 }
 
 
@@ -138,7 +139,7 @@ def prepare(base: Behaviours, folder: Path) -> None:
     held = itertools.islice(base.world.documents(seed=1), base.documents)
     write(folder / "world.jsonl", ({"text": text} for text in kept))
     write(folder / "held.jsonl", ({"text": text} for text in held))
-    (folder / "template.jinja").write_text(TEMPLATE)
+    write_atomically(folder / "template.jinja", TEMPLATE)
     place = folder / "tokenizer.json"
     if not place.exists():
         talks = [
@@ -147,7 +148,7 @@ def prepare(base: Behaviours, folder: Path) -> None:
             for talk in behaviours.taught(maker, base.world, 300)
             for turn in talk
         ]
-        place.write_text(tokenizer(kept[: len(talks)] + talks, base.vocabulary))
+        write_atomically(place, tokenizer(kept[: len(talks)] + talks, base.vocabulary))
 
 
 def tokenizer(texts: list[str], vocabulary: int) -> str:
@@ -163,7 +164,7 @@ def tokenizer(texts: list[str], vocabulary: int) -> str:
 
 
 def write(path: Path, records: Iterable[Any]) -> None:
-    path.write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    write_atomically(path, "".join(f"{json.dumps(record)}\n" for record in records))
 
 
 def base_run(base: Behaviours, files: Path, layers: int, width: int) -> Run:
