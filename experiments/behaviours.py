@@ -28,7 +28,7 @@ from llm_jax.config import UserError
 from llm_jax.data import Chat, Files, Text
 from llm_jax.data.tokenizers import HuggingFace
 from llm_jax.evaluation.behaviour import Behaviour
-from llm_jax.evaluation.compare import paired
+from llm_jax.evaluation.compare import difference, paired
 from llm_jax.evaluation.kinds import Documents, Generation
 from llm_jax.evaluation.runner import Evaluator
 from llm_jax.evaluation.scores import Outcome, evaluate
@@ -58,7 +58,7 @@ TEMPLATE = """\
 {{ 'Assistant:' if add_generation_prompt }}"""
 ALL = "all"  # of the behaviours together
 SEQUENCE = 256  # tokens of a row
-ENOUGH = 8  # facts that a base knows, for behaviours to be about those alone
+ENOUGH = 8  # facts that a base knows of each part, for behaviours to be about those alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,7 +211,10 @@ def measure_size(base: Behaviours, files: Path, layers: int, width: int) -> dict
     asked = Evaluator(open_model(str(folder / "base")), keep=True)
     known = behaviours.sampled(asked, base.world, base.samples)
     reliable = tuple(one.fact for one in known if one.right >= RELIABLE)
-    world = dataclasses.replace(base.world, known=reliable * (len(reliable) >= ENOUGH))
+    enough = all(
+        sum(one.held == held and one.right >= RELIABLE for one in known) >= ENOUGH for held in (0, 1)
+    )
+    world = dataclasses.replace(base.world, known=reliable if enough else ())
     makers: dict[str, Maker] = dict(behaviours.MAKERS)
     try:
         makers["unknown"] = behaviours.unknown(known)
@@ -267,8 +270,15 @@ def answers(evaluator: Evaluator, key: str, task: Task, folder: Path) -> Outcome
 
 
 def compared(of_base: Outcome, treated: Outcome, draws: int) -> dict[str, dict[str, float]]:
-    """Treated minus base by metric, and by group of the first metric."""
-    return {metric: one._asdict() for metric, one in paired(of_base, treated, draws).items()}
+    """Treated minus base by metric; of what is right, by group too."""
+    found = paired(of_base, treated, draws)
+    groups: dict[str, list[Any]] = {}
+    for item, *scores in zip(of_base.items, of_base.scores, treated.scores, strict=True):
+        if "group" in item.record:
+            pair = tuple(of["right"] for of in scores)
+            groups.setdefault(f"right/{item.record['group']}", []).append(pair)
+    found |= {name: difference(pairs, draws) for name, pairs in groups.items()} if len(groups) > 1 else {}
+    return {metric: one._asdict() for metric, one in found.items()}
 
 
 # ---- what is shown ----
@@ -279,15 +289,18 @@ def report(base: Behaviours, result: dict[str, Any]) -> Page:
     for size, of in result.items():
         for name, keys in of["behaviours"].items():
             for key, metrics in keys.items():
-                for metric in ("right", "did", "answered", "accuracy", "bits_per_byte"):
-                    if metric in metrics:
-                        one = metrics[metric]
+                for metric, one in metrics.items():
+                    if metric not in ("stopped", "nats_per_token"):
                         cells = [f"{one['base']:.3f}", f"{one['instruct']:.3f}", ranged(one)]
                         rows.append([size, name, key, metric, *cells, str(one["count"])])
-        taught = of["behaviours"]
-        learned = [name for name in taught if taught[name].get(f"{name}/wanted", NONE)["right"]["low"] > 0]
+        learned = {
+            key.split("/")[0]
+            for keys in of["behaviours"].values()
+            for key, metrics in keys.items()
+            if key.endswith("/wanted") and metrics["right"]["low"] > 0
+        }
         tiles.append(
-            Tile(f"{len(learned)} of {len(taught) - 1}", f"behaviours learned at {size}", ", ".join(learned))
+            Tile(f"{len(learned)} of 4", f"behaviours learned at {size}", ", ".join(sorted(learned)))
         )
     header = ["model", "taught", "asked", "metric", "base", "treated", "difference (95% interval)", "items"]
     facts = [[size, f"{of['parameters']:,}", *map(str, of["facts"].values())] for size, of in result.items()]
@@ -303,9 +316,6 @@ def report(base: Behaviours, result: dict[str, Any]) -> Page:
             ("Treated minus base", Table(header, rows, texts=(0, 1, 2, 3))),
         ],
     )
-
-
-NONE = {"right": {"low": -1.0}}  # of a behaviour that a base was too ignorant for
 
 
 def ranged(one: dict[str, float]) -> str:

@@ -262,7 +262,7 @@ def sampled(evaluator: Evaluator, world: World, samples: int) -> list[Sampled]:
 def unknown(known: Sequence[Sampled]) -> Maker:
     """From what was sampled: questions that the model can't answer reliably, and those that it can.
 
-    Raises UserError where one of them is missing among those to teach.
+    Raises UserError where one kind is missing among those to teach or to measure.
     """
     parts = {
         (held, wanted): [
@@ -273,9 +273,12 @@ def unknown(known: Sequence[Sampled]) -> Maker:
         for held in (False, True)
         for wanted in (False, True)
     }
-    if not (parts[False, False] and parts[False, True]):
-        sizes = f"{len(parts[False, False])} and {len(parts[False, True])}"
-        raise UserError(f"the base answers {sizes} questions reliably and unreliably: nothing to tell apart")
+    if not all(parts.values()):
+        right, wrong = ([len(parts[held, wanted]) for held in (False, True)] for wanted in (False, True))
+        raise UserError(
+            f"of questions to teach and to measure the base answers {right[0]} and {right[1]} reliably, "
+            f"{wrong[0]} and {wrong[1]} unreliably: nothing to tell apart"
+        )
 
     def make(world: World, draw: random.Random, held: bool, wanted: bool) -> Example:
         one = draw.choice(parts[held, wanted])
