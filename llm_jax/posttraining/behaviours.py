@@ -28,6 +28,7 @@ from llm_jax.posttraining.world import RECORDS, Asked, Fact, World, part
 
 REFUSAL = "I'm sorry, but I can't help with that."
 RELIABLE, UNRELIABLE = 0.75, 0.25  # shares of samples that are right: at least, at most
+ENOUGH = 8  # questions of a kind
 
 
 class Example(NamedTuple):
@@ -262,7 +263,7 @@ def sampled(evaluator: Evaluator, world: World, samples: int) -> list[Sampled]:
 def unknown(known: Sequence[Sampled]) -> Maker:
     """From what was sampled: questions that the model can't answer reliably, and those that it can.
 
-    Raises UserError where one kind is missing among those to teach or to measure.
+    Raises UserError where there are too few of a kind to teach or to measure.
     """
     parts = {
         (held, wanted): [
@@ -273,11 +274,11 @@ def unknown(known: Sequence[Sampled]) -> Maker:
         for held in (False, True)
         for wanted in (False, True)
     }
-    if not all(parts.values()):
+    if min(map(len, parts.values())) < ENOUGH:
         right, wrong = ([len(parts[held, wanted]) for held in (False, True)] for wanted in (False, True))
         raise UserError(
             f"of questions to teach and to measure the base answers {right[0]} and {right[1]} reliably, "
-            f"{wrong[0]} and {wrong[1]} unreliably: nothing to tell apart"
+            f"{wrong[0]} and {wrong[1]} unreliably; {ENOUGH} of each are needed"
         )
 
     def make(world: World, draw: random.Random, held: bool, wanted: bool) -> Example:

@@ -130,7 +130,7 @@ def test_unknown_is_said_where_the_base_s_samples_are_wrong_and_nowhere_else():
             for one in examples("unknown", held, wanted):
                 assert facts[one.record["question"]].fact.mentions in ((SELDOM, NEVER) if wanted else (1.0,))
                 assert (one.conversation[-1]["content"] == behaviours.UNKNOWN) == wanted
-    with pytest.raises(UserError, match="nothing to tell apart"):
+    with pytest.raises(UserError, match="8 of each are needed"):
         behaviours.unknown(known(lambda fact: 0.0))
 
 
