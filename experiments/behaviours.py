@@ -1,14 +1,22 @@
 """Which behaviours does data teach a tiny model, from which size on, and what does each cost?
 
 A base model is pretrained on transcripts of an invented world, of which it then knows some facts and not
-others. From it four behaviours are taught by conversations, each alone and all together: following a format,
-calling tools, saying "I don't know" where the base's own samples are unreliable, and refusing what would hurt
-people. Each is measured on people, things, tools and wordings that its conversations don't have
+others. From it four behaviours are taught by conversations, together or (config.mixes) each alone: following a
+format, calling tools, saying "I don't know" where the base's own samples are unreliable, and refusing what
+would hurt people. Each is measured on people, things, tools and wordings that its conversations don't have
 (llm_jax/posttraining/behaviours.py), treated minus base in pairs, and so is what it costs: the same behaviour
-at look-alikes that don't ask for it, plain questions, and pretraining text.
+at look-alikes that don't ask for it, plain questions, and pretraining text. Where a base knows too little, "I
+don't know" is not taught, and it is said so.
 
-    python -m launch.local --config=experiments/behaviours.py:cpu
+    python -m launch.local --config=experiments/behaviours.py:cpu    (two sizes, all behaviours together)
     python -m launch.local --config=experiments/behaviours.py:smoke  (one tiny model: a form without meaning)
+
+Cost: smoke 39 CPU seconds on loaded cores. The scale cpu has not been run to its end.
+
+Result (2026-11-22, formats alone, 30 thousand parameters, far smaller than cpu; the command is in LOG.md): the
+form that is asked for is taken more often by 0.33 of 30 questions (95% interval 0.13 to 0.50), with the right
+answer in it by 0.10 (0.00 to 0.20), which doesn't exclude zero: the base knew no fact. No look-alike was
+answered in a form. Pretraining text costs 0.753 (0.747 to 0.759) bits per byte more.
 """
 
 import dataclasses
@@ -216,6 +224,7 @@ def measure_size(base: Behaviours, files: Path, layers: int, width: int) -> dict
         world = dataclasses.replace(world, known=tuple(one.fact for one in known if one.right >= RELIABLE))
     except UserError as error:
         print(f"{folder.name}: unknown is not taught: {error}", flush=True)
+    makers = {name: maker for name, maker in makers.items() if {name, ALL} & set(base.mixes)}
     sets = held_out(base, files, folder, makers, world)
     of_base = {key: answers(asked, key, task, place) for key, (task, place) in sets.items()}
     found: dict[str, Any] = {}
