@@ -1,8 +1,8 @@
 """Which behaviours does data teach a tiny model, from which size on, and what does each cost?
 
 A base model is pretrained on transcripts of an invented world, of which it then knows some facts and not
-others. From it four behaviours are taught by conversations, together or (config.mixes) each alone: following a
-format, calling tools, saying "I don't know" where the base's own samples are unreliable, and refusing what
+others. From it four behaviours are taught by conversations, together or (config.mixes) each alone: following
+a format, calling tools, saying "I don't know" where the base's own samples are unreliable, and refusing what
 would hurt people. Each is measured on people, things, tools and wordings that its conversations don't have
 (llm_jax/posttraining/behaviours.py), treated minus base in pairs, and so is what it costs: the same behaviour
 at look-alikes that don't ask for it, plain questions, and pretraining text. Where a base knows too little, "I
@@ -13,10 +13,10 @@ don't know" is not taught, and it is said so.
 
 Cost: smoke 39 CPU seconds on loaded cores. The scale cpu has not been run to its end.
 
-Result (2026-11-22, formats alone, 30 thousand parameters, far smaller than cpu; the command is in LOG.md): the
-form that is asked for is taken more often by 0.33 of 30 questions (95% interval 0.13 to 0.50), with the right
-answer in it by 0.10 (0.00 to 0.20), which doesn't exclude zero: the base knew no fact. No look-alike was
-answered in a form. Pretraining text costs 0.753 (0.747 to 0.759) bits per byte more.
+Result (2026-11-22, formats alone, 30 thousand parameters, far smaller than cpu; the command is in LOG.md):
+the form that is asked for is taken more often, by 0.33 of 30 questions (95% interval 0.13 to 0.50); with the
+right answer in it by 0.10 (0.00 to 0.20), which doesn't exclude zero, as the base knew no fact. No look-alike
+was answered in a form. Pretraining text costs 0.753 (0.747 to 0.759) bits per byte more.
 """
 
 import dataclasses
