@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from llm_jax import sharding
 from llm_jax.config import Tagged, UserError
+from llm_jax.kernels import devices
 from llm_jax.models import Batch, Model, Params, Term
 
 # Logits of one time slice, per device: what stays in a CPU's cache; elsewhere, what keeps matrix units busy.
@@ -102,7 +103,7 @@ def token_losses(model: Model, params: Params, batch: Batch) -> jax.Array:
         return None, nats.reshape(targets.shape)
 
     _, nats = jax.lax.scan(one, None, _slices(length, hidden_BTD, batch["targets"]))
-    return _join(nats, hidden_BTD.shape[1]) * batch["mask"]
+    return _join(nats, hidden_BTD) * batch["mask"]
 
 
 # ---- the sliced cross entropy ----
@@ -154,7 +155,7 @@ def _sums_forward(
     start = jax.tree.map(lambda x: jnp.zeros((parts[0].shape[1], *x.shape), x.dtype), (direction, head))
     by_group, of_hidden = jax.lax.scan(one, start, parts)
     sums, of_head = jax.tree.map(lambda x: x.sum(0), by_group)
-    return sums, (of_head, _join(of_hidden, hidden.shape[1]), direction)
+    return sums, (of_head, _join(of_hidden, hidden), direction)
 
 
 def _sums_backward(unembed: Callable, length: int, kept: tuple, cotangent: jax.Array) -> tuple:
@@ -193,27 +194,38 @@ def _slice_length(unembed: Callable, head: Params, hidden: jax.Array) -> int:
     """Time steps whose logits fit SLICE_BYTES on each device; at most half, so that no [B, T, V] exists."""
     batch, time, _ = hidden.shape
     vocabulary = jax.eval_shape(unembed, head, hidden[:, :1]).shape[-1]
-    mesh = jax.sharding.get_abstract_mesh()
-    devices = max(1, mesh.size // mesh.shape.get("member", 1))
-    backend = jax.default_backend()
-    room = SLICE_BYTES.get(backend, SLICE_BYTES["other"]) * devices // (4 * batch * vocabulary)
+    mesh, groups = jax.sharding.get_abstract_mesh(), _groups(batch, time)
+    ways = groups[0] * sharding.ways("vocabulary", mesh)
+    time //= groups[1]
+    backend = devices.platform()
+    room = SLICE_BYTES.get(backend, SLICE_BYTES["other"]) * ways // (4 * batch * vocabulary)
     slices = -(-time // min(max(1, room), max(1, time // 2)))
     return -(-time // slices)
+
+
+def _groups(batch: int, time: int) -> tuple[int, int]:
+    """Over how many devices rows and tokens of a row are spread, where that divides them."""
+    mesh = jax.sharding.get_abstract_mesh()
+    rows, tokens = (sharding.ways(axis, mesh) for axis in ("batch", "time"))
+    return (rows, tokens) if batch % rows == 0 and time % tokens == 0 else (1, 1)
 
 
 def _slices(length: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     """[B, T, ...] as [slices, groups, B / groups, length, ...], the last slice filled with zeros.
 
-    A group is the rows that lie together on the mesh.
+    A group is what lies together on the mesh: some rows, or a part of the time of some.
     """
-    mesh, rows = jax.sharding.get_abstract_mesh(), arrays[0].shape[0]
-    ways = math.prod(mesh.shape.get(axis, 1) for axis in sharding.TABLE["batch"])
-    groups = ways if rows % ways == 0 else 1
+    rows, time = arrays[0].shape[:2]
+    over, parts = _groups(rows, time)
 
     def cut(x: jax.Array) -> jax.Array:
-        missing = -x.shape[1] % length
-        x = jnp.pad(x, ((0, 0), (0, missing)) + ((0, 0),) * (x.ndim - 2)) if missing else x
-        return jnp.moveaxis(x.reshape(groups, rows // groups, -1, length, *x.shape[2:]), 2, 0)
+        rest = x.shape[2:]
+        x = x.reshape(over, rows // over, parts, time // parts, *rest)
+        missing = -x.shape[3] % length
+        x = jnp.pad(x, ((0, 0),) * 3 + ((0, missing),) + ((0, 0),) * len(rest)) if missing else x
+        x = jnp.moveaxis(x.reshape(*x.shape[:3], -1, length, *rest), (3, 2), (0, 2))
+        x = x.reshape(x.shape[0], over * parts, *x.shape[3:])
+        return x if over * parts == 1 else sharding.constrain(x, None, "tokens", *[None] * (x.ndim - 2))
 
     return tuple(cut(x) for x in arrays)
 
@@ -225,11 +237,14 @@ def _by_group(function: Callable, head: Params, *part: jax.Array) -> Any:
     return jax.tree.map(lambda x: x[None], function(head, *(x[0] for x in part)))
 
 
-def _join(parts: jax.Array, time: int) -> jax.Array:
+def _join(parts: jax.Array, like: jax.Array) -> jax.Array:
     """The inverse of `_slices`: [slices, groups, B / groups, length, ...] as [B, T, ...]."""
-    joined = jnp.moveaxis(parts, 0, 2)
-    groups, rows, slices, length = joined.shape[:4]
-    return joined.reshape(groups * rows, slices * length, *joined.shape[4:])[:, :time]
+    batch, time = like.shape[:2]
+    over, cuts = _groups(batch, time)
+    slices, _, rows, length, *rest = parts.shape
+    x = jnp.moveaxis(parts.reshape(slices, over, cuts, rows, length, *rest), (0, 2), (3, 2))
+    x = x.reshape(over, rows, cuts, slices * length, *rest)[:, :, :, : time // cuts]
+    return x.reshape(batch, time, *rest)
 
 
 def _head(model: Model, params: Params) -> Params:

@@ -7,11 +7,12 @@ is spread over. The same program then runs on one device and on many.
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from llm_jax.config import UserError
@@ -20,14 +21,15 @@ from llm_jax.config import UserError
 # their batch over `data` and `fsdp`, keep their width whole, while parameters spread it over `fsdp`.
 TABLE: dict[str, tuple[str, ...]] = {
     "member": ("member",),
-    "batch": ("data", "fsdp"),
-    "time": (),
+    "batch": ("slice", "data", "fsdp", "expert"),
+    "time": ("sequence",),
+    "tokens": ("slice", "data", "fsdp", "expert", "sequence"),  # of all rows together
     "embed": ("fsdp",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head_dim": (),
     "mlp": ("tensor",),
-    "experts": (),
+    "experts": ("expert",),
     "vocabulary": ("tensor",),
     "layers": (),
 }
@@ -37,22 +39,33 @@ TABLE: dict[str, tuple[str, ...]] = {
 class MeshConfig:
     """How many devices each kind of parallelism gets; -1 takes all that the others leave.
 
-    member: the runs of a pack (pack.py) are spread over these.
+    slice: groups of devices that only the data centre's network joins: rows are spread over them, and nothing
+    but gradients passes between. member: the runs of a pack (pack.py). data: rows. fsdp: rows, and the
+    parameters too. expert: rows, and experts. sequence: the tokens of each row (ring attention). tensor:
+    heads, hidden layers and vocabulary. Neighbours along the last are the nearest devices.
     """
 
+    slice: int = 1
     member: int = 1
     data: int = -1
     fsdp: int = 1
+    expert: int = 1
+    sequence: int = 1
     tensor: int = 1
+
+
+def all_devices() -> list[jax.Device]:
+    """The devices of all processes; raises UserError where JAX_PLATFORMS names one that isn't here."""
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError):
+        wanted = os.environ.get("JAX_PLATFORMS", "")
+        raise UserError(f"no device of JAX_PLATFORMS={wanted} here; unset it, or say cpu") from None
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
     """The mesh over the kinds of parallelism; raises UserError if the devices don't make it up."""
-    try:
-        devices = jax.devices() if devices is None else devices
-    except (RuntimeError, AssertionError):
-        wanted = os.environ.get("JAX_PLATFORMS", "")
-        raise UserError(f"no device of JAX_PLATFORMS={wanted} here; unset it, or say cpu") from None
+    devices = all_devices() if devices is None else devices
     shape = dataclasses.asdict(config)
     if any(size == 0 or size < -1 for size in shape.values()) or list(shape.values()).count(-1) > 1:
         raise UserError(
@@ -65,9 +78,25 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
         raise UserError(f"execution.mesh {_say(shape)}: {known} does not divide the {len(devices)} devices")
     shape = {name: len(devices) // known if size == -1 else size for name, size in shape.items()}
     used = devices[: math.prod(shape.values())]
-    return Mesh(
-        np.array(used).reshape(*shape.values()), tuple(shape), axis_types=(AxisType.Auto,) * len(shape)
-    )
+    return Mesh(_arranged(shape, used), tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
+
+
+def slices(devices: Sequence[jax.Device]) -> int:
+    """How many groups of `devices` only a slower network joins."""
+    return len({getattr(device, "slice_index", 0) for device in devices})
+
+
+def _arranged(shape: Mapping[str, int], devices: list[jax.Device]) -> np.ndarray:
+    """The devices in the mesh's shape, its slices theirs, those of a TPU slice by where its wires lie."""
+    sizes, there = tuple(shape.values()), slices(devices)
+    if devices[0].platform != "tpu":
+        return np.array(devices).reshape(sizes)
+    if there != shape["slice"]:
+        raise UserError(f"execution.mesh.slice={shape['slice']}, and the devices lie in {there} slices")
+    if there == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    within, between = (1, *sizes[1:]), (there, *[1] * len(sizes[1:]))
+    return mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
 
 
 def spec(shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Any) -> PartitionSpec:
@@ -104,8 +133,13 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows spread over all axes that divide the data."""
-    names = tuple(n for n in TABLE["batch"] if mesh.shape[n] > 1)
+    names = tuple(n for n in TABLE["batch"] if mesh.shape.get(n, 1) > 1)
     return NamedSharding(mesh, PartitionSpec(names or None))
+
+
+def ways(axis: str, mesh: Any) -> int:
+    """Over how many devices of the mesh a logical axis is spread."""
+    return math.prod(mesh.shape.get(name, 1) for name in TABLE[axis])
 
 
 def behind(place: NamedSharding, *axes: str | None) -> NamedSharding:
@@ -116,12 +150,13 @@ def behind(place: NamedSharding, *axes: str | None) -> NamedSharding:
 
 def check_batch(rows: int, micro_batches: int, mesh: Mesh) -> None:
     """Raises UserError unless `rows` divide into equal micro-batches and those over the mesh."""
-    ways = math.prod(mesh.shape[n] for n in TABLE["batch"])
-    if rows % (micro_batches * ways):
+    over = ways("batch", mesh)
+    if rows % (micro_batches * over):
+        names = " x ".join(n for n in TABLE["batch"] if mesh.shape[n] > 1) or "data"
         raise UserError(
-            f"a batch of {rows} rows (data.batch_size) doesn't divide over {ways} devices (data x fsdp) and "
+            f"a batch of {rows} rows (data.batch_size) doesn't divide over {over} devices ({names}) and "
             f"{micro_batches} micro-batches (execution.micro_batches); a multiple of "
-            f"{ways * micro_batches} does"
+            f"{over * micro_batches} does"
         )
 
 
@@ -170,4 +205,4 @@ def _is_axes(leaf: Any) -> bool:
 
 
 def _say(shape: Mapping[str, int]) -> str:
-    return " x ".join(f"{name}={size}" for name, size in shape.items())
+    return " x ".join(f"{name}={size}" for name, size in shape.items() if size != 1)

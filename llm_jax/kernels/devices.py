@@ -5,11 +5,30 @@ TPU v2, v3 or v7 chip. `float32` is what float32 matrix products run at by JAX's
 NVIDIA's tensor cores (none before Ampere), one bfloat16 pass on TPUs.
 """
 
+import contextlib
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+_target: list[str] = []
+
+
+def platform() -> str:
+    """Which kind of device programs are traced for: the one at hand, unless `compiling_for` names another."""
+    return _target[-1] if _target else jax.default_backend()
+
+
+@contextlib.contextmanager
+def compiling_for(platform: str) -> Iterator[None]:
+    """What is traced inside is meant for devices of another kind, described only."""
+    _target.append(platform)
+    try:
+        yield
+    finally:
+        _target.pop()
 
 
 class Device(NamedTuple):

@@ -125,7 +125,7 @@ class Layout:
 
     unroll: bool | None = None
     remat: Literal["none", "full", "dots"] = "none"
-    attention: Literal["auto", "reference", "chunked", "cudnn"] = "auto"
+    attention: Literal["auto", "reference", "chunked", "cudnn", "splash", "ring"] = "auto"
 
 
 DEFAULT_LAYOUT = Layout()

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from llm_jax.kernels import devices, ring_attention
 from llm_jax.models import Batch, Layout, Model, Output, Params, cache
 from llm_jax.models.blocks import Block, Context, Norm, dropout
 from llm_jax.models.int8 import Int8
@@ -148,12 +149,21 @@ class Decoder:
         return Context(turns, **kwargs)
 
     def apply(self, params: Params, batch: Batch, key: jax.Array | None = None) -> Output:
-        """Hidden states [B, T, D] of `batch["tokens"]` [B, T]; "segments" and "positions" are optional."""
-        tokens_BT = batch["tokens"]
+        """Hidden states [B, T, D] of `batch["tokens"]` [B, T]; "segments" and "positions" are optional.
+
+        Where the mesh spreads sequences, tokens are in the order of ring attention in between.
+        """
+        tokens_BT, attention = batch["tokens"], self.layout.attention
         positions_BT = batch.get("positions", jnp.arange(tokens_BT.shape[1])[None])
-        context = self.context(positions_BT, segments=batch.get("segments"), attention=self.layout.attention)
+        rows = tokens_BT, positions_BT, batch.get("segments")
+        ring = attention == "ring" or (attention == "auto" and ring_attention.ways() > 1)
+        if ring:
+            order = ring_attention.zigzag(tokens_BT.shape[1], ring_attention.ways())
+            attention, rows = "ring", jax.tree.map(lambda x: x[:, order], rows)
+        tokens_BT, positions_BT, segments_BT = rows
+        context = self.context(positions_BT, segments=segments_BT, attention=attention)
         hidden_BTD, _ = self.run(params, tokens_BT, positions_BT, context, None, key)
-        return Output(hidden_BTD, {})
+        return Output(ring_attention.in_order(hidden_BTD) if ring else hidden_BTD, {})
 
     def run(
         self,
@@ -244,7 +254,7 @@ class Decoder:
     @property
     def unrolled(self) -> bool:
         """Whether layers run as straight code."""
-        return jax.default_backend() == "cpu" if self.layout.unroll is None else self.layout.unroll
+        return devices.platform() == "cpu" if self.layout.unroll is None else self.layout.unroll
 
     def repeat(self, step: Callable, x_BTD: jax.Array, layers: Any, repeats: int) -> tuple[jax.Array, Any]:
         """`step` over the leading axis of `layers`, as one scan or as straight code."""

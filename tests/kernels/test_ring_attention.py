@@ -1,0 +1,54 @@
+"""A sequence over eight devices is attended to as on one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_attention import inputs
+
+from llm_jax.config import UserError
+from llm_jax.kernels import ring_attention
+from llm_jax.kernels.attention import attend
+from llm_jax.sharding import MeshConfig, make_mesh
+
+
+def around(q, k, v, segments, **options):
+    """Ring attention of arrays in the order of time, on the mesh at hand."""
+    order = ring_attention.zigzag(q.shape[1], ring_attention.ways())
+    dealt = jax.tree.map(lambda x: x[:, order], (q, k, v, segments))
+    out = attend(*dealt[:3], segments=dealt[3], kind="ring", **options)
+    return ring_attention.in_order(out.reshape(*out.shape[:2], -1)).reshape(q.shape)
+
+
+def test_the_zigzag_gives_each_device_an_early_chunk_and_a_late_one():
+    assert ring_attention.zigzag(8, 2).tolist() == [0, 1, 6, 7, 2, 3, 4, 5]
+    with pytest.raises(UserError, match="96 tokens doesn't divide .*sequence=5.*multiple of 10"):
+        ring_attention.zigzag(96, 5)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "segmented", "options"),
+    [
+        ({"sequence": 8}, True, {"softcap": 2.0}),
+        ({"data": 2, "sequence": 2, "tensor": 2}, False, {"window": 21}),
+        ({"sequence": 3}, True, {"window": 30}),
+    ],
+)
+def test_ring_attention_equals_the_reference_with_its_gradient(sizes, segmented, options):
+    q, k, v, segments = inputs(length=96, heads=4, key_heads=2)
+    segments = segments if segmented else None
+    weights = jnp.cos(jnp.arange(q.size).reshape(q.shape))
+
+    def weighted(attention):
+        def loss(*qkv):
+            out = attention(*qkv)
+            return (out * weights).sum(), out
+
+        (_, out), gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+        return out, *gradient
+
+    expected = weighted(lambda *qkv: attend(*qkv, segments=segments, kind="reference", **options))
+    with jax.set_mesh(make_mesh(MeshConfig(**({"data": 1} | sizes)))):
+        got = weighted(lambda *qkv: around(*qkv, segments, **options))
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
