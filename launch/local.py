@@ -26,10 +26,12 @@ from absl import flags
 from launch import order, packs, sweep
 from launch.pool import Pool, gpus, one_core_each, shares
 from launch.sweep import Plan, Planned
-from llm_jax import config, records
+from llm_jax import config, placement, records
 from llm_jax.config import Chosen, UserError
 from llm_jax.kernels import devices
-from llm_jax.pack import mesh_of
+from llm_jax.pack import pack as pack_of
+from llm_jax.placement import mesh_of
+from llm_jax.program import Program
 
 # What steps of small models reach of the speed of bare matrix products, and what every run costs besides.
 CPU_EFFICIENCY, GPU_EFFICIENCY, SECONDS_PER_RUN = 0.25, 0.1, 3.0
@@ -84,7 +86,9 @@ def launch(experiment: Chosen, folder: Path) -> int:
     notes = getattr(experiment.module, "plan_notes", lambda base: [])(experiment.config)
     if idle := sweep.without_effect(plan):
         notes.append(f"without effect, since the sweep sets these fields in every run: {' '.join(idle)}")
-    if not flags.FLAGS.dry_run:
+    if flags.FLAGS.dry_run:
+        notes += placed(planned)
+    else:
         plan.write()
     print(f"{folder}: the plan of {experiment.module.__file__}:{experiment.scale}")
     notes += filter(None, (packs.summary(planned, ways, width, off), packs.unstopped(planned)))
@@ -104,7 +108,17 @@ def refuse_meshes(planned: Sequence[packs.Pack]) -> None:
     """Raises UserError for packs that the CPUs can't be made up for; GPUs are seen by their workers alone."""
     if not gpus():
         for pack in planned:
-            mesh_of(pack.runs[0].run, len(pack.runs))
+            mesh_of(pack.runs[0].run, pack.runs[0].shape, len(pack.runs))
+
+
+def placed(planned: Sequence[packs.Pack]) -> list[str]:
+    """How what costs most lies on the devices; of GPUs only the workers know."""
+    if gpus() or not planned:
+        return []
+    pack = max(planned, key=lambda pack: pack.price / len(pack.runs))
+    own_rows = len({item.run.order for item in pack.runs}) > 1
+    where, *rest = placement.lines(Program(*pack_of(pack.runs[0].run, len(pack.runs), own_rows)))
+    return [f"{pack.label}: {where}", *rest]
 
 
 # ---- how long it will take ----

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from llm_jax import config, sharding
+from llm_jax import config, placement, sharding
 from llm_jax.data import Source
 from llm_jax.environment import environment
 from llm_jax.kernels import devices
@@ -61,6 +61,7 @@ def execution_facts(run: Run, program: Program) -> dict[str, Any]:
     pack = {"members": program.shape.members or 1, "own_rows": program.shape.own_rows}
     return {
         "layout": config.to_json(run.execution) | {"mesh": dict(program.mesh.shape)} | pack,
+        "bytes_per_device": placement.state_bytes(program) | {"program": program.memory_bytes},
         "kept_whole": sharding.describe(program.params, axes, program.mesh),
         "cores": cores(),
         "environment": environment(),

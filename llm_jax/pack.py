@@ -21,6 +21,7 @@ from llm_jax.config import UserError
 from llm_jax.kernels import memory
 from llm_jax.loop import train_together
 from llm_jax.member import Hook, Member
+from llm_jax.placement import mesh_of
 from llm_jax.process import prepare_xla
 from llm_jax.program import Shape, program, shape_of, widest
 from llm_jax.run import Cell, NoSweep, Run
@@ -46,7 +47,8 @@ def train_packed(
     if len({place.absolute() for place in places}) < len(runs):
         raise UserError(f"{len(runs)} members need as many folders, each its own")
     prepare_xla(runs[0].execution.deterministic)
-    source, whole = runs[0].data.open(), mesh_of(runs[0], len(runs))
+    source = runs[0].data.open()
+    whole = mesh_of(runs[0], pack_shape(runs[0], len(runs), own_rows=False), len(runs))
     hooks, progress = hooks or [()] * len(runs), progress or [None] * len(runs)
     wanted = list(zip(runs, places, hooks, progress, strict=True))
     members = [Member(run, source, *rest) for run, *rest in wanted]
@@ -64,35 +66,14 @@ def train_packed(
 
 def pack(run: Run, width: int, own_rows: bool = False) -> tuple[Shape, jax.sharding.Mesh]:
     """The shape of a pack of `width` runs like this one, and the mesh that it goes on."""
-    return pack_shape(run, width, own_rows), mesh_of(run, width)
+    shape = pack_shape(run, width, own_rows)
+    return shape, mesh_of(run, shape, width)
 
 
 def pack_shape(run: Run, width: int, own_rows: bool) -> Shape:
     """The shape of a pack of `width` runs like this one; one needs no axis."""
     members = width if width > 1 else None
     return dataclasses.replace(shape_of(run, run.data.open()), members=members, own_rows=own_rows)
-
-
-def mesh_of(run: Run, width: int) -> jax.sharding.Mesh:
-    """The mesh of a pack of `width` runs like this one; raises UserError where devices don't make it up.
-
-    Where no mesh was asked for, members are spread before rows are, as they need nothing of each other. A run
-    alone has no members to spread.
-    """
-    asked = run.execution.mesh
-    if width == 1:
-        asked = dataclasses.replace(asked, member=1)
-    mesh = sharding.make_mesh(
-        MeshConfig(member=math.gcd(width, jax.device_count())) if asked == MeshConfig() else asked
-    )
-    ways = mesh.shape["member"]
-    if width % ways:
-        raise UserError(
-            f"{width} members don't divide over execution.mesh.member={ways} devices; "
-            f"a multiple of {ways} does"
-        )
-    sharding.check_batch(run.data.batch_size, run.execution.micro_batches, mesh)
-    return mesh
 
 
 def fitting(runs: Sequence[Run]) -> tuple[int, str]:

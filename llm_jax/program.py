@@ -84,8 +84,7 @@ class Program:
     init(key, scale) -> State. step(state, batch, hyper) -> (state, metrics); the state is donated. scorer: of
     held_out.py. In a pack, what init takes, a State, hyper and metrics have a leading member axis.
     state, batch, hyper: ShapeDtypeStructs that say where things lie. one: the State of one run.
-    pick(tree, numbers) -> the same of one member, or of some. Raises UserError, before anything is compiled,
-    where a device can't hold the state of one run and its gradient.
+    pick(tree, numbers) -> the same of one member, or of some.
     """
 
     def __init__(self, shape: Shape, mesh: jax.sharding.Mesh) -> None:
@@ -101,7 +100,6 @@ class Program:
         place_of_one = place = state_shardings(one, self.roles, mesh)
         self.one = self.state = _at(one, place)
         self._begin = jax.jit(init, out_shardings=place)
-        memory.check(self.one.trained, self.one, mesh)
         if packed:
             init = jax.vmap(init, spmd_axis_name="member")
             place = jax.tree.map(lambda p: sharding.behind(p, "member"), place)
@@ -203,8 +201,14 @@ def _put(state: State, member: jax.Array, one: State) -> State:
 
 @functools.lru_cache(maxsize=16)
 def program(shape: Shape, mesh: jax.sharding.Mesh) -> Program:
-    """The program of `shape`, compiled once in a process; call it under `jax.set_mesh(mesh)`."""
-    return Program(shape, mesh)
+    """The program of `shape`, compiled once in a process; call it under `jax.set_mesh(mesh)`.
+
+    Raises UserError, before anything is compiled, where a device can't hold the state of one run and its
+    gradient.
+    """
+    made = Program(shape, mesh)
+    memory.check(made.one.trained, made.one, mesh)
+    return made
 
 
 def widest(shape: Shape, mesh: jax.sharding.Mesh, room: float) -> int:

@@ -20,7 +20,7 @@ from llm_jax.config import UserError
 from llm_jax.evaluation.during import Asking
 from llm_jax.loop import train_together
 from llm_jax.member import Hook, Member
-from llm_jax.pack import mesh_of
+from llm_jax.placement import mesh_of
 from llm_jax.process import prepare_xla
 from llm_jax.program import shape_of
 from llm_jax.progress import Progress
@@ -38,9 +38,10 @@ def train(run: Run, folder: str | Path, hooks: Sequence[Hook] = (), progress: An
     """
     config.check(run)
     prepare_xla(run.execution.deterministic)
-    mesh = mesh_of(run, width=1)
     source = run.data.open()
-    member, shape = Member(run, source, folder, hooks, progress), shape_of(run, source)
+    shape = shape_of(run, source)
+    mesh = mesh_of(run, shape, width=1)
+    member = Member(run, source, folder, hooks, progress)
     if member.result is None:
         train_together([member], shape, mesh)
     return member.result

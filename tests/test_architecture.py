@@ -15,6 +15,7 @@ ROWS = [
     ["optimizers", "links", "transfer", "schedules", "losses", "interop"],
     [
         "program",
+        "placement",
         "coordinates",
         "step",
         "run",

@@ -96,7 +96,7 @@ BAD = [
         ["--config.data.batch_size=3", "--config.execution.mesh.data=2"],
         "a batch of 3 rows (data.batch_size) doesn't divide over 2 devices",
     ),
-    (["--config.execution.mesh.data=9"], "execution.mesh member=1 x data=9 x fsdp=1 x tensor=1 needs 9"),
+    (["--config.execution.mesh.data=9"], "execution.mesh data=9 needs 9 devices, and there are"),
     (
         [
             "--config.data.corpus=text.txt",

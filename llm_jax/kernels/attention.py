@@ -7,15 +7,17 @@ numbers and is tested against it:
     chunked     blocks of queries that skip the keys they cannot see; linear memory; any device
     cudnn       NVIDIA's fused kernel; bfloat16 or float16, no score soft-cap; linear memory, but with
                 segments it reads a bias of T x T numbers for each row of the batch (one for all heads)
+    splash      the TPU's fused kernel; multiples of 128 tokens; linear memory, segments too
     ring        the sequence spread over devices; tokens are in an order of its own (ring_attention.py)
-    auto        cudnn where it can run on a GPU, otherwise chunked; so segments cost that memory there
+    auto        on a TPU splash, on a GPU cudnn, where they can run and a bias is no larger than what is
+                attended to; otherwise chunked
 """
 
 import jax
 import jax.numpy as jnp
 
 from llm_jax.config import UserError
-from llm_jax.kernels import ring_attention
+from llm_jax.kernels import ring_attention, splash
 from llm_jax.kernels.chunked import Rule, chunked, grouped, scores, twice, ungrouped, visible
 
 
@@ -43,7 +45,11 @@ def attend(
         raise ValueError(f"self-attention of {q_BTHK.shape} over {k_BSGK.shape}: T or heads don't fit")
     rule = Rule(q_BTHK.shape[-1] ** -0.5 if scale is None else scale, softcap, window)
     if kind == "auto":
-        kind = "chunked" if why_not_cudnn(q_BTHK, segments, rule) else "cudnn"
+        kind = fastest(q_BTHK, segments, rule)
+    if kind == "splash":
+        if reason := splash.why_not(q_BTHK.shape[1]):
+            raise UserError(f"execution.layout.attention=splash cannot run: {reason}; chunked or auto can")
+        return splash.splash(q_BTHK, k_BSGK, v_BSGK, segments, rule)
     if kind == "cudnn":
         if reason := why_not_cudnn(q_BTHK, segments, rule):
             raise UserError(f"execution.layout.attention=cudnn cannot run: {reason}; chunked or auto can")
@@ -53,10 +59,23 @@ def attend(
             raise UserError("execution.layout.attention=ring needs devices: execution.mesh.sequence is 1")
         return ring_attention.ring(q_BTHK, k_BSGK, v_BSGK, segments, rule)
     if kind not in ("reference", "chunked"):
-        raise UserError(f"no attention {kind!r} here; there are: auto, reference, chunked, cudnn, ring")
+        raise UserError(
+            f"no attention {kind!r} here; there are: auto, reference, chunked, cudnn, splash, ring"
+        )
     attention = reference if kind == "reference" else chunked
     q_BGRTK = grouped(q_BTHK, key_heads)
     return ungrouped(attention(q_BGRTK, k_BSGK.swapaxes(1, 2), v_BSGK.swapaxes(1, 2), segments, rule))
+
+
+def fastest(q_BTHK: jax.Array, segments: jax.Array | None, rule: Rule) -> str:
+    """The kind that auto stands for here."""
+    if splash.why_not(q_BTHK.shape[1]) is None:
+        return "splash"
+    length, numbers = q_BTHK.shape[1], 4 * q_BTHK.shape[2] * q_BTHK.shape[3]
+    too_long = (
+        segments is not None and length > numbers
+    )  # the bias would outgrow queries, keys, values, result
+    return "chunked" if too_long or why_not_cudnn(q_BTHK, segments, rule) else "cudnn"
 
 
 def why_not_cudnn(q_BTHK: jax.Array, segments: jax.Array | None, rule: Rule) -> str | None:

@@ -9,7 +9,11 @@ import numpy as np
 import pytest
 
 from llm_jax.config import UserError
-from llm_jax.kernels.attention import attend
+from llm_jax.kernels import devices
+from llm_jax.kernels.attention import attend, fastest
+from llm_jax.kernels.chunked import Rule
+from llm_jax.kernels.splash import splash
+from llm_jax.sharding import MeshConfig, make_mesh
 
 
 def inputs(length=150, heads=4, key_heads=2, width=8, batch=2, dtype=jnp.float32):
@@ -107,11 +111,51 @@ def test_chunked_attention_never_holds_all_scores():
     assert temporary_bytes("chunked") < 2048 * 2048 * 4 / 2 < temporary_bytes("reference")
 
 
+@pytest.mark.parametrize(("segmented", "window", "softcap"), [(True, None, 2.0), (False, 100, None)])
+def test_splash_attention_equals_the_reference_with_its_gradient_on_each_devices_part(
+    segmented, window, softcap
+):
+    q, k, v, segments = inputs(length=128, width=16)
+    segments = segments if segmented else None
+    rule = Rule(0.4, softcap, window)
+
+    def weighted(attention):
+        def loss(*qkv):
+            out = attention(*qkv)
+            return (out * jnp.cos(jnp.arange(out.size).reshape(out.shape))).sum(), out
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+
+    options = {"segments": segments, "scale": 0.4, "window": window, "softcap": softcap}
+    (_, expected), expected_gradient = weighted(lambda *qkv: attend(*qkv, kind="reference", **options))
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, tensor=2), jax.devices()[:4])):
+        (_, got), gradient = weighted(lambda *qkv: splash(*qkv, segments, rule, interpret=True))
+    np.testing.assert_allclose(got, expected, atol=2e-6)
+    for a, b in zip(gradient, expected_gradient, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_auto_is_splash_on_a_tpu_and_spares_cudnn_a_bias_larger_than_what_it_reads(monkeypatch):
+    q, _, _, segments = inputs(length=256, dtype=jnp.bfloat16)
+    rule = Rule(1.0, None, None)
+    with devices.compiling_for("tpu"):
+        assert fastest(q, segments, rule) == "splash"
+        assert fastest(q[:, :100], None, rule) == "chunked"
+    on_nvidia(monkeypatch)
+    assert fastest(q, None, rule) == "cudnn"
+    assert fastest(q[:, :128], segments[:, :128], rule) == "cudnn"
+    assert fastest(q, segments, rule) == "chunked"
+
+
 def test_what_a_kind_cannot_do_is_said_in_one_line():
     q, k, v, _ = inputs(length=8)
     with pytest.raises(UserError, match="cudnn cannot run: the device is cpu"):
         attend(q, k, v, kind="cudnn")
-    with pytest.raises(UserError, match="there are: auto, reference, chunked, cudnn"):
+    with pytest.raises(UserError, match="splash cannot run: the device is a cpu, not a TPU"):
+        attend(q, k, v, kind="splash")
+    with pytest.raises(UserError, match="attention=ring needs devices: execution.mesh.sequence is 1"):
+        attend(q, k, v, kind="ring")
+    with pytest.raises(UserError, match="there are: auto, reference, chunked, cudnn, splash, ring"):
         attend(q, k, v, kind="fastest")
 
 

@@ -22,7 +22,7 @@ def around(q, k, v, segments, **options):
 
 def test_the_zigzag_gives_each_device_an_early_chunk_and_a_late_one():
     assert ring_attention.zigzag(8, 2).tolist() == [0, 1, 6, 7, 2, 3, 4, 5]
-    with pytest.raises(UserError, match="96 tokens doesn't divide .*sequence=5.*multiple of 10"):
+    with pytest.raises(UserError, match=r"96 tokens doesn't divide .*sequence=5.*multiple of 10"):
         ring_attention.zigzag(96, 5)
 
 
