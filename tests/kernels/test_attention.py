@@ -153,7 +153,7 @@ def test_what_a_kind_cannot_do_is_said_in_one_line():
         attend(q, k, v, kind="cudnn")
     with pytest.raises(UserError, match="splash cannot run: the device is a cpu, not a TPU"):
         attend(q, k, v, kind="splash")
-    with pytest.raises(UserError, match="attention=ring needs devices: execution.mesh.sequence is 1"):
+    with pytest.raises(UserError, match="attention=ring needs devices"):
         attend(q, k, v, kind="ring")
     with pytest.raises(UserError, match="there are: auto, reference, chunked, cudnn, splash, ring"):
         attend(q, k, v, kind="fastest")
