@@ -108,7 +108,7 @@ def refuse_meshes(planned: Sequence[packs.Pack]) -> None:
     """Raises UserError for packs that the CPUs can't be made up for; GPUs are seen by their workers alone."""
     if not gpus():
         for pack in planned:
-            mesh_of(pack.runs[0].run, pack.runs[0].shape, len(pack.runs))
+            mesh_of(pack.runs[0].run, len(pack.runs))
 
 
 def placed(planned: Sequence[packs.Pack]) -> list[str]:

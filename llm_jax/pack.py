@@ -47,8 +47,7 @@ def train_packed(
     if len({place.absolute() for place in places}) < len(runs):
         raise UserError(f"{len(runs)} members need as many folders, each its own")
     prepare_xla(runs[0].execution.deterministic)
-    source = runs[0].data.open()
-    whole = mesh_of(runs[0], pack_shape(runs[0], len(runs), own_rows=False), len(runs))
+    source, whole = runs[0].data.open(), mesh_of(runs[0], len(runs))
     hooks, progress = hooks or [()] * len(runs), progress or [None] * len(runs)
     wanted = list(zip(runs, places, hooks, progress, strict=True))
     members = [Member(run, source, *rest) for run, *rest in wanted]
@@ -66,8 +65,7 @@ def train_packed(
 
 def pack(run: Run, width: int, own_rows: bool = False) -> tuple[Shape, jax.sharding.Mesh]:
     """The shape of a pack of `width` runs like this one, and the mesh that it goes on."""
-    shape = pack_shape(run, width, own_rows)
-    return shape, mesh_of(run, shape, width)
+    return pack_shape(run, width, own_rows), mesh_of(run, width)
 
 
 def pack_shape(run: Run, width: int, own_rows: bool) -> Shape:

@@ -16,7 +16,7 @@ from llm_jax import sharding
 from llm_jax.config import UserError
 from llm_jax.kernels import memory
 from llm_jax.losses import total
-from llm_jax.program import KEY, Program, Shape
+from llm_jax.program import KEY, Program, Shape, shape_of
 from llm_jax.run import Run
 from llm_jax.sharding import MeshConfig
 from llm_jax.step import make_init
@@ -25,8 +25,8 @@ from llm_jax.step import make_init
 STATE_SHARE = 0.5
 
 
-def mesh_of(run: Run, shape: Shape, width: int) -> jax.sharding.Mesh:
-    """The mesh of `width` runs like this one, whose program has this shape.
+def mesh_of(run: Run, width: int) -> jax.sharding.Mesh:
+    """The mesh of `width` runs like this one.
 
     Raises UserError where the devices don't make up what was asked for, or the run doesn't divide over them.
     Where nothing was asked for, members are spread before rows are, as they need nothing of each other. A run
@@ -36,7 +36,7 @@ def mesh_of(run: Run, shape: Shape, width: int) -> jax.sharding.Mesh:
     if width == 1:
         asked = dataclasses.replace(asked, member=1)
         if asked == MeshConfig():
-            asked = suggested(run, shape)
+            asked = suggested(run)
     elif asked == MeshConfig():
         asked = MeshConfig(member=math.gcd(width, len(sharding.all_devices())))
     mesh = sharding.make_mesh(asked)
@@ -81,7 +81,7 @@ def why_no_ring(run: Run, ways: int) -> str | None:
     return None
 
 
-def suggested(run: Run, shape: Shape) -> MeshConfig:
+def suggested(run: Run) -> MeshConfig:
     """The mesh for one run where none was asked for: all devices, parameters spread only as far as need be.
 
     Rows are spread first; where they run out, sequences are.
@@ -91,6 +91,7 @@ def suggested(run: Run, shape: Shape) -> MeshConfig:
     found = MeshConfig(slice=there)
     if len(devices) == 1:
         return found
+    shape = shape_of(run, run.data.open())
     count, rows = len(devices) // there, run.data.batch_size // run.execution.micro_batches
     heads = getattr(run.resolved_model.merged, "heads", 1)
     for ways in (n for n in range(1, count + 1) if count % n == 0):  # devices that share the parameters

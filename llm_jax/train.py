@@ -38,10 +38,9 @@ def train(run: Run, folder: str | Path, hooks: Sequence[Hook] = (), progress: An
     """
     config.check(run)
     prepare_xla(run.execution.deterministic)
+    mesh = mesh_of(run, width=1)
     source = run.data.open()
-    shape = shape_of(run, source)
-    mesh = mesh_of(run, shape, width=1)
-    member = Member(run, source, folder, hooks, progress)
+    member, shape = Member(run, source, folder, hooks, progress), shape_of(run, source)
     if member.result is None:
         train_together([member], shape, mesh)
     return member.result

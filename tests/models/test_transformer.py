@@ -232,11 +232,19 @@ def test_dropout_follows_its_key_and_is_off_without_one():
     np.testing.assert_allclose(logits_of(scanned)(params, BATCH, jax.random.key(0)), first, atol=1e-5)
 
 
-def test_eight_devices_compute_what_one_computes():
-    model, params = build(vocabulary=32, kv_heads=2, tied=False, layers=2)
+@pytest.mark.parametrize(
+    ("sizes", "options"),
+    [
+        ({"data": 2, "fsdp": 2, "tensor": 2}, {"layers": 2}),
+        ({"data": 1, "sequence": 2, "expert": 2, "tensor": 2}, {"layers": 1, "experts": Experts(4)}),
+    ],
+    ids=str,
+)
+def test_eight_devices_compute_what_one_computes(sizes, options):
+    model, params = build(vocabulary=32, kv_heads=2, tied=False, **options)
     batch = jax.tree.map(lambda x: jnp.tile(x, (2, 1)), BATCH)
     expected = loss_of(model)(params, batch)
-    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    mesh = make_mesh(MeshConfig(**sizes))
     with jax.set_mesh(mesh):
         got = loss_of(model)(params, jax.device_put(batch, batch_sharding(mesh)))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), got, expected)
