@@ -38,7 +38,9 @@ def mesh_of(run: Run, width: int) -> jax.sharding.Mesh:
         if asked == MeshConfig():
             asked = suggested(run)
     elif asked == MeshConfig():
-        asked = MeshConfig(member=math.gcd(width, len(sharding.all_devices())))
+        devices = sharding.all_devices()
+        there = sharding.slices(devices)
+        asked = MeshConfig(slice=there, member=math.gcd(width, len(devices) // there))
     mesh = sharding.make_mesh(asked)
     ways = mesh.shape["member"]
     if width % ways:

@@ -90,9 +90,13 @@ def alone(tiny_run, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("mesh", [(8, 1, 1), (2, 2, 2), (1, 4, 2)], ids=str)
+@pytest.mark.parametrize(
+    "mesh",
+    [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 4, "tensor": 2}, {"slice": 2, "sequence": 4}],
+    ids=str,
+)
 def test_eight_devices_give_the_losses_of_one(alone, tiny_run, tmp_path, mesh):
-    fields = {f"execution__mesh__{n}": s for n, s in zip(("data", "fsdp", "tensor"), mesh, strict=True)}
+    fields = {f"execution__mesh__{name}": size for name, size in ({"data": 1} | mesh).items()}
     train(changed(tiny_run, model__vocabulary=VOCABULARY, **fields), tmp_path / "run")
     np.testing.assert_allclose(losses(tmp_path / "run")[:20], losses(alone)[:20], atol=1e-5)
     spread = records.starts(tmp_path / "run")[0]["facts"]["kept_whole"]
