@@ -127,6 +127,7 @@ def forward(
     ahead: how many positions the first query stands after the first key; None is self-attention. A row that
     sees nothing has the result 0 and the log-sum-exp of minus infinity.
     """
+    q_BGRTK, segments, zero = _tied(q_BGRTK, segments)
     length, pieces = q_BGRTK.shape[3], []
     for stripe in stripes(length, k_BGSK.shape[2], rule.window, aligned=ahead is None):
         k, v = k_BGSK[:, :, stripe.keys], v_BGSK[:, :, stripe.keys]
@@ -141,7 +142,7 @@ def forward(
             out = _dot("BGRTS,BGSK->BGRTK", weights.astype(v.dtype), v) / jnp.where(total == 0, 1, total)
             return None, (out.astype(q.dtype), top + jnp.log(total))
 
-        pieces.append(jax.lax.scan(block, None, (_rows(stripe), _cut(q_BGRTK, stripe)))[1])
+        pieces.append(jax.lax.scan(block, None, (zero + _rows(stripe), _cut(q_BGRTK, stripe)))[1])
     return tuple(_join(parts, length) for parts in zip(*pieces, strict=True))
 
 
@@ -160,6 +161,7 @@ def backward(
 
     norm: each row's log-sum-exp over all its keys, which may be more. inner: d_out . out.
     """
+    q_BGRTK, segments, zero = _tied(q_BGRTK, segments)
     d_q, d_k, d_v = [], jnp.zeros(k_BGSK.shape, jnp.float32), jnp.zeros(v_BGSK.shape, jnp.float32)
     for stripe in stripes(q_BGRTK.shape[3], k_BGSK.shape[2], rule.window, aligned=ahead is None):
         k, v = k_BGSK[:, :, stripe.keys], v_BGSK[:, :, stripe.keys]
@@ -179,7 +181,7 @@ def backward(
 
         zeros = (jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32))
         xs = (q_BGRTK, d_out_BGRTK, norm_BGRT1, inner_BGRT1)
-        sums, piece = jax.lax.scan(block, zeros, (_rows(stripe), *(_cut(x, stripe) for x in xs)))
+        sums, piece = jax.lax.scan(block, zeros, (zero + _rows(stripe), *(_cut(x, stripe) for x in xs)))
         d_k, d_v = d_k.at[:, :, stripe.keys].add(sums[0]), d_v.at[:, :, stripe.keys].add(sums[1])
         d_q.append(piece)
     return _join(d_q, q_BGRTK.shape[3]), d_k, d_v
@@ -206,6 +208,14 @@ chunked.defvjp(_forward_rule, _backward_rule)
 
 _dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 LEAST = jnp.finfo(jnp.float32).min
+
+
+def _tied(q_BGRTK: jax.Array, segments: Segments) -> tuple[jax.Array, Segments, jax.Array]:
+    """Queries, segments and a zero, of which none is known before the others.
+
+    Where layers are a scan, JAX moves out of it what is the same in all of them: the masks, all T x T of them.
+    """
+    return jax.lax.optimization_barrier((q_BGRTK, segments, jnp.int32(0)))
 
 
 def _rows(stripe: Stripe) -> jax.Array:

@@ -1,6 +1,8 @@
 """Every kind of attention computes the definition; the definition sees what it should."""
 
 import functools
+import math
+import re
 import types
 
 import jax
@@ -109,6 +111,17 @@ def test_chunked_attention_never_holds_all_scores():
         return jax.jit(gradient).lower(q, k, v).compile().memory_analysis().temp_size_in_bytes
 
     assert temporary_bytes("chunked") < 2048 * 2048 * 4 / 2 < temporary_bytes("reference")
+
+
+def test_a_scan_over_layers_keeps_no_mask_of_all_positions():
+    q, _, _, segments = inputs(length=2048, heads=1, key_heads=1, batch=1)
+
+    def loss(q):
+        layer = lambda x, _: (attend(x, x, x, segments=segments[:1], kind="chunked"), None)  # noqa: E731
+        return jax.lax.scan(layer, q, None, length=2)[0].sum()
+
+    shapes = re.findall(r"(?:f32|i32|bool)\[([\d,]+)\]", str(jax.make_jaxpr(jax.grad(loss))(q)))
+    assert max(math.prod(map(int, shape.split(","))) for shape in shapes) < 2048 * 2048 / 4
 
 
 @pytest.mark.parametrize(("segmented", "window", "softcap"), [(True, None, 2.0), (False, 100, None)])
