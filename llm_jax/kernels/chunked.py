@@ -213,7 +213,7 @@ LEAST = jnp.finfo(jnp.float32).min
 def _tied(q_BGRTK: jax.Array, segments: Segments) -> tuple[jax.Array, Segments, jax.Array]:
     """Queries, segments and a zero, of which none is known before the others.
 
-    Where layers are a scan, JAX moves out of it what is the same in all of them: the masks, all T x T of them.
+    Out of a scan over layers JAX moves what is the same in all of them: the masks, all T x T of them.
     """
     return jax.lax.optimization_barrier((q_BGRTK, segments, jnp.int32(0)))
 
