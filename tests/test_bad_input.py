@@ -96,15 +96,6 @@ BAD = [
         ["--config.data.batch_size=3", "--config.execution.mesh.data=2"],
         "a batch of 3 rows (data.batch_size) doesn't divide over 2 devices",
     ),
-    (["--config.execution.mesh.tensor=8"], "model.heads=4 doesn't divide over execution.mesh.tensor=8"),
-    (
-        ["--config.execution.mesh.expert=2"],
-        "execution.mesh.expert=2 shares out experts, and the model has none",
-    ),
-    (
-        ["--config.execution.mesh.sequence=4", "--config.data.sequence_length=100"],
-        "execution.mesh.sequence=4: data.sequence_length=100 doesn't divide into its 8 chunks",
-    ),
     (["--config.execution.mesh.data=9"], "execution.mesh data=9 needs 9 devices, and there are"),
     (
         [
