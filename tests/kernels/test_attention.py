@@ -191,7 +191,7 @@ def on_nvidia(monkeypatch):
 @pytest.mark.parametrize("window", [None, 1, 30])
 @pytest.mark.parametrize("segmented", [False, True])
 def test_what_cudnn_is_asked_for_is_the_definition(monkeypatch, window, segmented):
-    q, k, v, segments = inputs(dtype=jnp.bfloat16)
+    q, k, v, segments = inputs(width=16, dtype=jnp.bfloat16)
     options = {"segments": segments if segmented else None, "window": window, "scale": 0.3}
     expected = attend(q, k, v, kind="reference", **options)
     calls = on_nvidia(monkeypatch)
