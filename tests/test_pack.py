@@ -151,7 +151,7 @@ def test_the_initial_scale_is_that_of_matrices(member):
 def test_the_devices_that_members_are_spread_over_do_not_change_them(packed, member, tmp_path):
     runs = [member(rate, 20, execution__mesh=MeshConfig()) for rate in (1e-3, 3e-3, 1e-2, 2e-2)]
     _, mesh = pack(runs[0], len(runs))
-    assert dict(mesh.shape) == {"member": 4, "data": 2, "fsdp": 1, "tensor": 1}
+    assert {name: size for name, size in mesh.shape.items() if size > 1} == {"member": 4, "data": 2}
     for folder, run in zip(together(runs, tmp_path / "pack"), runs, strict=True):
         alone = tmp_path / f"{run.optimizer.learning_rate}"
         train(changed(run, execution__mesh__data=1), alone)
