@@ -11,12 +11,15 @@ don't know" is not taught, and it is said so.
     python -m launch.local --config=experiments/behaviours.py:cpu    (two sizes, all behaviours together)
     python -m launch.local --config=experiments/behaviours.py:smoke  (one tiny model: a form without meaning)
 
-Cost: smoke 39 CPU seconds on loaded cores. The scale cpu has not been run to its end.
+Cost: smoke 39 CPU seconds on loaded cores where nothing was compiled before, 6 where it was. The scale cpu
+has not been run to its end.
 
-Result (2026-11-22, formats alone, 30 thousand parameters, far smaller than cpu; the command is in LOG.md):
-the form that is asked for is taken more often, by 0.33 of 30 questions (95% interval 0.13 to 0.50); with the
-right answer in it by 0.10 (0.00 to 0.20), which doesn't exclude zero, as the base knew no fact. No look-alike
-was answered in a form. Pretraining text costs 0.753 (0.747 to 0.759) bits per byte more.
+Result (2026-11-22, each alone at 30 thousand parameters, far smaller than cpu; table and commands in LOG.md,
+95% intervals over 30 questions): a form that is asked for is taken more often by 0.33 (0.13 to 0.50), with
+the right answer in it by 0.10 (0.00 to 0.20), which doesn't exclude zero; no look-alike is answered in a
+form. Harm is refused more often by 0.53 (0.37 to 0.70), and so are look-alikes, by 0.57 (0.40 to 0.73). No
+tool is called. The base knew no fact, so that "I don't know" wasn't taught. Pretraining text costs 0.66 to
+0.88 bits per byte more.
 """
 
 import dataclasses
