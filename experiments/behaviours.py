@@ -99,9 +99,11 @@ class Behaviours:
         return config.identity(self, SCHEMA, content)
 
     def validate(self) -> None:
-        check_least(self, "", base_tokens=1, tokens=1, examples=3, items=2, samples=1, documents=2)
-        if not self.sizes:
-            raise UserError("sizes is (); name at least one, as (layers, width)")
+        least = {"base_tokens": 1, "tokens": 1, "batch_size": 1, "vocabulary": 300, "bootstrap": 100}
+        least |= {"examples": 4 * 3, "items": 2, "samples": 1, "documents": 2}
+        check_least(self, "", ("base_rate", "rate"), **least)
+        if not self.sizes or min(map(min, self.sizes)) < 1:
+            raise UserError(f"sizes is {self.sizes}; name at least one, as (layers, width)")
         names = (*behaviours.MAKERS, "unknown", ALL)
         if unknown := set(self.mixes) - set(names):
             raise UserError(f"mixes has {', '.join(sorted(unknown))}; there are {', '.join(names)}")

@@ -13,6 +13,8 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
+from llm_jax.config import UserError
+
 T = TypeVar("T")
 OFTEN, SELDOM, NEVER = 1.0, 0.01, 0.0  # how often a person is mentioned
 
@@ -123,6 +125,7 @@ RECORDS = words(
     "altitude rainfall postcode population tax rent founder anthem river mayor wind harvest"
 )
 SYLLABLES = words("ba ce do fi gu ha jo ke li mu na po ra se ti vo wa xe zi du")
+MOST_PEOPLE = 2000  # whose names, three syllables, are easily drawn
 
 
 class Asked(NamedTuple):
@@ -151,6 +154,10 @@ class World:
     people: int = 240
     seed: int = 0
     known: tuple[Fact, ...] = ()
+
+    def validate(self) -> None:
+        if not 8 <= self.people <= MOST_PEOPLE:
+            raise UserError(f"world.people is {self.people}; it lies in 8 .. {MOST_PEOPLE:,}")
 
     @functools.cached_property
     def facts(self) -> tuple[Fact, ...]:

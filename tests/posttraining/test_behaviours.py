@@ -1,11 +1,14 @@
 """Behaviours: the examples are right, what is measured was never taught, and the base's samples decide."""
 
+import dataclasses
 import json
 import random
 import types
 
 import pytest
 
+from experiments import behaviours as experiment
+from llm_jax import config
 from llm_jax.config import UserError
 from llm_jax.data import conversations
 from llm_jax.evaluation import checks, rules
@@ -157,3 +160,19 @@ def test_a_mix_has_a_third_of_each_kind_and_measures_have_different_questions():
     assert sum(talk[-1]["content"] == behaviours.REFUSAL for talk in talks) == 100
     found = behaviours.held_out(ALL["refusals"], WORLD, 60, wanted=True)
     assert len({one["question"] for one in found}) == len(found) == 60
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"sizes": ()}, "as \\(layers, width\\)"),
+        ({"sizes": ((1, 0),)}, "as \\(layers, width\\)"),
+        ({"mixes": ("manners",)}, "mixes has manners"),
+        ({"rate": -1.0}, "rate is -1.0"),
+        ({"vocabulary": 10}, "at least 300"),
+        ({"world": World(people=3)}, "world.people is 3"),
+    ],
+)
+def test_what_the_experiment_can_t_do_is_refused_in_a_line(change, words):
+    with pytest.raises(UserError, match=words):
+        config.check(dataclasses.replace(experiment.get_config("smoke"), **change))
