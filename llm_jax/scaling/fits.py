@@ -111,7 +111,10 @@ def fit_law(
     residuals = data.y[0] - law.log_loss(problem.theta(end.free), problem.x)[0]
     remarks = far_runs(checked, residuals), off_budget(with_compute(checked.frame, flops_per_nd))
     warnings += filter(None, remarks)
-    doubts, condition, hit = judge(problem, end.free, draws, names, agree)
+    doubts, condition, hit = judge(problem, end.free, draws, names, agree, choices)
+    lowest = float(checked.frame[law.output].min())
+    if law.output == "loss" and choices.fixed.get("E", 0.0) >= lowest:
+        warnings.append(f"E={choices.fixed['E']:g} is fixed above the lowest loss, {lowest:g}")
     fitted = Fit(
         law=law,
         theta=problem.theta(end.free)[0],

@@ -139,7 +139,12 @@ def far_runs(points: Points, residuals: np.ndarray) -> str:
 
 
 def judge(
-    problem: Problem, free: np.ndarray, draws: np.ndarray, names: list[str], agree: np.ndarray
+    problem: Problem,
+    free: np.ndarray,
+    draws: np.ndarray,
+    names: list[str],
+    agree: np.ndarray,
+    choices: Choices,
 ) -> tuple[list[str], float, dict[str, str]]:
     """What a reader must know before believing the numbers, the condition number, and the bounds hit."""
     warnings, hit = [], {}
@@ -149,7 +154,12 @@ def judge(
         for side, bound in bounds.items():
             if free[0, index] == bound:
                 hit[name] = side
-                warnings.append(f"{name} is at its {side} bound; these points don't determine its term")
+                held = (
+                    "as --bounds holds it"
+                    if name in choices.bounds
+                    else "these points don't determine its term"
+                )
+                warnings.append(f"{name} is at its {side} bound; {held}")
             elif len(draws) and (share := np.mean(draws[:, index] == bound)) > 0.01:
                 warnings.append(f"{name} is at its {side} bound in {share:.0%} of the refits")
         if effect[index] < 1e-6 and name not in hit:

@@ -12,7 +12,8 @@ from llm_jax.scaling import solver
 from llm_jax.scaling.solver import Data, Problem
 
 SPARE = 2  # runs beyond the parameters without which draws are the table itself, or nearly so
-METHOD = "runs drawn with replacement; percentiles drawn in by (1 - parameters/n)^(2 to 0)"
+_DRAWN_IN = 5  # parameters; with fewer, plain percentiles hold
+METHOD = "runs drawn with replacement; percentiles drawn in by the factor of `stretch`"
 
 
 def draw(data: Data, clusters: np.ndarray, count: int, free: int, seed: int) -> Data:
@@ -43,10 +44,11 @@ def stretch(problem: Problem, best: np.ndarray, data: Data, runs: int) -> float:
 
     A Huber loss lies between them by the share of runs within its bound, without the p that every fit passes
     through. The power was found by simulation, on runs of one row each; where they have several, or are
-    fewer than twice the parameters, it is 1. The factor nears 1 where runs are many.
+    fewer than twice the parameters, or the parameters fewer than five, it is 1, since plain percentiles hold
+    there (LOG.md). The factor nears 1 where runs are many.
     """
     residual, free = problem.residuals(best, data)[0], best.shape[1]
-    if runs < residual.size or runs < 2 * free:
+    if runs < residual.size or runs < 2 * free or free < _DRAWN_IN:
         return 1.0
     inside = int((np.abs(residual) <= problem.objective.delta * (1 + 1e-6)).sum())
     squares = max(inside - free, 0) / max(residual.size - free, 1)

@@ -119,6 +119,19 @@ def test_rows_of_one_run_are_drawn_together_and_rows_of_one_name_are_not():
     assert "35 rows are of 9 runs" in together.table() and "rows are of" not in named.table()
 
 
+def test_percentiles_are_drawn_in_for_five_parameters_alone():
+    points, known = sweep(noise=0.003), {"E": TRUTH["E"]}
+    assert fit_law(points, few_starts(), bootstrap=0).stretch < 0.9
+    assert fit_law(points, few_starts(), fixed=known, bootstrap=0).stretch == 1
+
+
+def test_what_the_user_holds_is_not_blamed_on_the_points():
+    high = fit_law(sweep(noise=0.003), few_starts(), fixed={"E": 5.0}, bootstrap=0)
+    assert any(text.startswith("E=5 is fixed above the lowest loss, 2.139") for text in high.warnings)
+    held = fit_law(sweep(noise=0.003), few_starts(), bounds={"E": (0.5, 1.5)}, bootstrap=0)
+    assert "E is at its upper bound; as --bounds holds it" in held.warnings
+
+
 def test_a_bad_run_widens_no_prediction_of_a_good_one():
     points = sweep(noise=0.003)
     points.loc[17, "loss"] *= 1.5
