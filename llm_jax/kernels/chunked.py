@@ -60,17 +60,15 @@ def ungrouped(x_BGRTK: jax.Array) -> jax.Array:
     return x_BTGRK.reshape(*x_BTGRK.shape[:2], -1, x_BTGRK.shape[-1])
 
 
-STRIPES = 8  # straight-line pieces of the program; more would skip more keys and compile longer
+def cuts(length: int) -> tuple[int, int]:
+    """Queries at once, and how many pieces of the program are straight code: more would skip more keys.
 
-
-def block_size(length: int) -> int:
-    """Queries at once. CPU: few keys above the diagonal, scores in a core's cache; elsewhere: big products.
-
-    A CPU's loops cost more than a larger block: blocks are straight code up to 8 x 128 queries.
+    CPU: few keys above the diagonal, scores in a core's cache, and no loop up to 8 x 128 queries, as it costs
+    more than a larger block; elsewhere: big products, and less to compile.
     """
     if devices.platform() != "cpu":
-        return 512
-    return 64 if length <= 64 * STRIPES else 128
+        return 512, 4
+    return (64 if length <= 512 else 128), 8
 
 
 class Stripe(NamedTuple):
@@ -87,8 +85,9 @@ def stripes(length: int, keys: int, window: int | None, aligned: bool) -> list[S
 
     aligned: query i stands where key i does, so that a stripe skips keys. Else all see all, in one stripe.
     """
-    blocks = -(-length // block_size(length))
-    size, each = -(-length // blocks), -(-blocks // STRIPES)
+    most, pieces = cuts(length)
+    blocks = -(-length // most)
+    size, each = -(-length // blocks), -(-blocks // pieces)
     if not aligned:
         return [Stripe(0, blocks, size, slice(0, keys))]
     cut = []
