@@ -6,7 +6,9 @@ to this process, and limits on time, memory and output.
 """
 
 import os
+import platform
 import shutil
+import struct
 import subprocess
 import sys
 import threading
@@ -16,7 +18,14 @@ from typing import Any
 from llm_jax.config import UserError
 
 SECONDS, MEMORY_BYTES, OUTPUT_BYTES = 2.0, 64 << 20, 8 << 10
-_FULL_MEMORY_BYTES = 512 << 20  # of address space, which the interpreter itself takes a part of
+# Of bubblewrap's: each process has so much address space, which the interpreter takes a part of.
+_PROCESSES, _PROCESS_BYTES, _FILES_BYTES = 4, 128 << 20, 16 << 20
+# Memory that none of these limits counts: System V's shared segments, queues and semaphores, files in memory
+# alone, rings, file systems mounted in a namespace of one's own. Of a machine: its number in the
+# kernel's audit, and those of its calls shmget, msgget, semget, memfd_create and mount; then io_uring_setup,
+# open_tree, move_mount, fsopen, fsmount and memfd_secret, the same on all.
+_UNCOUNTED = {"x86_64": (0xC000003E, 29, 68, 64, 319, 165), "aarch64": (0xC00000B7, 194, 186, 190, 279, 40)}
+_UNCOUNTED_EVERYWHERE = (425, 428, 429, 430, 432, 447)
 
 
 class SandboxError(RuntimeError):
@@ -75,25 +84,38 @@ def _pool() -> Any:
 
 
 def bubblewrap(code: str) -> str:
-    """What the program prints; raises SandboxError for one that fails or is stopped."""
-    limits = {"as": _FULL_MEMORY_BYTES, "cpu": int(SECONDS), "fsize": 16 << 20, "nofile": 64, "nproc": 16}
+    """What the program prints; raises SandboxError for one that fails or is stopped.
+
+    All its processes together have at most 4 x 128 MiB of memory, and 16 MiB of files, which lie in /tmp.
+    """
+    limits = {"as": _PROCESS_BYTES, "cpu": int(SECONDS), "fsize": _FILES_BYTES, "nofile": 64}
+    limits["nproc"] = _PROCESSES + 1  # bwrap's own first process counts
     # Root is free of the limit on processes, so who is root becomes nobody first.
     nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"] if os.geteuid() == 0 else []
+    refused, into = os.pipe()
+    with open(into, "wb") as file:
+        file.write(_refusing())
     command = [
         *nobody,
         *("bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--clearenv", "--cap-drop", "ALL"),
         *("--ro-bind", "/usr", "/usr", "--symlink", "usr/lib", "/lib", "--symlink", "usr/lib64", "/lib64"),
         *("--symlink", "usr/bin", "/bin", "--proc", "/proc", "--dev", "/dev", "--hostname", "sandbox"),
-        *("--size", str(16 << 20), "--tmpfs", "/tmp", "--chdir", "/tmp"),
+        *("--size", str(_FILES_BYTES), "--tmpfs", "/tmp", "--chdir", "/tmp"),
+        *("--remount-ro", "/dev", "--remount-ro", "/"),  # in memory, too, and of no limited size
+        *("--seccomp", str(refused)),
         *("/usr/bin/prlimit", *(f"--{name}={most}" for name, most in limits.items()), "--core=0"),
         *("/usr/bin/python3", "-I", "-S", "-c", code),
     ]
-    with subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    ) as process:
+    with (
+        open(refused, "rb"),
+        subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            pass_fds=(refused,),
+        ) as process,
+    ):
         watch = threading.Timer(2 * SECONDS, process.kill)
         watch.start()
         try:
@@ -110,6 +132,23 @@ def bubblewrap(code: str) -> str:
     return text or "(no output)"
 
 
+def _refusing() -> bytes:
+    """What the kernel runs at each system call (classic BPF over struct seccomp_data, seccomp(2)): those of
+    _UNCOUNTED get EPERM, as do all of another architecture's.
+    """
+    machine, *numbers = _UNCOUNTED[platform.machine()]
+    numbers += _UNCOUNTED_EVERYWHERE
+    load, equal, at_least, give = 0x20, 0x15, 0x35, 0x06  # LD | ABS, JMP | JEQ, JMP | JGE, RET
+    allow, refuse = 0x7FFF0000, 0x00050001
+    last = len(numbers) + 4  # lines before the one that refuses, and which jumps count from the next one
+    lines = [(load, 0, 0, 4), (equal, 0, last - 1, machine), (load, 0, 0, 0)]
+    lines += [(at_least, last - len(lines), 0, 1 << 30)]  # x86_64's calls of 32-bit pointers
+    for number in numbers:
+        lines.append((equal, last - len(lines), 0, number))
+    lines += [(give, 0, 0, allow), (give, 0, 0, refuse)]
+    return b"".join(struct.pack("=HBBI", *line) for line in lines)
+
+
 def _needs_monty() -> None:
     try:
         import pydantic_monty  # noqa: F401
@@ -122,6 +161,8 @@ def _needs_monty() -> None:
 def _needs_bubblewrap() -> None:
     if shutil.which("bwrap") is None or sys.platform != "linux":
         raise UserError("the tool full_python needs bubblewrap: on Debian, apt-get install bubblewrap")
+    if platform.machine() not in _UNCOUNTED:
+        raise UserError(f"the tool full_python runs on {' and '.join(_UNCOUNTED)}, not {platform.machine()}")
     try:
         bubblewrap("")
     except (SandboxError, OSError) as error:  # where no namespaces may be made, as in most containers

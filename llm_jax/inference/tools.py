@@ -12,6 +12,7 @@ import datetime
 import json
 import math
 import operator
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -69,12 +70,16 @@ def introduced(messages: Sequence[Message], tools: Mapping[str, Tool]) -> list[M
 
 
 def result_of(call: str, tools: Mapping[str, Tool]) -> str:
-    """The result of the text of a call, or "error: " and what is wrong with it; never raises for a call."""
+    """The result of the text of a call, or "error: " and what is wrong with it. It never raises: a fault of
+    a tool ends no conversation.
+    """
     try:
         tool, arguments = parsed(call, tools)
-        result = tool.run(**arguments)
+        result = str(tool.run(**arguments)).encode(errors="replace").decode()
     except (CallError, sandbox.SandboxError) as error:
         result = f"error: {error}"
+    except Exception as error:
+        result = f"error: the tool failed ({type(error).__name__})"
     return result if len(result) <= LONGEST_RESULT else f"{result[:LONGEST_RESULT]}… (cut)"
 
 
@@ -164,6 +169,8 @@ def check(value: Any, schema: Mapping[str, Any], place: str) -> None:
     longest = schema.get("maxLength" if kind == "string" else "maxItems", math.inf)
     if kind in ("string", "array") and len(value) > longest:
         raise CallError(f"{place} is longer than {longest}")
+    if kind == "string" and re.search("[\0\ud800-\udfff]", value):
+        raise CallError(f"{place} has characters that no text has")
     if kind == "array":
         for index, item in enumerate(value):
             check(item, schema["items"], f"{place}.{index}")

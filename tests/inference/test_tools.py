@@ -15,6 +15,7 @@ from llm_jax.inference.tools import CallError, calculator, calendar, result_of, 
 
 pytest.importorskip("pydantic_monty", reason="the extra `tools` isn't installed")
 
+FILLS = "for i in range(9):\n    open('{folder}/%d' % i, 'wb').write(bytes(8 << 20))"
 HOSTILE = {
     "reads a file": "open('/etc/passwd').read()",
     "lists the disk": "import os\nos.listdir('/')",
@@ -42,6 +43,15 @@ HOSTILE = {
     "it ends the process": "import os\nos._exit(1)",
     "it kills": "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)\nraise SystemExit(1)",
     "forks": "import os\nwhile True:\n    os.fork()",
+    "memory of many": "import os\nfor i in range(9):\n    os.fork() or bytes(90 << 20) and os._exit(0)",
+    "fills the root": FILLS.replace("{folder}", ""),
+    "fills /tmp": FILLS.replace("{folder}", "/tmp"),
+    "fills the devices": FILLS.replace("{folder}", "/dev"),
+    "fills shared memory": FILLS.replace("{folder}", "/dev/shm"),
+    "files in memory": "import os\nfor i in range(40):\n    os.write(os.memfd_create(''), bytes(15 << 20))",
+    "segments": "import ctypes\n1 / (ctypes.CDLL(None).shmget(0, 1 << 30, 0o1600) + 1)",
+    "mounts": "import ctypes\nc = ctypes.CDLL(None)\nc.unshare(1 << 28 | 1 << 17)\n"
+    "1 / (c.mount(b'x', b'/tmp', b'tmpfs', 0, b'') + 1)",
 }
 
 
@@ -173,6 +183,25 @@ def test_full_python_has_its_library_and_no_environment(bubblewrap, monkeypatch)
 def test_a_wrong_call_is_told_what_is_wrong(call, error):
     result = result_of(call, toolbox())
     assert result.startswith("error: ") and error in result
+
+
+@pytest.mark.parametrize("name", ["python", "full_python"])
+@pytest.mark.parametrize("code", [r"\ud800", r"\u0000", r"print('\udc00')"])
+def test_code_that_is_no_text_is_a_wrong_call(name, code):
+    call = f'{{"name": "{name}", "arguments": {{"code": "{code}"}}}}'
+    result = result_of(call, {name: tools.TOOLS[name]})
+    assert result == "error: arguments.code has characters that no text has"
+
+
+@pytest.mark.parametrize("run", [lambda: 1 / 0, lambda: [][0], lambda code: "1"])
+def test_a_fault_of_a_tool_is_its_result(run):
+    mine = tools.Tool("mine", "", {"type": "object", "properties": {}}, run)
+    assert result_of('{"name": "mine"}', {"mine": mine}).startswith("error: the tool failed (")
+
+
+def test_whatever_a_tool_answers_can_be_written():
+    mine = tools.Tool("mine", "", {"type": "object", "properties": {}}, lambda: "half \ud83d")
+    assert result_of('{"name": "mine"}', {"mine": mine}) == "half ?"
 
 
 def test_a_right_call_has_a_result_of_bounded_length():
