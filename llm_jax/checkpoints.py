@@ -19,11 +19,11 @@ from typing import Any
 
 import absl.logging
 import jax
-import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from llm_jax import manifest
 from llm_jax.config import UserError
+from llm_jax.distributed import agreed, leads
 
 # Orbax writes about 60 INFO lines a save to absl's one logger; its warnings are let through.
 absl.logging.get_absl_logger().addFilter(
@@ -54,7 +54,7 @@ class Checkpoints:
         self.folder = Path(folder).absolute()
         self._keep_last, self._keep_steps, self._say = keep_last, frozenset(keep_steps), say
         self.best: int | None = None
-        self._leader = jax.process_index() == 0
+        self._leader = leads()
         self._current: int | None = None  # the step last saved or restored here
         self._swept = False
         self._finisher = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
@@ -171,23 +171,7 @@ class Checkpoints:
 
     def _sound(self, step: int | None, at_most: int | None = None) -> int | None:
         """The step to restore, the same in every process; process 0 alone reads and checks the files."""
-        found, error = None, None
-        if self._leader:
-            try:
-                found = self._newest_sound(at_most) if step is None else self._checked(step)
-            except UserError as problem:
-                error = problem
-        if jax.process_count() > 1:
-            from jax.experimental import multihost_utils
-
-            code = -2 if error else -1 if found is None else found
-            code = int(multihost_utils.broadcast_one_to_all(np.int32(code)))
-            found = code if code >= 0 else None
-            if code == -2 and error is None:
-                error = UserError(f"{self.folder}: no checkpoint to continue from; process 0 says why")
-        if error is not None:
-            raise error
-        return found
+        return agreed(lambda: self._newest_sound(at_most) if step is None else self._checked(step))
 
     def _newest_sound(self, at_most: int | None) -> int | None:
         last = float("inf") if at_most is None else at_most

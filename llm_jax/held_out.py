@@ -13,13 +13,17 @@ from llm_jax.losses import token_losses
 from llm_jax.models import Batch, Model, Params
 
 
-def make_scorer(model: Model, packed: bool = False) -> Callable[[Params, Batch], jax.Array]:
+def make_scorer(
+    model: Model, packed: bool = False, place: jax.sharding.Sharding | None = None
+) -> Callable[[Params, Batch], jax.Array]:
     """The compiled function from parameters and a batch to each target's nats [B, T].
 
-    packed: the parameters have a leading member axis, and the result is [M, B, T].
+    packed: the parameters have a leading member axis, and the result is [M, B, T]. place: where the result
+    lies; a host reads what is whole on its own devices.
     """
     scorer = functools.partial(token_losses, model)
-    return jax.jit(jax.vmap(scorer, (0, None), spmd_axis_name="member") if packed else scorer)
+    scorer = jax.vmap(scorer, (0, None), spmd_axis_name="member") if packed else scorer
+    return jax.jit(scorer, out_shardings=place)
 
 
 def score(

@@ -14,6 +14,7 @@ import numpy as np
 
 from llm_jax import facts, optimizers, sharding
 from llm_jax.config import UserError
+from llm_jax.distributed import Votes, agreed, meet
 from llm_jax.held_out import score
 from llm_jax.member import Member, stop_hopeless
 from llm_jax.models import Batch
@@ -75,10 +76,10 @@ def train_together(members: Sequence[Member], shape: Shape, mesh: jax.sharding.M
     with jax.set_mesh(mesh), catching_sigterm() as terminated, contextlib.ExitStack() as folders:
         for member in members:
             folders.callback(member.close)
-        if jax.process_count() > 1:
+        if jax.process_count() > 1 and not alone:
             raise UserError(
-                f"training is for one process, and jax.distributed has joined {jax.process_count()}: start "
-                "one alone, on the devices of one machine"
+                f"a pack is for one process, and jax.distributed has joined {jax.process_count()}: train its "
+                "runs one by one"
             )
 
         # ---- the state, new or restored; if all have a checkpoint of one step, from the last such ----
@@ -88,7 +89,8 @@ def train_together(members: Sequence[Member], shape: Shape, mesh: jax.sharding.M
                 "held-out documents are scored by their tokens, and this model predicts none (it has no "
                 "unembed): set --config.data.held_out_fraction=0"
             )
-        common = set.intersection(*(set(member.checkpoints.steps()) for member in members))
+        saved = agreed(lambda: [member.checkpoints.steps() for member in members])
+        common = set.intersection(*map(set, saved))
         # A state alone lies whole on every device of a pack: those of many wait in the host's memory.
         kept = (lambda state: state) if alone else jax.device_get
         restored = [kept(member.restore(parts, max(common, default=None))) for member in members]
@@ -138,6 +140,8 @@ def train_together(members: Sequence[Member], shape: Shape, mesh: jax.sharding.M
 
         # ---- steps, a block in flight ----
         in_flight = InFlight(members, shape.block)
+        votes = Votes(mesh)
+        meet()
         saved_at, clock = time.perf_counter(), 0
 
         def end(member: Member, scores: dict[str, float]) -> None:
@@ -150,7 +154,7 @@ def train_together(members: Sequence[Member], shape: Shape, mesh: jax.sharding.M
             ended = [member for member in running if member.first + clock == member.steps]
             evaluating = [member for member in running if member.evaluates(member.first + clock)]
             late = 0 < one.run.execution.checkpoint.every_seconds < time.perf_counter() - saved_at
-            stopping = terminated.is_set()
+            late, stopping = votes.of(late, terminated.is_set())
             if stopping and not clock:  # there is nothing that isn't on disk
                 raise SystemExit(143)
             staying = [member for member in running if member not in ended]

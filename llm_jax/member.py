@@ -17,6 +17,7 @@ from llm_jax import facts, optimizers, records, trunks
 from llm_jax.checkpoints import Checkpoints
 from llm_jax.config import UserError, nearest
 from llm_jax.data import Source
+from llm_jax.distributed import agreed, leads
 from llm_jax.models import Params
 from llm_jax.program import Program
 from llm_jax.records import Record, load_run, metrics
@@ -55,7 +56,7 @@ class Member:
         self.tables = optimizers.tables(run.optimizer, run.objective, self.steps)
         self._counts = facts.counts(run, source)
         self._trunk = trunks.find(run, source, self.folder)
-        self._record = Record(self.folder, writes=jax.process_index() == 0)
+        self._record = Record(self.folder, writes=leads())
         keeps = run.execution.checkpoint
         self.checkpoints = Checkpoints(self.folder / "checkpoints", keeps.keep_last, keeps.keep_steps)
         if (self.folder / "result.json").exists():
@@ -87,20 +88,10 @@ class Member:
 
     def begin(self, parts: Program) -> None:
         """Takes the folder; raises UserError if that can't be."""
-        try:
-            self._record.start(facts.described(self.run, self.source), facts.execution_facts(self.run, parts))
-        except OSError as error:
-            raise UserError(
-                f"{self.folder} can't be a run's folder: {error.strerror}; name another by --folder"
-            ) from None
-        if hasattr(self.run.data, "tokenizer"):
-            self.run.data.tokenizer.keep(self.run.data, self.source, self.folder)
-        self.result = self._ended()
-        if self.result is not None:  # by another process, in the meantime
+        self.result = agreed(lambda: self._take(parts))
+        if self.result is not None:  # by another launcher, in the meantime
             self.status = self.result["status"]
             return
-        self._say_if_roundings_differ(parts.mesh)
-        self._record.resume_at(self.first, *self._origin)
         if self._progress is not None:
             self._progress.begin(self.first)
         self._branched = records.trunk(self.folder)
@@ -116,6 +107,22 @@ class Member:
             float(rows["seconds"].max()) if len(rows) else 0.0
             for rows in (earlier[earlier["step"] <= shared], earlier)
         )
+
+    def _take(self, parts: Program) -> dict[str, Any] | None:
+        """What process 0 does of it; what is written from then on waits for a step that all make."""
+        try:
+            self._record.start(facts.described(self.run, self.source), facts.execution_facts(self.run, parts))
+        except OSError as error:
+            raise UserError(
+                f"{self.folder} can't be a run's folder: {error.strerror}; name another by --folder"
+            ) from None
+        if hasattr(self.run.data, "tokenizer"):
+            self.run.data.tokenizer.keep(self.run.data, self.source, self.folder)
+        result = self._ended()
+        if result is None:
+            self._say_if_roundings_differ(parts.mesh)
+            self._record.resume_at(self.first, *self._origin)
+        return result
 
     def _say_if_roundings_differ(self, mesh: jax.sharding.Mesh) -> None:
         """A line on stderr where the state was computed on another number of cores than are here."""
@@ -237,13 +244,19 @@ class Member:
         if self.status == "done":
             self._is_best(self.steps, scores)
         self.checkpoints.close()
+        self.result = agreed(lambda: self._write_result(scores, mesh, measured))
+        self._record.close()
+
+    def _write_result(
+        self, scores: dict[str, float], mesh: jax.sharding.Mesh, measured: dict[str, Any]
+    ) -> dict[str, Any]:
         logged = metrics(self.folder).set_index("step")
         last_steps = logged.index > self.steps - max(1, self.steps // 20)
         if (
             not measured["tokens_per_second"] and "tokens_per_second" in logged
         ):  # nothing was trained just now
             measured["tokens_per_second"] = float(logged["tokens_per_second"].iloc[-1])
-        self.result = facts.outcome(
+        result = facts.outcome(
             self.run,
             self.source,
             mesh,
@@ -257,7 +270,8 @@ class Member:
             wall_seconds=self.seconds() - self._seconds_shared,
             **measured,
         )
-        self._record.finish(self.result)
+        self._record.finish(result)
+        return result
 
     def close(self) -> None:
         """Gives the folder free, when what is being saved has been."""

@@ -17,7 +17,8 @@ import numpy as np
 
 from llm_jax import optimizers, sharding
 from llm_jax.config import UserError
-from llm_jax.data import Source
+from llm_jax.data import DataConfig, Source
+from llm_jax.distributed import meet
 from llm_jax.held_out import make_scorer
 from llm_jax.kernels import memory
 from llm_jax.losses import Objective
@@ -65,8 +66,8 @@ class Shape:
         return (self.block,) if self.block > 1 else ()
 
 
-def shape_of(run: Run, source: Source) -> Shape:
-    """The shape of a run's program."""
+def shape_of(run: Run, source: Source | DataConfig) -> Shape:
+    """The shape of a run's program; source: what has its `spec`."""
     return Shape(
         run.resolved_model,
         run.objective.structure(),
@@ -106,7 +107,7 @@ class Program:
             keys = jax.ShapeDtypeStruct((shape.members, *KEY.shape), KEY.dtype)
             self.state = _at(jax.eval_shape(init, keys), place)
         self.init = jax.jit(init, out_shardings=place)
-        self.scorer = make_scorer(self.model, packed)
+        self.scorer = make_scorer(self.model, packed, sharding.readable(mesh))
         self.pick = jax.jit(_take)
         self._take = jax.jit(_take, out_shardings=place_of_one)
         self._put = jax.jit(_put, donate_argnums=0, out_shardings=place)
@@ -120,16 +121,14 @@ class Program:
         }
         columns = optimizers.tables(shape.optimizer, shape.objective, steps=1)
         columns |= {"active": None} if shape.hyper_axes else {}
-        whole = jax.sharding.NamedSharding(mesh, jax.P())
-        row = jax.ShapeDtypeStruct(
-            shape.hyper_axes, jnp.float32, sharding=sharding.behind(whole, *steps, *member)
-        )
+        place = sharding.behind(sharding.whole(mesh), *steps, *member)
+        row = jax.ShapeDtypeStruct(shape.hyper_axes, jnp.float32, sharding=place)
         self.hyper = dict.fromkeys(columns, row)
 
     @functools.cached_property
-    def compiled(self) -> jax.stages.Compiled:
-        """The step, whether or not it fits."""
-        shape, started = self.shape, time.perf_counter()
+    def traced(self) -> jax.stages.Traced:
+        """The step as JAX traces it."""
+        shape = self.shape
         step = make_step(self.model, shape.objective, shape.optimizer, self.roles, shape.micro_batches)
         if shape.members is not None:
             step = over_members(step, shape.own_rows)
@@ -137,8 +136,21 @@ class Program:
             step = over_block(step)
         place = jax.tree.map(lambda x: x.sharding, self.state)
         with jax.set_mesh(self.mesh):
-            jitted = jax.jit(step, donate_argnums=0, out_shardings=(place, None))
-            compiled = jitted.lower(self.state, self.batch, self.hyper).compile()
+            jitted = jax.jit(step, donate_argnums=0, out_shardings=(place, sharding.readable(self.mesh)))
+            return jitted.trace(self.state, self.batch, self.hyper)
+
+    @functools.cached_property
+    def lowered(self) -> jax.stages.Lowered:
+        """The step as XLA is given it."""
+        with jax.set_mesh(self.mesh):
+            return self.traced.lower()
+
+    @functools.cached_property
+    def compiled(self) -> jax.stages.Compiled:
+        """The step, whether or not it fits."""
+        started = time.perf_counter()
+        with jax.set_mesh(self.mesh):
+            compiled = self.lowered.compile()
         self.compile_seconds += time.perf_counter() - started
         return compiled
 
@@ -175,7 +187,7 @@ class Program:
 
     def begin(self, seed: int, read: Callable[[jax.sharding.Mesh], Params]) -> State:
         """The state at step 0 of one run whose parameters, or some of them, are read."""
-        return self._begin(jax.random.PRNGKey(seed), 1.0, read(self.mesh))
+        return self._begin(np.asarray(jax.random.PRNGKey(seed)), 1.0, read(self.mesh))
 
     def start(self, starts: Sequence[tuple[int, float]], restored: Sequence[State | None]) -> State:
         """The state to start from: of each member the one restored, or else that of its (seed, scale)."""
@@ -184,8 +196,11 @@ class Program:
         keys = np.stack([jax.random.PRNGKey(seed) for seed, _ in starts])
         scales = np.array([scale for _, scale in starts], np.float32)
         started = time.perf_counter()
-        state = self.init(keys, scales) if self.shape.members else self.init(keys[0], scales[0])
-        self.compile_seconds += time.perf_counter() - started  # it returns before it has run
+        given = (keys, scales) if self.shape.members else (keys[0], scales[0])
+        drawn = self.init.lower(*given).compile()
+        self.compile_seconds += time.perf_counter() - started
+        meet()  # compiling takes each process as long as it takes
+        state = drawn(*given)
         for member, one in enumerate(restored):
             state = state if one is None else self._put(state, member, one)
         return state

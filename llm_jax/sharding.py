@@ -78,6 +78,11 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
         raise UserError(f"execution.mesh {_say(shape)}: {known} does not divide the {len(devices)} devices")
     shape = {name: len(devices) // known if size == -1 else size for name, size in shape.items()}
     used = devices[: math.prod(shape.values())]
+    if len({device.process_index for device in used}) < len({device.process_index for device in devices}):
+        raise UserError(
+            f"execution.mesh {_say(shape)} takes {len(used)} of {len(devices)} devices, and leaves some "
+            "process without any: -1 in one place takes all"
+        )
     return Mesh(_arranged(shape, used), tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
 
 
@@ -140,6 +145,16 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def ways(axis: str, mesh: Any) -> int:
     """Over how many devices of the mesh a logical axis is spread."""
     return math.prod(mesh.shape.get(name, 1) for name in TABLE[axis])
+
+
+def whole(mesh: Mesh) -> NamedSharding:
+    """The place of what every device has all of."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def readable(mesh: Mesh) -> NamedSharding | None:
+    """Where results lie that hosts read: whole on each device if processes share the mesh, else anywhere."""
+    return whole(mesh) if mesh.is_multi_process else None
 
 
 def behind(place: NamedSharding, *axes: str | None) -> NamedSharding:

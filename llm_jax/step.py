@@ -192,7 +192,7 @@ def state_shardings(state: State, roles: Any, mesh: jax.sharding.Mesh) -> State:
             jax.tree_util.tree_flatten_with_path(params)[0], jax.tree.leaves(placed), strict=True
         )
     }
-    whole = jax.sharding.NamedSharding(mesh, jax.P())
+    whole = sharding.whole(mesh)
 
     def like_parameter(path: tuple, leaf: Any) -> jax.sharding.NamedSharding:
         for start in range(len(path)):

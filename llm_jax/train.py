@@ -1,6 +1,9 @@
 """Training a run.
 
 python -m llm_jax.train --config=experiments/isoflop.py --config.model.layers=4
+
+One run may have many processes, one on each host of a TPU slice or of a cluster: see distributed.py. On one
+machine `python -m launch.together --processes=2 -- -m llm_jax.train --config=…` starts them.
 """
 
 import contextlib
@@ -15,7 +18,7 @@ from typing import Any
 
 from absl import flags
 
-from llm_jax import config, manifest
+from llm_jax import config, distributed, manifest
 from llm_jax.config import UserError
 from llm_jax.evaluation.during import Asking
 from llm_jax.loop import train_together
@@ -59,6 +62,7 @@ def hooks_of(experiment: types.ModuleType, run: Run) -> Sequence[Hook]:
 SHOWN = "status", "loss", "loss_standard_error", "bits_per_byte", "train_loss", "tokens_per_second", "records"
 
 
+@distributed.together()
 def main() -> None:
     picked = config.chosen()
     run = picked.config
@@ -80,24 +84,29 @@ def main() -> None:
     signal.signal(signal.SIGINT, interrupt)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # until train() catches it
     try:
-        with contextlib.closing(
-            Progress(run.steps, run.name or run.identity(), headline=headline)
-        ) as progress:
+        with contextlib.ExitStack() as shown:
+            progress = None
+            if distributed.leads():
+                progress = Progress(run.steps, run.name or run.identity(), headline=headline)
+                shown.callback(progress.close)
             result = train(run, folder, hooks_of(picked.module, run), progress)
     except SystemExit:
         if not was_complete and (folder / "result.json").exists():  # asked to while it was scored
             return show(load_run(folder)["result"], folder)
         saved = manifest.steps(folder / "checkpoints")
         what = f"saved in {folder}" if saved else "nothing was saved yet"
-        print(f"stopped, and {what}; the same command continues")
+        if distributed.leads():
+            print(f"stopped, and {what}; the same command continues")
         raise SystemExit(130 if interrupted.is_set() else 143) from None
-    if was_complete:
+    if was_complete and distributed.leads():
         print(f"{folder} is complete; nothing was trained")
     show(result, folder)
 
 
 def show(result: Mapping[str, Any], folder: Path) -> None:
-    """Prints what most ask for of a result."""
+    """Prints what most ask for of a result, in process 0."""
+    if not distributed.leads():
+        return
     shown = result | {"status": how_it_ended(result), "records": folder}
     if shown.get("held_out_documents") == 1:
         shown["loss_standard_error"] = "unknown: one document is held out"
@@ -108,6 +117,7 @@ def show(result: Mapping[str, Any], folder: Path) -> None:
 
 if __name__ == "__main__":
     flags.adopt_module_key_flags(config)
+    distributed.define_flags()
     flags.DEFINE_string("folder", None, "the run's folder; runs/<experiment>/<identity> if not given")
     flags.DEFINE_bool("deterministic", False, "repeat bit for bit on a GPU too, at some cost in speed")
     config.run_main(

@@ -9,7 +9,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 ROWS = [
     ["config", "experiment_file", "values"],
-    ["kernels", "sharding"],
+    ["kernels", "sharding", "distributed"],
     ["models", "data"],
     ["checkpoints", "manifest", "records", "environment", "events", "progress"],
     ["optimizers", "links", "transfer", "schedules", "losses", "interop"],

@@ -354,6 +354,13 @@ def group_size(line):
 # ---- what can't be done ----
 
 
+def test_a_pack_is_for_one_process(member, tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match=r"a pack is for one process, and jax\.distributed has joined 2"):
+        train_packed([member(1e-3), member(2e-3)], [tmp_path / "a", tmp_path / "b"])
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [

@@ -389,13 +389,6 @@ def test_what_can_not_be_done_is_refused_before_anything_is_written(tiny_run, tm
     assert not (tmp_path / "run").exists()
 
 
-def test_one_of_several_processes_is_refused(tiny_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(UserError, match=r"for one process, and jax\.distributed has joined 2"):
-        train(tiny_run, tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
 def test_a_folder_of_another_run_is_refused(finished, tiny_run):
     with pytest.raises(UserError, match=r"belongs to run .*: model.layers is 2 there and 3 here"):
         train(changed(tiny_run, model__layers=3, execution__mesh__data=1), finished[0])

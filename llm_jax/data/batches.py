@@ -57,6 +57,18 @@ class Text(DataConfig, kind="text"):
     def tokens_per_step(self) -> int:
         return self.batch_size * self.sequence_length
 
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """What a row tells beside its tokens, targets and mask."""
+        return ("segments", "positions") if self.document_mask else ()
+
+    @functools.cached_property
+    def spec(self) -> dict[str, jax.ShapeDtypeStruct]:
+        shape = (self.batch_size, self.sequence_length)
+        names = ("tokens", "targets", *self.fields)
+        mask = {"mask": jax.ShapeDtypeStruct(shape, np.float32)}
+        return {name: jax.ShapeDtypeStruct(shape, np.int32) for name in names} | mask
+
     def validate(self) -> None:
         check_least(self, "data.", sequence_length=1, batch_size=1, held_out_bytes=1, unique_tokens=1)
         if not 0 <= self.held_out_fraction <= 0.5:
@@ -118,6 +130,7 @@ class TextSource(Source):
     def __init__(
         self, config: Text, codec: Codec, found: list[Catalogue], stores: list[Store], lossless: bool
     ) -> None:
+        self.spec, self._fields = config.spec, config.fields
         self.config, self.codec, self._catalogues, self._lossless = config, codec, found, lossless
         self._parts, length = config.parts(), config.sequence_length
         splits = config.splits(stores)
@@ -145,18 +158,6 @@ class TextSource(Source):
             for store, (held, _) in zip(stores, splits, strict=True)
             if len(held)
         ]
-
-    @functools.cached_property
-    def spec(self) -> dict[str, jax.ShapeDtypeStruct]:
-        shape = (self.config.batch_size, self.config.sequence_length)
-        names = ("tokens", "targets", *self._fields)
-        return {name: jax.ShapeDtypeStruct(shape, np.int32) for name in names} | {
-            "mask": jax.ShapeDtypeStruct(shape, np.float32)
-        }
-
-    @property
-    def _fields(self) -> tuple[str, ...]:
-        return ("segments", "positions") if self.config.document_mask else ()
 
     def rows(self, seed: int, indices: np.ndarray) -> Batch:
         """tokens, targets, segments, positions int32 and mask float32, each [len(indices), sequence_length].

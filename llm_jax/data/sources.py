@@ -46,6 +46,11 @@ class DataConfig(Tagged):
         """What one step adds to D: here one per row; text counts batch_size * sequence_length."""
         return self.batch_size
 
+    @property
+    def spec(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """The global batch of one step, as its source has it; a config that knows it opens nothing."""
+        return self.open().spec
+
     def open(self) -> "Source":
         """The source of rows; prepares and caches what is needed. Raises UserError for unusable data."""
         raise NotImplementedError

@@ -19,11 +19,16 @@ from llm_jax.run import Run
 class Asking:
     """A hook that asks a run's tasks of the parameters that it is given.
 
-    Raises UserError for tasks that aren't there, and for a run that generates no text.
+    Raises UserError for tasks that aren't there, for a run that generates no text, and in many processes.
     """
 
     def __init__(self, run: Run) -> None:
         asked = run.execution.tasks
+        if jax.process_count() > 1:
+            raise UserError(
+                "execution.tasks are asked in one process, and this run has several: ask what it saves, "
+                "python -m llm_jax.evaluate --model=RUN --tasks=…"
+            )
         self._tasks = [standard.find(name, standard.folder(asked.data)) for name in asked.names]
         self._run, self._model = run, run.resolved_model.build()
         if not hasattr(run.data, "tokenizer") or self._model.decode is None:

@@ -41,7 +41,7 @@ def check(trained: Any, state: Any, mesh: jax.sharding.Mesh) -> None:
     for a model that is far too large.
     """
     parameters, whole = bytes_of_a_device(trained), bytes_of_a_device(state)
-    device, sharing = mesh.devices.flat[0], 1
+    device, sharing = one_of(mesh), 1
     there, where = of_device(device), f"a {device.device_kind}"
     if device.platform == "cpu":  # all of its devices are one machine
         there, where, sharing = of_host(), "this machine", len(mesh.local_devices)
@@ -65,17 +65,25 @@ def bytes_of_a_device(tree: Any) -> int:
 
 def room(mesh: jax.sharding.Mesh) -> float | None:
     """Bytes that a program may take of each device of the mesh; None if unknown."""
-    device = mesh.devices.flat[0]
+    device = one_of(mesh)
     if device.platform != "cpu":
         return of_device(device)
     there = of_host()
     return there and there / len(mesh.local_devices)
 
 
+def one_of(mesh: jax.sharding.Mesh) -> jax.Device:
+    """A device of the mesh: this process's own, if it has any."""
+    return next(iter(mesh.local_devices), mesh.devices.flat[0])
+
+
 def of_device(device: jax.Device) -> float | None:
     """Bytes that JAX may take of an accelerator's memory, or by its data sheet; None if neither is known."""
     row = devices.find(device)
-    limit = (device.memory_stats() or {}).get("bytes_limit")
+    try:
+        limit = (device.memory_stats() or {}).get("bytes_limit")
+    except (jax.errors.JaxRuntimeError, NotImplementedError):  # it is described only, and not here
+        limit = None
     return limit or (row and row.memory_bytes)
 
 

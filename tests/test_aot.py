@@ -1,0 +1,169 @@
+"""Programs compiled for slices that aren't here: what they exchange, whether they fit, what is refused."""
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from changes import changed
+from jax.sharding import PartitionSpec as P
+
+from llm_jax import aot, sharding
+from llm_jax.config import UserError
+from llm_jax.kernels import devices, hlo, slices
+
+
+def test_exchanges_in_a_loop_count_as_often_as_it_runs():
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=4))
+
+    def shard(x):  # [2, 128] float32 on each of eight devices
+        once = (
+            jax.lax.all_gather(x, "fsdp", tiled=True).sum()
+            + jax.lax.ppermute(x, "data", [(0, 1), (1, 0)]).sum()
+        )
+
+        def body(total, _):
+            return jnp.tanh(jax.lax.psum(total * x, "fsdp")).sum(), None
+
+        return jax.lax.scan(body, once, None, length=5)[0][None]
+
+    rows = P(("data", "fsdp"))
+    spread = jax.shard_map(shard, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
+    text = jax.jit(spread).lower(jax.ShapeDtypeStruct((16, 128), np.float32)).compile().as_text()
+    found = hlo.collectives(text)
+    piece = 2 * 128 * 4  # bytes
+    assert found["all-gather"] == {"count": 1, "bytes": 3 * piece}  # of three others
+    assert found["collective-permute"] == {"count": 1, "bytes": piece}
+    assert found["all-reduce"] == {"count": 5, "bytes": 5 * 2 * piece * 3 / 4}
+
+
+# As libtpu writes them, shortened: an exchange of a loop in three parts of one channel, and a fused scatter.
+TPU_TEXT = """HloModule jit_f, is_scheduled=true
+
+%condition.1 (state: (s32[], bf16[8])) -> pred[] {
+  %constant.6 = s32[]{:T(128)} constant(6)
+  %state = (s32[], bf16[8]{0}) parameter(0)
+  ROOT %lt.10 = pred[]{:T(512)} compare(%counter, %constant.6), direction=LT
+}
+
+%start.1 (p: bf16[128,512]) -> bf16[512,512] {
+  ROOT %gather = bf16[512,512] all-gather(%p), channel_id=8, replica_groups=mesh['a'=4] {'a'}, {chain_id="0"}
+}
+
+%all-reduce-scatter.1 (input: f32[512,512]) -> f32[128,512] {
+  %all-reduce.4 = f32[512,512]{1,0} all-reduce(%input), channel_id=6, replica_groups={{0,1,2,3},{4,5,6,7}}
+}
+
+%body.1 (state: (s32[], bf16[8])) -> (s32[], bf16[8]) {
+  %begun = bf16[512,512] fusion(%x), kind=kCustom, calls=%start.1
+  %gather.2 = bf16[512,512]{1,0} all-gather(%x), channel_id=8, replica_groups=mesh['a'=4,'b'=2] {'a'}
+  %fusion.27 = f32[128,512]{1,0} fusion(%y), kind=kCustom, calls=%all-reduce-scatter.1
+}
+
+ENTRY %main.5 (p: bf16[8]) -> bf16[8] {
+  %while.28 = (s32[], bf16[8]{0}) while(%tuple), condition=%condition.1, body=%body.1
+  %all-reduce.9 = f32[2,4]{1,0} all-reduce(%z), channel_id=8, replica_groups=[2,4]<=[8], to_apply=%add.1
+}
+"""
+
+
+def test_parts_of_an_asynchronous_exchange_are_one_and_a_fused_scatter_is_a_scatter():
+    found = {exchange.kind: exchange for exchange in hlo.exchanges(TPU_TEXT)}
+    assert found["all-gather"] == hlo.Exchange("all-gather", 4, 512 * 512 * 2, 6)
+    assert found["reduce-scatter"] == hlo.Exchange("reduce-scatter", 4, 128 * 512 * 4, 6)
+    assert found["all-reduce"] == hlo.Exchange("all-reduce", 4, 2 * 4 * 4, 1)
+    assert found["reduce-scatter"].received_bytes == 3 * 128 * 512 * 4
+
+
+def test_unknown_slices_and_a_missing_libtpu_are_one_line(monkeypatch):
+    with pytest.raises(UserError, match=r"no TPU slice 'v5e:4x5'; .*v5e:4x"):
+        slices.describe("v5e:4x5")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'jax\[tpu\]"):
+        slices.describe("v5e:4x4")
+
+
+def test_search_keeps_what_fits_and_orders_it_by_tokens_a_second(tiny_run, monkeypatch, capfd):
+    run, tried = changed(tiny_run, data__batch_size=16), []
+
+    def compiled_for(one, topology, count):
+        mesh, remat, rows = one.execution.mesh, one.execution.layout.remat, one.data.batch_size
+        tried.append((mesh.tensor, remat, rows))
+        fits = rows <= {"none": 8, "dots": 16, "full": 32}[remat] * mesh.tensor
+        seconds = (rows + 8) * {"none": 1.0, "dots": 1.5, "full": 4.0}[remat] * mesh.tensor
+        facts = {
+            "batch_size": rows,
+            "remat": remat,
+            "tokens_per_step": rows,
+            "fits": fits,
+            "bound_by": "products",
+        }
+        return facts | {"peak_bytes": 0, "hbm_bytes": 0, "estimated_step_seconds": seconds}
+
+    monkeypatch.setattr(aot, "compiled_for", compiled_for)
+    monkeypatch.setattr(slices, "describe", lambda *_: [None] * 8)
+    found = aot.search(run, "v5e:2x4")
+    best = found[0]
+    assert (best["asked"]["tensor"], best["remat"], best["batch_size"]) == (1, "none", 8)
+    assert not found[-1]["fits"] and aot.tokens_per_second(found[-1]) == 0
+    assert len(set(tried)) == len(tried) and (1, "none", 64) in tried
+    assert (1, "dots", 8) not in tried  # 8 rows fit without
+    assert capfd.readouterr().err.count("fits: ") == sum(facts["fits"] for facts in found)
+
+
+def test_the_roofline_is_the_slowest_of_products_memory_and_links(tiny_run):
+    chip = next(row for row in devices.DEVICES if "v5( lite|e)" in row.pattern)
+    run = changed(tiny_run, model__dtype="bfloat16")
+    facts = {"flops": 16 * 197e12, "executed_flops": None, "chips": 16, "state_bytes": 1e9}
+    facts |= {"temporary_bytes": 1e9, "collectives": {"all-gather": {"count": 1, "bytes": 1e11}}}
+    found = aot._roofline(run, facts, chip, "v5e:4x4", 1)
+    assert found["estimated_seconds"] == pytest.approx(
+        {"products": 1.0, "memory": 4e9 / 819e9, "exchange": 1e11 / 200e9}
+    )
+    assert found["bound_by"] == "products" and found["estimated_mfu"] == 1.0
+    slow = aot._roofline(run, facts, chip, "v5e:4x4", 2)  # over the data centre's network
+    assert slow["bound_by"] == "exchange" and slow["estimated_step_seconds"] == 32.0
+
+
+@pytest.fixture(scope="module")
+def libtpu():
+    """Where libtpu is: a folder that LLM_JAX_LIBTPU names, so that nothing else finds TPUs to look for."""
+    place = os.environ.get("LLM_JAX_LIBTPU", "")
+    if not place and importlib.util.find_spec("libtpu") is None:
+        pytest.skip("no libtpu here: pip install --no-deps --target=FOLDER libtpu, and LLM_JAX_LIBTPU=FOLDER")
+    return place
+
+
+def test_a_step_compiled_for_a_slice_says_what_it_needs_and_one_too_large_does_not_fit(libtpu, tmp_path):
+    environment = os.environ | {"LLM_JAX_CACHE": str(tmp_path)}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [libtpu, *sys.path]))
+
+    def compiled(*fields):
+        command = [sys.executable, "-m", "llm_jax.aot", "--config=experiments/llama3.py:smoke", "--json"]
+        fields = [
+            "--topology=v5e:2x2",
+            "--config.execution.mesh.data=1",
+            "--config.execution.mesh.fsdp=-1",
+            *fields,
+        ]
+        done = subprocess.run(
+            [*command, *fields], env=environment, capture_output=True, text=True, timeout=900
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    small = compiled()
+    assert small["fits"] and small["chips"] == 4 and small["hbm_bytes"] == 16 * 2**30
+    assert small["collectives"]["all-gather"]["bytes"] > 0 and small["compile_seconds"] > 0
+    assert small["flops"] < small["executed_flops"] < 2 * small["flops"]  # blocks are computed again
+    assert 0 < small["estimated_mfu"] < 1
+    large = compiled(
+        "--config.model.width=16384", "--config.model.heads=128", "--config.model.mlp_width=65536"
+    )
+    assert not large["fits"] and large["peak_bytes"] > large["hbm_bytes"]

@@ -1,0 +1,249 @@
+"""Many processes are one run: its losses, its checkpoints, its end. Real processes, joined by gloo."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+
+import jax
+import numpy as np
+import pytest
+from changes import changed
+from jax._src.clusters.cloud_tpu_cluster import GkeTpuCluster
+from jax._src.clusters.slurm_cluster import SlurmCluster
+
+from launch.together import together
+from llm_jax import records
+from llm_jax.config import UserError
+from llm_jax.distributed import Place, place, variables
+from llm_jax.experiment_file import load_experiment
+from llm_jax.train import train
+
+SECONDS = 600  # of each command, on a machine that has other work
+
+EXPERIMENT = """
+'''A tiny run whose processes note which rows they load, and go as the environment says.'''
+
+import dataclasses, os, signal
+
+import jax
+
+from llm_jax.data import Files, Text
+from llm_jax.models.transformer import Transformer
+from llm_jax.optimizers import AdamW
+from llm_jax.run import Execution, Run
+from llm_jax.sharding import MeshConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Noting(Text, kind="noting"):
+    def open(self):
+        source = super().open()
+        rows = source.rows
+        def noted(seed, indices):
+            if "ROWS" in os.environ:
+                with open(f"{os.environ['ROWS']}.{jax.process_index()}", "a") as file:
+                    print(*indices, file=file)
+            process, step, number = map(int, os.environ.get("END", "9 0 0").split())
+            if (process, step) == (jax.process_index(), indices[0] // self.batch_size):
+                os.kill(os.getpid(), number)
+            return rows(seed, indices)
+        source.rows = noted
+        return source
+
+
+SCALES = ("x",)
+
+
+def get_config(scale):
+    data = Noting(corpus=Files((os.environ["CORPUS"],)), sequence_length=32, batch_size=8)
+    execution = Execution(MeshConfig(data=2, fsdp=2, tensor=2))
+    model = Transformer(layers=1, width=32, heads=4, vocabulary=264)
+    return Run(model, data, AdamW(), tokens=40 * 8 * 32, execution=execution)
+
+"""
+
+
+@pytest.fixture(scope="module")
+def experiment(corpus, tmp_path_factory):
+    """The experiment's file, and what its processes need in their environment."""
+    folder = tmp_path_factory.mktemp("experiment")
+    file = folder / "tiny.py"
+    file.write_text(textwrap.dedent(EXPERIMENT))
+    os.environ["CORPUS"] = corpus
+    yield file
+    del os.environ["CORPUS"]
+
+
+@pytest.fixture(scope="module")
+def run(experiment):
+    module, scale = load_experiment(f"{experiment}:x")
+    return module.get_config(scale)
+
+
+def two(experiment, folder, *arguments, **variables):
+    """Trains in two processes of four devices each by the launcher: (exit code, what all said)."""
+    cache = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
+    four = {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=4")}
+    command = ["-m", "launch.together", "--processes=2", "--", "-m", "llm_jax.train"]
+    launcher = subprocess.Popen(
+        [sys.executable, *command, f"--config={experiment}:x", f"--folder={folder}", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | cache | four | variables,
+    )
+    try:
+        said, _ = launcher.communicate(timeout=SECONDS)
+    finally:
+        launcher.kill()  # and with it, by the system, the processes that it started
+    return launcher.returncode, said
+
+
+def curve(folder):
+    table = records.metrics(folder).set_index("step")
+    return table["loss"].to_numpy(), records.load_run(folder)["result"]["loss"]
+
+
+@pytest.fixture(scope="module")
+def alone(run, tmp_path_factory):
+    """The losses on one device, and on eight devices of one process."""
+    curves = []
+    for mesh in ((1, 1, 1), (2, 2, 2)):
+        folder = tmp_path_factory.mktemp("alone") / "run"
+        fields = {f"execution__mesh__{n}": s for n, s in zip(("data", "fsdp", "tensor"), mesh, strict=True)}
+        train(changed(run, **fields), folder)
+        curves.append(curve(folder))
+    return curves
+
+
+def test_two_processes_give_the_losses_of_one_and_each_loads_its_own_rows(experiment, alone, tmp_path):
+    code, said = two(experiment, tmp_path / "run", ROWS=str(tmp_path / "rows"))
+    assert code == 0, said
+    assert said.count("status  done") == 1  # process 0 alone speaks
+    losses, held_out = curve(tmp_path / "run")
+    for other, other_held_out in alone:
+        np.testing.assert_allclose(losses[:20], other[:20], atol=1e-5)
+        assert held_out == pytest.approx(other_held_out, abs=1e-4)
+    assert records.starts(tmp_path / "run")[0]["facts"]["environment"]["processes"] == 2
+    result = records.load_run(tmp_path / "run")["result"]
+    assert result["status"] == "done" and result["steps_done"] == 40
+    for process in range(2):
+        wanted = (tmp_path / f"rows.{process}").read_text().split()
+        assert {int(row) % 8 // 4 for row in wanted} == {process}
+
+
+class Stops:
+    def __init__(self, step):
+        self.step = step
+
+    def begin(self, step):
+        self.began = step
+
+    def update(self, step, loss, tokens_per_second):
+        if step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_sigterm_to_one_process_saves_both_at_one_step_and_fewer_devices_continue(
+    experiment, run, alone, tmp_path
+):
+    # Process 1 is asked at step 13; both know, and save, a step or two later.
+    code, said = two(experiment, tmp_path / "run", END=f"1 13 {signal.SIGTERM:d}")
+    assert code == 143 and "stopped, and saved in" in said, said
+    four = Stops(27)
+    with pytest.raises(SystemExit):
+        train(changed(run, execution__mesh__data=1), tmp_path / "run", progress=four)
+    assert 13 <= four.began <= 16
+    one = {f"execution__mesh__{name}": 1 for name in ("data", "fsdp", "tensor")}
+    last = Stops(-1)
+    train(changed(run, **one), tmp_path / "run", progress=last)
+    assert 27 <= last.began <= 29
+    # Another 20 steps on other layouts, one after the other, from the same state.
+    losses, unbroken = curve(tmp_path / "run")[0], alone[0][0]
+    assert len(losses) == len(unbroken) == 40
+    np.testing.assert_allclose(losses[:36], unbroken[:36], atol=1e-5)
+
+
+def test_a_killed_process_ends_the_others_with_a_line_and_no_orphan_stays(experiment, tmp_path):
+    code, said = two(experiment, tmp_path / "run", END=f"1 13 {signal.SIGKILL:d}")
+    assert code == 75, said
+    assert "process 1 of 2 was killed by SIGKILL, and the others with it" in said
+    assert re.search("process 0 of 2: (another process|process 1) of this run has died or can't be", said)
+    assert "Traceback" not in said
+    left = subprocess.run(["pgrep", "-f", str(tmp_path / "run")], capture_output=True, text=True)
+    assert not left.stdout.split()
+
+
+def test_what_process_0_refuses_all_refuse(experiment, tmp_path):
+    (tmp_path / "metrics").mkdir()
+    code, said = two(experiment, tmp_path)
+    assert code == 2
+    for process in range(2):
+        assert f"process {process} of 2: error: {tmp_path} has metrics but no config.json" in said
+
+
+def test_processes_that_end_well_end_the_launcher_and_a_failure_is_its_own(capfd, monkeypatch):
+    monkeypatch.setattr("launch.together.SECONDS_TO_SPEAK", 0.2)
+    assert together(["-c", "pass"], 2) == 0
+    code = "import os, sys, time; os.environ['LLM_JAX_PROCESS'] == '0' or sys.exit(7); time.sleep(600)"
+    assert together(["-c", code], 2) == 7
+    assert "process 1 of 2 ended with exit code 7" in capfd.readouterr().err
+
+
+# ---- who is there ----
+
+
+def test_flags_and_environment_say_who_is_there():
+    there = Place("host:1234", 4, 3)
+    flags = {"coordinator": "host:1234", "processes": 4, "process": 3}
+    assert place(flags, {}) == place({}, variables(there)) == there
+    assert place(flags | {"process": 0}, variables(there)).process == 0  # flags come first
+    assert place({}, {}) is None
+    assert place({}, {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "TPU_WORKER_HOSTNAMES": "a"}) is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"processes": 2}, "is told by all of --coordinator"),
+        ({"coordinator": "h", "processes": 2, "process": 0}, "--coordinator=h .* not --coordinator=HOST"),
+        ({"coordinator": "h:1", "processes": 2, "process": 2}, "they are counted from 0"),
+    ],
+)  # fmt: skip
+def test_half_of_what_is_needed_is_refused(flags, words):
+    with pytest.raises(UserError, match=words):
+        place(flags, {})
+
+
+@pytest.mark.parametrize("nodes", ["node001", "node001,node7", "node[001-015],other2", "node[001,007-015]"])
+def test_slurms_variables_mean_what_jax_reads_in_them(monkeypatch, nodes):
+    step = {"JOB_ID": "70123", "STEP_ID": "0", "STEP_NODELIST": nodes, "NTASKS": "8", "PROCID": "5"}
+    step |= {"LOCALID": "1", "STEP_NUM_TASKS": "8", "STEP_NUM_NODES": "2"}
+    step = {f"SLURM_{name}": value for name, value in step.items()}
+    for name, value in step.items():
+        monkeypatch.setenv(name, value)
+    found = place({}, step)
+    assert SlurmCluster.is_env_present()
+    assert found.coordinator == SlurmCluster.get_coordinator_address(1, None)
+    assert found.processes == SlurmCluster.get_process_count()
+    assert found.process == SlurmCluster.get_process_id()
+    assert found.devices == [SlurmCluster.get_local_process_id()]
+    assert place({}, step | {"CUDA_VISIBLE_DEVICES": "3"}).devices is None  # bound to each task
+    assert place({}, step | {"SLURM_STEP_NUM_NODES": "8"}).devices is None  # a node each
+
+
+@pytest.mark.parametrize("slices", [1, 2])
+def test_a_tpu_slices_variables_mean_what_jax_reads_in_them(monkeypatch, slices):
+    # JAX asks the metadata server for what an environment lacks, so this one says all.
+    there = {"TPU_WORKER_HOSTNAMES": "localhost,127.0.0.2,127.0.0.3,127.0.0.4", "TPU_WORKER_ID": "2"}
+    there |= {"MEGASCALE_NUM_SLICES": str(slices), "MEGASCALE_SLICE_ID": str(slices - 1)}
+    there |= {"MEGASCALE_COORDINATOR_ADDRESS": "localhost:8080"}
+    for name, value in there.items():
+        monkeypatch.setenv(name, value)
+    found = place({}, there)
+    assert found.coordinator == GkeTpuCluster.get_coordinator_address(1, None) == "localhost:8482"
+    assert found.processes == GkeTpuCluster.get_process_count() == 4 * slices
+    assert found.process == GkeTpuCluster.get_process_id() == 4 * slices - 2
