@@ -28,6 +28,7 @@ from llm_jax.data import cache_folder
 from llm_jax.data.cache import digest
 from llm_jax.kernels import devices, hlo, memory, slices
 from llm_jax.models import counting
+from llm_jax.placement import mesh_of
 from llm_jax.program import Program, shape_of
 from llm_jax.records import dumps, write_atomically
 from llm_jax.run import Run
@@ -45,8 +46,7 @@ def compiled_for(run: Run, topology: str, count: int = 1) -> dict[str, Any]:
     fit, peak_bytes is what the compiler asked for. Raises UserError for what can't be compiled at all.
     """
     found = slices.describe(topology, count)
-    mesh = sharding.make_mesh(run.execution.mesh, found)
-    sharding.check_batch(run.data.batch_size, run.execution.micro_batches, mesh)
+    mesh = mesh_of(run, 1, found)
     shape = dataclasses.replace(shape_of(run, run.data), block=1)
     with devices.compiling_for("tpu"), jax.set_mesh(mesh):
         step = Program(shape, mesh)
@@ -93,7 +93,7 @@ def _compile(step: Program) -> dict[str, Any]:
         "state_bytes": plan.argument_size_in_bytes,
         "temporary_bytes": plan.temp_size_in_bytes,
         "collectives": hlo.collectives(text),
-        "attention": "a Pallas kernel" if "tpu_custom_call" in text else "chunked",
+        "attention": "splash" if "tpu_custom_call" in text else "chunked",
         "compile_seconds": seconds,
     }
 
@@ -137,18 +137,18 @@ def _roofline(
 # ---- search ----
 
 
-def candidates(run: Run, chips: int) -> Iterator[Run]:
+def candidates(run: Run, chips: int, count: int = 1) -> Iterator[Run]:
     """`run` on other meshes, with other remat and batches: from the least that is computed again to the most.
 
-    Meshes spread parameters over all chips (fsdp), or over groups of them with 2 to 8 chips of `tensor`
-    each; batches are half to four times the run's own, the largest first.
+    Meshes spread parameters over all `chips` of a slice (fsdp), or over groups of them with 2 to 8 chips of
+    `tensor` each; batches are half to four times the run's own, the largest first.
     """
     heads = getattr(run.resolved_model, "key_value_heads", 1)
     tensors = [ways for ways in (1, 2, 4, 8) if heads % ways == 0 and chips % ways == 0]
-    meshes = [sharding.MeshConfig(data=1, fsdp=chips // ways, tensor=ways) for ways in tensors]
+    meshes = [sharding.MeshConfig(slice=count, data=1, fsdp=chips // ways, tensor=ways) for ways in tensors]
     batches = [max(1, int(run.data.batch_size * factor)) for factor in (4, 2, 1, 0.5)]
     for mesh, remat, rows in itertools.product(meshes, REMATS, batches):
-        if rows % (mesh.fsdp * run.execution.micro_batches) == 0:
+        if rows % (count * mesh.fsdp * run.execution.micro_batches) == 0:
             changed = config.replace(run, "execution.mesh", mesh)
             changed = config.replace(changed, "execution.layout.remat", remat)
             yield config.replace(changed, "data.batch_size", rows)
@@ -160,9 +160,9 @@ def search(run: Run, topology: str, count: int = 1) -> list[dict[str, Any]]:
     A batch that fits stands for all smaller ones of its mesh and remat, and no mesh's dearer remat is tried
     where a cheaper one holds the largest batch.
     """
-    chips = len(slices.describe(topology, count))
+    chips = len(slices.describe(topology, count)) // count
     found: list[dict[str, Any]] = []
-    for one in candidates(run, chips):
+    for one in candidates(run, chips, count):
         mesh, remat, rows = one.execution.mesh, one.execution.layout.remat, one.data.batch_size
         same = [old for old in found if old["fits"] and old["asked"] == dataclasses.asdict(mesh)]
         if any(old["batch_size"] >= rows for old in same):

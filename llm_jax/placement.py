@@ -25,23 +25,22 @@ from llm_jax.step import make_init
 STATE_SHARE = 0.5
 
 
-def mesh_of(run: Run, width: int) -> jax.sharding.Mesh:
-    """The mesh of `width` runs like this one.
+def mesh_of(run: Run, width: int, devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
+    """The mesh of `width` runs like this one, on the devices of all processes if no others are given.
 
     Raises UserError where the devices don't make up what was asked for, or the run doesn't divide over them.
     Where nothing was asked for, members are spread before rows are, as they need nothing of each other. A run
     alone has no members to spread.
     """
-    asked = run.execution.mesh
+    asked, devices = run.execution.mesh, devices or sharding.all_devices()
     if width == 1:
         asked = dataclasses.replace(asked, member=1)
         if asked == MeshConfig():
-            asked = suggested(run)
+            asked = suggested(run, devices)
     elif asked == MeshConfig():
-        devices = sharding.all_devices()
         there = sharding.slices(devices)
         asked = MeshConfig(slice=there, member=math.gcd(width, len(devices) // there))
-    mesh = sharding.make_mesh(asked)
+    mesh = sharding.make_mesh(asked, devices)
     ways = mesh.shape["member"]
     if width % ways:
         raise UserError(
@@ -83,17 +82,16 @@ def why_no_ring(run: Run, ways: int) -> str | None:
     return None
 
 
-def suggested(run: Run) -> MeshConfig:
+def suggested(run: Run, devices: list[jax.Device]) -> MeshConfig:
     """The mesh for one run where none was asked for: all devices, parameters spread only as far as need be.
 
     Rows are spread first; where they run out, sequences are.
     """
-    devices = sharding.all_devices()
     there = sharding.slices(devices)
     found = MeshConfig(slice=there)
     if len(devices) == 1:
         return found
-    shape = shape_of(run, run.data.open())
+    shape = shape_of(run, run.data)
     count, rows = len(devices) // there, run.data.batch_size // run.execution.micro_batches
     heads = getattr(run.resolved_model.merged, "heads", 1)
     for ways in (n for n in range(1, count + 1) if count % n == 0):  # devices that share the parameters
@@ -103,7 +101,7 @@ def suggested(run: Run) -> MeshConfig:
         if heads % tensor or rows % there or (sequence > 1 and why_no_ring(run, sequence)):
             continue
         found = MeshConfig(slice=there, data=data, fsdp=fsdp, sequence=sequence, tensor=tensor)
-        room = memory.room(sharding.make_mesh(found))
+        room = memory.room(sharding.make_mesh(found, devices))
         if room is None or whole_bytes(shape) / ways <= STATE_SHARE * room:
             break
     return found
