@@ -42,7 +42,7 @@ PLAIN = """\
 {%- for message in messages -%}
 {{ message.role | capitalize ~ ': ' ~ message.content ~ (eos_token if message.role == 'assistant') ~ '\\n' }}
 {%- endfor -%}
-{{ 'Assistant: ' if add_generation_prompt }}"""
+{{ 'Assistant:' if add_generation_prompt }}"""
 
 
 class Template(NamedTuple):
@@ -103,6 +103,14 @@ def render(
     except Exception as error:
         why = str(error) if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {error}"
         raise UserError(f"the chat template: {why}") from None
+
+
+def lead(template: str, special: Mapping[str, str]) -> str:
+    """The white space with which an answer begins: what stands between its prompt and its first letter."""
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    before, after = render(template, talk[:1], special), render(template, talk, special, answer=False)
+    said = after[len(before) :] if after.startswith(before) else ""
+    return said[: len(said) - len(said.lstrip())]
 
 
 def pieces(

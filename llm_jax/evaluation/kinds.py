@@ -9,7 +9,7 @@ from typing import Literal
 
 from llm_jax.config import UserError
 from llm_jax.evaluation import checks
-from llm_jax.evaluation.requests import Answered, Generate, LogLikelihood, Request, Rolling
+from llm_jax.evaluation.requests import Answered, Generate, Request, Rolling
 from llm_jax.evaluation.tasks import Asker, Item, Record, Score, Task, filled, joined
 
 
@@ -34,10 +34,7 @@ class MultipleChoice(Task, kind="multiple_choice"):
 
     def requests(self, item: Item, ask: Asker) -> list[Request]:
         shots = [self._pairs(record)[self._right(record)] for record in item.shots]
-        return [
-            LogLikelihood(ask.prompt(question, shots), ask.answer(question, answer), ask.written)
-            for question, answer in self._pairs(item.record)
-        ]
+        return [ask.scored(question, answer, shots) for question, answer in self._pairs(item.record)]
 
     def scores(self, item: Item, answers: Sequence[Answered]) -> dict[str, Score]:
         right = self._right(item.record)
@@ -97,7 +94,7 @@ class Completion(Task, kind="completion"):
     def requests(self, item: Item, ask: Asker) -> list[Request]:
         question, answer = filled(self.question, item.record), filled(self.answer, item.record)
         shots = [(filled(self.question, shot), filled(self.answer, shot)) for shot in item.shots]
-        return [LogLikelihood(ask.prompt(question, shots), ask.answer(question, answer), ask.written)]
+        return [ask.scored(question, answer, shots)]
 
     def scores(self, item: Item, answers: Sequence[Answered]) -> dict[str, Score]:
         size = len(filled(self.answer, item.record).encode())

@@ -16,12 +16,13 @@ ASSUMED_CONTEXT = 4096  # of a model whose own isn't known
 @dataclasses.dataclass(frozen=True)
 class LogLikelihood:
     """How probable is `continuation` after `context`? written: a chat template wrote the context, with all
-    its special tokens.
+    its special tokens. apart: no token reaches over the boundary, as turns are taught and said.
     """
 
     context: str
     continuation: str
     written: bool = False
+    apart: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,12 +102,15 @@ def parts(request: LogLikelihood | Rolling, opened: Opened) -> tuple[list[Part],
 
 
 def pair(opened: Opened, request: LogLikelihood) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens of context and continuation, encoded together as a model would meet them.
+    """The tokens of context and continuation, as a model has met them: in turns apart, in a text together.
 
-    Spaces at the end of the context belong to the continuation, since tokens begin with them; what is left of
-    the whole after as many tokens as the context has alone is the continuation (as lm-evaluation-harness has
-    it). An empty context is the beginning of a text.
+    In a text, spaces at the end of the context belong to the continuation, since tokens begin with them; what
+    is left of the whole after as many tokens as the context has alone is the continuation (as
+    lm-evaluation-harness has it). An empty context is the beginning of a text.
     """
+    if request.apart:
+        following = encode(opened, request.continuation, special=False)
+        return encode(opened, request.context, not request.written), following
     context = request.context.rstrip()
     if not context:
         return beginning(opened)[None], encode(opened, request.context + request.continuation, False)

@@ -16,11 +16,11 @@ from typing import Any, ClassVar
 
 from llm_jax import config as configs
 from llm_jax.config import Tagged, UserError
-from llm_jax.data import readers
+from llm_jax.data import readers, templates
 from llm_jax.data.cache import digest
 from llm_jax.data.templates import TRANSCRIPT, TRANSCRIPT_STOPS, Message, render
 from llm_jax.evaluation.forms import READERS
-from llm_jax.evaluation.requests import Answered, Request
+from llm_jax.evaluation.requests import Answered, LogLikelihood, Request
 from llm_jax.inference.opening import Opened
 from llm_jax.interop.tokenizer import Portable
 
@@ -163,9 +163,13 @@ class Asker:
             template, special = self.tokenizer.chat_template, self.tokenizer.special
         return render(template, turns, special)
 
-    def answer(self, question: str, answer: str) -> str:
-        """The answer as it follows the prompt: a template ends where it begins, a text before a space."""
-        return answer.lstrip() if self.written else joined(question, answer)
+    def scored(self, question: str, answer: str, shots: Sequence[tuple[str, str]] = ()) -> LogLikelihood:
+        """Asks how probable the answer is: said behind a turn's prompt, or going on with a text."""
+        prompt = self.prompt(question, shots)
+        if not self.written:
+            return LogLikelihood(prompt, joined(question, answer))
+        lead = templates.lead(self.tokenizer.chat_template, self.tokenizer.special)
+        return LogLikelihood(prompt, lead + answer.lstrip(), written=True, apart=True)
 
     def stops(self, of_text: tuple[str, ...]) -> tuple[str, ...]:
         """What ends a written answer: a turn ends itself, but for those of a transcript."""

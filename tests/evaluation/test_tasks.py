@@ -83,7 +83,7 @@ def test_a_text_and_turns_ask_the_same(folder, opened):
     chat = Asker(Format(True, 1), opened.tokenizer)
     turns = f"<|user|>Q: {shot['question']}\nA:<|end|><|assistant|>{shot['options'][1]}<|end|>"
     turns += "<|user|>Q: What is 4 and 4?\nA:<|end|><|assistant|>"
-    assert CHOICE.requests(item, chat) == [LogLikelihood(turns, str(x), True) for x in (4, 8, 12)]
+    assert CHOICE.requests(item, chat) == [LogLikelihood(turns, str(x), True, True) for x in (4, 8, 12)]
 
 
 def test_no_item_is_its_own_example(folder):
@@ -120,7 +120,7 @@ def test_a_schema_is_scored_by_what_follows_the_choice(opened):
         LogLikelihood(option, " was big.") for option in record["options"]
     ]
     assert task.requests(item, Asker(Format(True), opened.tokenizer))[1] == LogLikelihood(
-        "<|user|>The cup, for the bag<|end|><|assistant|>", "was big.", True
+        "<|user|>The cup, for the bag<|end|><|assistant|>", "was big.", True, True
     )
 
 
