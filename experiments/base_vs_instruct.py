@@ -18,7 +18,7 @@ meaning, only a form.
 
 Made at 345 thousand parameters, the pair differs on none of five tasks of 100 items beyond the 95% interval,
 and both answer none of 24 items of any probe; books cost 0.043 (0.036 to 0.050) bits per byte more. About 10
-minutes on 2 loaded cores without the probes.
+minutes on 2 loaded cores without the probes. Turns were scored at a boundary that has moved since (LOG.md).
 """
 
 import dataclasses
