@@ -51,10 +51,10 @@ class Row(NamedTuple):
     @property
     def judged(self) -> dict[str, float]:
         """The shares that have to be right: to robust fits an outlier is none of the noise, but what one more
-        run measures they then tell with caution.
+        run measures they then tell with caution. Forecasts by Akima's minima don't hold, which a fit says.
         """
         if not self.outliers:
-            return self.shares
+            return {n: share for n, share in self.shares.items() if (self.kind, n) != ("akima", "forecast")}
         robust = self.kind in ("huber", "lad")
         return {name: share for name, share in self.shares.items() if robust and name != "run"}
 
