@@ -227,8 +227,8 @@ class Probing(Task, kind="probe"):
         return tools.described(tools.toolbox(self.probe.tools)) if self.way == "tool" else ""
 
     def _right(self, text: str, wanted: str) -> bool:
-        """Judged is what stands behind the last "Answer:", if that is there."""
-        said = text.rpartition("Answer:")[2].strip()
+        """Judged is what stands behind the last "Answer:", if that is there, and in no call."""
+        said = tools.without_calls(text).rpartition("Answer:")[2].strip()
         if self.name == "word_order":  # the first of the people that it names
             named = [word for word in checks.plain(said).split() if word in PEOPLE]
             return named[:1] == [wanted]

@@ -5,6 +5,7 @@ their punctuation, words in capitals by letters, and a language is known by its 
 A rule in a language that isn't known by either can't be checked, and its prompt is left out.
 """
 
+import inspect
 import json
 import re
 import unicodedata
@@ -37,6 +38,35 @@ def checkable(name: str, settings: Mapping[str, Any]) -> bool:
     """Whether this house can tell; only of languages it may not."""
     language = settings.get("language")
     return name in RULES and (language is None or language in SCRIPTS or language in WORDS)
+
+
+def check(name: str, settings: Mapping[str, Any]) -> None:
+    """Raises ValueError for a rule that isn't there, and for one without its settings or with wrong ones."""
+    if name not in RULES:
+        raise ValueError(f"no rule {name!r}")
+    signature = inspect.signature(RULES[name])
+    try:
+        signature.bind("", **settings)
+    except TypeError as error:
+        raise ValueError(f"the rule {name}: {error}") from None
+    for setting, value in settings.items():
+        kind = signature.parameters[setting].annotation
+        fits = {
+            str: isinstance(value, str),
+            int: isinstance(value, int | float) and not isinstance(value, bool),
+            list[str]: isinstance(value, list) and all(isinstance(word, str) for word in value),
+        }[kind]
+        if not fits or (setting in _RELATIONS and value not in ("less than", "at least")):
+            raise ValueError(f"the rule {name} with {setting}={value!r}")
+        try:
+            for pattern in ([value] if isinstance(value, str) else value) if setting in _PATTERNS else ():
+                re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"the rule {name} with {setting}={value!r}: {error}") from None
+
+
+_RELATIONS = ("relation", "let_relation", "capital_relation")
+_PATTERNS = ("keywords", "keyword", "forbidden_words", "section_spliter", "postscript_marker")
 
 
 def follows(text: str, name: str, settings: Mapping[str, Any]) -> bool:

@@ -105,6 +105,11 @@ def call_in(text: str) -> str | None:
     return text.rpartition(OPEN)[2] if OPEN in text else None
 
 
+def without_calls(text: str) -> str:
+    """What a text says beside its calls, one that isn't ended included."""
+    return re.sub(f"{OPEN}.*?({CLOSE}|$)", "", text, flags=re.DOTALL)
+
+
 class Said(Protocol):
     """Text that a model has said, and the stop text that ended it, if any."""
 
