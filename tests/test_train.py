@@ -371,7 +371,10 @@ def test_a_killed_run_continues_bit_for_bit(tiny_run, tmp_path):
         ({"seed": -1}, "seed is -1; it lies in 0 .. 4294967295"),
         ({"execution__mesh__data": 16}, "needs 16 devices, and there are 8"),
         ({"execution__mesh__tensor": 3}, "does not divide the 8 devices"),
-        ({"data__batch_size": 12}, r"a batch of 12 rows \(data.batch_size\) doesn\'t divide over 8 devices"),
+        (
+            {"data__batch_size": 12, "execution__mesh__data": 8},
+            r"a batch of 12 rows \(data.batch_size\) doesn\'t divide over 8 devices",
+        ),
         ({"execution__mesh__data": 1, "execution__micro_batches": 3}, "3 micro-batches"),
         ({"model__heads": 5}, "heads"),
         ({"model__width": 10**6}, r" GB of parameters, .* and this machine has "),
