@@ -85,7 +85,7 @@ class Chat(DataConfig, kind="chat"):
 
     def fingerprint(self) -> dict[str, Any]:
         """The conversations and the template, wherever they lie."""
-        content = [hash_of(readers.whole(Path(path)).encode()) for path in self.paths]
+        content = [hash_of(readers.unpacked(Path(path))) for path in self.paths]
         own = {} if self.template in BUILT_IN else {"template": digest(self.written.text)}
         file = self.tokenizer.content()
         return {"content": content} | own | ({"tokenizer_content": file} if file else {})

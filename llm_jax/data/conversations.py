@@ -18,6 +18,7 @@ row), each packed (.gz, .xz, .zst) or not.
 import collections
 import dataclasses
 import pathlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -94,6 +95,8 @@ def check(messages: Conversation) -> None:
             raise UnusableError("a turn without text")
         if message["role"] != "system" and not message["content"].strip():
             raise UnusableError("an empty turn")
+        if re.search("[\ud800-\udfff]", message["content"]):
+            raise UnusableError("half a surrogate, which is no text")
 
 
 # ---- formats ----

@@ -51,6 +51,16 @@ def whole(path: pathlib.Path) -> str:
     return "".join(lines(path))
 
 
+def unpacked(path: pathlib.Path) -> bytes:
+    """What is in a file, whatever it is packed by."""
+
+    def chunks() -> Iterator[bytes]:
+        with _open(path) as file:
+            yield file.read()
+
+    return b"".join(_readable(path, chunks()))
+
+
 def lines(path: pathlib.Path) -> Iterator[str]:
     """Its lines, each with its end."""
 

@@ -45,6 +45,8 @@ class MultipleChoice(Task, kind="multiple_choice"):
             "accuracy_by_token": [answer.nats / answer.tokens for answer in answers],
             "accuracy_by_byte": [one / size for one, size in zip(nats, sizes, strict=True)],
         }
+        if any(map(math.isnan, nats)) or not math.isfinite(min(nats)):  # a model that diverged is never right
+            return dict.fromkeys([*costs, "probability"], (0.0, 1.0))
         weights = [math.exp(min(nats) - one) for one in nats]
         return {name: (float(cost.index(min(cost)) == right), 1.0) for name, cost in costs.items()} | {
             "probability": (weights[right] / sum(weights), 1.0)
@@ -99,7 +101,7 @@ class Completion(Task, kind="completion"):
     def scores(self, item: Item, answers: Sequence[Answered]) -> dict[str, Score]:
         size = len(filled(self.answer, item.record).encode())
         return {
-            "accuracy": (float(answers[0].greedy), 1.0),
+            "accuracy": (float(answers[0].greedy and math.isfinite(answers[0].nats)), 1.0),
             "nats_per_answer": (answers[0].nats, 1.0),
             "bits_per_byte": (answers[0].nats / math.log(2), float(size)),
         }

@@ -61,12 +61,14 @@ class LoRA(ModelConfig, kind="lora"):
         return dataclasses.replace(self, base=self.base.resolve(data))
 
     def beginning(self, data: Any, codec: Any) -> Callable[[Any], Params] | None:
-        new = self.base.record(data).get("new_tokens", 0)
-        if new and "embed" not in self.whole:
-            raise UserError(
-                f"{new} special tokens of data.template are new to the model, and lora leaves embeddings as "
-                "they are: --config.model.whole=embed, trains them (head too, where it isn't tied)"
-            )
+        if new := self.base.record(data).get("new_tokens", 0):
+            parts = _names(self.base.resolve(data).build())
+            rows = [name for name in ("embed", "head") if name in parts]  # no head where it is tied
+            if not {*rows} <= {*self.whole}:
+                raise UserError(
+                    f"{new} special tokens of data.template are new to the model, and lora leaves their rows "
+                    f"as they are: --config.model.whole={','.join(rows)}, trains them"
+                )
         return self.base.beginning(data, codec)
 
     def record(self, data: Any) -> Mapping[str, Any]:
@@ -75,7 +77,7 @@ class LoRA(ModelConfig, kind="lora"):
     def build(self, layout: Layout = DEFAULT_LAYOUT) -> Model:
         """The base's functions, each of which reads base and thin matrices together."""
         base, scale = self.base.build(layout), self.alpha / self.rank
-        names = tuple(jax.eval_shape(base.init, jax.random.key(0)))
+        names = _names(base)
         if unknown := [name for name in self.whole if name not in names]:
             raise UserError(f"model.whole: no part {unknown[0]!r} there; {nearest(unknown[0], names)}")
 
@@ -126,6 +128,11 @@ class LoRA(ModelConfig, kind="lora"):
         if not drawn:
             raise UserError(f"model.matrices: {self.base.kind} has none of {', '.join(self.matrices)}")
         return drawn
+
+
+def _names(model: Model) -> tuple[str, ...]:
+    """The parts of a model's parameters."""
+    return tuple(jax.eval_shape(model.init, jax.random.key(0)))
 
 
 def _sides(name: str, leaf: Any) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:

@@ -1,10 +1,13 @@
 """Conversations: what is read, dropped and cut; rows hold whole ones, and only answers are trained on."""
 
+import gzip
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyarrow.parquet
 import pytest
 
 from llm_jax.config import UserError
@@ -50,6 +53,19 @@ def test_every_format_says_the_same(tmp_path, form):
     assert read([listed]).kept == [[ASKED, SAID]]
 
 
+def test_rows_are_the_same_of_every_kind_of_file(tmp_path):
+    said = talks(30)
+    packed = tmp_path / "chats.jsonl.gz"
+    lines = write(tmp_path, *said)
+    packed.write_bytes(gzip.compress(Path(lines).read_bytes()))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(said), tmp_path / "chats.parquet")
+    chats = [Chat((str(path),), batch_size=1) for path in (lines, packed, tmp_path / "chats.parquet")]
+    rows = [chat.open().rows(0, np.arange(3))["tokens"] for chat in chats]
+    np.testing.assert_array_equal(rows[0], rows[1])
+    np.testing.assert_array_equal(rows[0], rows[2])
+    assert chats[0].fingerprint() == chats[1].fingerprint()
+
+
 def test_what_can_not_teach_is_left_out_and_counted_by_reason(tmp_path):
     wrong = {
         "no turn": [],
@@ -60,6 +76,7 @@ def test_what_can_not_teach_is_left_out_and_counted_by_reason(tmp_path):
         "no assistant turn": [ASKED],
         "a turn without text": [ASKED, {"role": "assistant", "content": None}],
         "an empty turn": [{"role": "user", "content": " "}, SAID],
+        "half a surrogate, which is no text": [{"role": "user", "content": "half \ud83d"}, SAID],
         "a field missing or of another kind": ["Hi", "Hello"],
     }
     path = write(tmp_path, *({"messages": messages} for messages in wrong.values()), {"messages": TALK})

@@ -112,6 +112,14 @@ def test_choices_are_weighed_whole_by_token_and_by_byte():
     assert scores["probability"][0] == pytest.approx(weights[1] / weights.sum())
 
 
+@pytest.mark.parametrize("nats", [math.nan, math.inf])
+def test_a_model_that_diverged_is_never_right(nats):
+    item = type("Item", (), {"record": {"question": "?", "choices": ["a", "b"], "answer": 0}})
+    assert set(MultipleChoice().scores(item, [Scored(nats, 1, True)] * 2).values()) == {(0.0, 1.0)}
+    item = type("Item", (), {"record": {"context": "a", "continuation": "b"}})
+    assert Completion().scores(item, [Scored(nats, 1, True)])["accuracy"] == (0.0, 1.0)
+
+
 def test_a_schema_is_scored_by_what_follows_the_choice(opened):
     task = MultipleChoice(question="", choices="options", answer="right", ending="{rest}")
     record = {"options": ["The cup, for the cup", "The cup, for the bag"], "rest": "was big.", "right": 1}

@@ -1,6 +1,8 @@
 """LoRA: it starts at the model itself, learns two thin matrices a matrix, and merges into the same model."""
 
+import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -145,4 +147,16 @@ def test_what_cannot_be_learned_is_one_line(changes, words):
     assert words in str(error.value)
     with pytest.raises(UserError, match="no part 'embedd' there; did you mean 'embed'"):
         LoRA(BASE, whole=("embedd",)).build()
+
+
+@pytest.mark.parametrize(("tied", "whole"), [(True, ("embed",)), (False, ("embed", "head"))])
+def test_rows_of_new_tokens_are_trained_where_they_are_read_and_where_they_are_said(tied, whole, monkeypatch):
+    monkeypatch.setattr(Transformer, "record", lambda self, data: {"new_tokens": 2})
+    data, base = types.SimpleNamespace(vocabulary=32), dataclasses.replace(BASE, tied=tied)
+    assert LoRA(base, whole=whole).beginning(data, None) is None
+    with pytest.raises(UserError, match=f"2 special tokens .*model.whole={','.join(whole)}, trains"):
+        LoRA(base, whole=whole[:-1]).beginning(data, None)
+
+
+def test_experts_are_no_matrices_of_every_token():
     assert "expert_up" not in MATRICES
