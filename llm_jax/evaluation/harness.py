@@ -6,12 +6,14 @@
 The harness writes prompts and computes metrics; what it asks is answered, batched, spread and kept as ever.
 """
 
+import collections
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llm_jax.config import UserError
 from llm_jax.data.templates import Message, render
-from llm_jax.evaluation.requests import Generate, LogLikelihood, Rolling
+from llm_jax.evaluation.requests import Generate, LogLikelihood, Rolling, key
 from llm_jax.evaluation.runner import Evaluator
 from llm_jax.inference.sampling import Sampling
 
@@ -26,16 +28,20 @@ MAX_TOKENS = 256  # of an answer, where a task doesn't say
 
 
 class HarnessModel(LM):
-    """A model as the harness sees it."""
+    """A model as the harness sees it.
+
+    What its chat template wrote has all its special tokens and is given no more. Prompts that the harness has
+    kept on disk itself (cache_requests) are taken for plain text.
+    """
 
     def __init__(self, evaluator: Evaluator) -> None:
         super().__init__()
         self._evaluator, self._tokenizer = evaluator, evaluator.opened.tokenizer
-        self._written = False  # prompts come from the chat template, with all their special tokens
+        self._rendered: dict[int, set[str]] = {}  # what the chat template wrote, by its length
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """(log-probability, greedy) of each continuation."""
-        asked = [LogLikelihood(*request.args, written=self._written) for request in requests]
+        asked = [LogLikelihood(*args, written=self._written(args[0])) for args in (r.args for r in requests)]
         return [(-answer.nats, answer.greedy) for answer in self._evaluator.run(asked, "harness")]
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
@@ -44,8 +50,15 @@ class HarnessModel(LM):
         return [-answer.nats for answer in self._evaluator.run(asked, "harness")]
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """How each prompt goes on, up to a stop text."""
-        asked = [self._generate(*request.args) for request in requests]
+        """How each prompt goes on, up to a stop text. The same one asked again is sampled anew."""
+        asked, times = [], collections.Counter()
+        for request in requests:
+            one = self._generate(*request.args)
+            if one.sampling.temperature:
+                times[key(one)] += 1
+                seed = times[key(one)] - 1
+                one = dataclasses.replace(one, sampling=dataclasses.replace(one.sampling, seed=seed))
+            asked.append(one)
         return [answer.text for answer in self._evaluator.run(asked, "harness")]
 
     def _generate(self, prompt: str, settings: Mapping[str, Any]) -> Generate:
@@ -60,7 +73,7 @@ class HarnessModel(LM):
             }
             sampling = Sampling(**{"temperature": 1.0, **known})
         most = settings.get("max_gen_toks") or settings.get("max_new_tokens") or MAX_TOKENS
-        return Generate(prompt, stops, int(most), sampling, self._written)
+        return Generate(prompt, stops, int(most), sampling, self._written(prompt))
 
     # ---- chat templates ----
 
@@ -77,8 +90,14 @@ class HarnessModel(LM):
 
     def apply_chat_template(self, chat_history: list[Message], add_generation_prompt: bool = True) -> str:
         """A conversation as text; without the prompt, its last message is the beginning of an answer."""
-        self._written, template = True, self.chat_template(True)
-        if add_generation_prompt:
-            return render(template, chat_history, self._tokenizer.special)
-        begun = render(template, chat_history[:-1], self._tokenizer.special)
-        return begun + chat_history[-1]["content"]
+        template, begun = self.chat_template(True), ""
+        if not add_generation_prompt:
+            *chat_history, last = chat_history
+            begun = last["content"]
+        text = render(template, chat_history, self._tokenizer.special) + begun
+        self._rendered.setdefault(len(text), set()).add(text)
+        return text
+
+    def _written(self, prompt: str) -> bool:
+        """Whether the chat template wrote the prompt, up to a choice that may stand behind it."""
+        return any(prompt[:length] in texts for length, texts in self._rendered.items())

@@ -1,6 +1,7 @@
 """lm-evaluation-harness finds the same with our evaluator as with its own transformers model, offline."""
 
 import json
+import types
 
 import pytest
 
@@ -92,6 +93,34 @@ def test_the_harness_finds_the_same_with_both(models, tasks, chat, monkeypatch, 
             else:
                 for (a,), (b,) in zip(mine, yours, strict=True):
                     assert float(a[0]) == pytest.approx(float(b[0]), abs=1e-3) and str(a[1]) == str(b[1])
+
+
+def asked(*args):
+    """A request as the harness makes it."""
+    return types.SimpleNamespace(args=args)
+
+
+def test_repeated_requests_are_sampled_anew_and_the_same_again_tomorrow(evaluator):
+    from llm_jax.evaluation.harness import HarnessModel
+
+    sampled, greedy = ({"temperature": t, "do_sample": bool(t), "max_gen_toks": 8} for t in (1.0, 0.0))
+    four = HarnessModel(evaluator).generate_until([asked("the rain", sampled)] * 4)
+    assert len(set(four)) == 4
+    assert HarnessModel(evaluator).generate_until([asked("the rain", sampled)] * 2) == four[:2]
+    assert len(set(HarnessModel(evaluator).generate_until([asked("the rain", greedy)] * 2))) == 1
+
+
+def test_text_is_asked_as_text_after_a_chat(opened):
+    from llm_jax.evaluation.harness import HarnessModel
+    from llm_jax.evaluation.runner import Evaluator
+
+    begun = opened._replace(tokenizer=opened.tokenizer.begun(0))  # whose texts begin with a token
+    model = HarnessModel(Evaluator(begun, slots=4))
+    before = model.loglikelihood([asked("the rain", " in spain")])
+    prompt = model.apply_chat_template([{"role": "user", "content": "the rain"}])
+    assert model.loglikelihood([asked("the rain", " in spain")]) == before
+    requests = [model._generate(text, {}) for text in (prompt, f"{prompt}in", "the rain")]
+    assert [request.written for request in requests] == [True, True, False]
 
 
 def test_a_model_without_a_template_refuses_chat(opened):
