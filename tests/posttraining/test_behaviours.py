@@ -7,12 +7,12 @@ import types
 
 import pytest
 
-from experiments import behaviours as experiment
 from llm_jax import config
 from llm_jax.config import UserError
 from llm_jax.data import conversations
 from llm_jax.evaluation import checks, rules
 from llm_jax.evaluation.requests import Generated
+from llm_jax.experiment_file import load_experiment
 from llm_jax.inference import tools
 from llm_jax.posttraining import behaviours, world
 from llm_jax.posttraining.behaviours import MAKERS, Sampled
@@ -174,5 +174,6 @@ def test_a_mix_has_a_third_of_each_kind_and_measures_have_different_questions():
     ],
 )
 def test_what_the_experiment_can_t_do_is_refused_in_a_line(change, words):
+    experiment, _ = load_experiment("experiments/behaviours.py")
     with pytest.raises(UserError, match=words):
         config.check(dataclasses.replace(experiment.get_config("smoke"), **change))

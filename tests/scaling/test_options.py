@@ -10,8 +10,8 @@ import pytest
 import scipy.optimize
 from known_laws import TRUTH, few_starts, sweep
 
-from experiments import optimizers
 from llm_jax.config import UserError
+from llm_jax.experiment_file import load_experiment
 from llm_jax.scaling import compare, identified, sensitivity
 from llm_jax.scaling.fits import fit, fit_law
 from llm_jax.scaling.objectives import objective
@@ -226,6 +226,7 @@ def test_the_report_of_optimizers_draws_the_curves_that_it_multiplies():
     C = np.geomspace(1e15, 1e20, 6)
     rows = [(c, 1.7 + 300 * (s * c) ** -0.15, kind) for kind, s in (("adamw", 1), ("muon", 1.5)) for c in C]
     points = pd.DataFrame(rows, columns=["C", "loss", "optimizer"])
+    optimizers, _ = load_experiment("experiments/optimizers.py")
     fitted, _ = optimizers.multiplier_of(points, "adamw", "muon", bootstrap=100)
     first, second = (compare.best_loss(fitted, C, second).value for second in (False, True))
     assert first == pytest.approx(points["loss"][:6], rel=1e-4)
