@@ -23,7 +23,7 @@ help:  ## what there is
 
 setup: $(STAMP)  ## .venv with the package and its dependencies
 
-quickstart: $(call installed,$(QUICK))  ## a scaling sweep on real text, the law it shows, and the report (8 minutes on 2 cores)
+quickstart: $(call installed,$(QUICK))  ## a scaling sweep on real text, the law it shows, and the report (4 minutes on 2 cores)
 	$(BIN)/python -m launch.local --config=experiments/isoflop.py:$(SCALE)
 
 test: $(STAMP)  ## the test suite
