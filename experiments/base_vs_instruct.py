@@ -5,11 +5,12 @@
     python -m launch.local --config=experiments/base_vs_instruct.py:smoke     (seconds; two tiny models)
 
 Both checkpoints answer the same items of the same tasks, as plain text and as turns (each by its own chat
-template; one without any in a transcript, "User: … Assistant:"). Differences are taken item by item, with 95%
-intervals from 2,000 draws of items; "own" compares the base on text with the instruct model in turns, each as
-it is meant to be asked. The alignment tax is what held-out pretraining text costs both, in bits per byte, and
-in nats per token where the tokenizers are the same. Degenerate answers are counted on open prompts that
-nothing but the model ends: it never stops, repeats itself, or goes on as the user.
+template; one without any in a transcript, "User: … Assistant:"). Differences are taken item by item, with
+95% intervals from 2,000 draws of items (of what is right or wrong no narrower than Newcombe's); "own"
+compares the base on text with the instruct model in turns, each as it is meant to be asked. The alignment
+tax is what held-out pretraining text costs both, in bits per byte, and in nats per token where the
+tokenizers are the same. Degenerate answers are counted on open prompts that nothing but the model ends: it
+never stops, repeats itself, or goes on as the user.
 
 A pair that is made is pretrained on books and then tuned, all parameters, on conversations, as the scale cpu
 of experiments/instruct.py says; it and the tasks are read from the folder LLM_JAX_REFERENCE_DATA (by default
@@ -35,11 +36,11 @@ from llm_jax import config
 from llm_jax.config import UserError
 from llm_jax.data import Chat, Files, Text
 from llm_jax.evaluation import standard
-from llm_jax.evaluation.compare import paired
+from llm_jax.evaluation.compare import Difference, paired
 from llm_jax.evaluation.kinds import Documents, OpenEnded
 from llm_jax.evaluation.runner import Evaluator
 from llm_jax.evaluation.scores import Outcome, evaluate
-from llm_jax.evaluation.tasks import Format
+from llm_jax.evaluation.tasks import HIGHEST, Format
 from llm_jax.inference.opening import Opened, open_model
 from llm_jax.inference.pretrained import Pretrained, PretrainedTokenizer
 from llm_jax.models.transformer import Transformer
@@ -172,17 +173,27 @@ def compared(found: dict[str, dict[str, Outcome]], comparable: bool) -> dict[str
     for key, of_base, of_instruct in sorted(keys):
         metrics = paired(found["base"][of_base], found["instruct"][of_instruct])
         if key.startswith("open_ended/"):
-            degenerate[key.partition("/")[2]] = {name: one._asdict() for name, one in metrics.items()}
+            degenerate[key.partition("/")[2]] = {name: told(one) for name, one in metrics.items()}
             continue
         name, one = next(iter(metrics.items()))
-        others = {other: pair._asdict() for other, pair in metrics.items()}
-        tasks[key] = one._asdict() | {"metric": name, "metrics": others}
+        others = {other: told(pair) for other, pair in metrics.items()}
+        best = found["base"][of_base].task.metrics[name]
+        tasks[key] = told(one) | {"metric": name, "best": best, "metrics": others}
     text = {}
     if "text" in found["base"]:
         metrics = paired(found["base"]["text"], found["instruct"]["text"])
         kept = [name for name in metrics if comparable or name != "nats_per_token"]
-        text = {name: metrics[name]._asdict() for name in kept}
+        text = {name: told(metrics[name]) for name in kept}
     return {"tasks": tasks, "degenerate": degenerate, "text": text, "same_tokenizer": comparable}
+
+
+def told(one: Difference) -> dict[str, Any]:
+    return one.named("base", "instruct")
+
+
+def gain(one: dict[str, Any]) -> tuple[float, float]:
+    """The interval of what instruct gains: of a loss, by how much it is lower."""
+    return (one["low"], one["high"]) if one["best"] == HIGHEST else (-one["high"], -one["low"])
 
 
 # ---- what is shown ----
@@ -196,19 +207,19 @@ def report(
     made_here: bool,
 ) -> Page:
     tasks = result["tasks"]
-    better = [key for key, one in tasks.items() if one["low"] > 0]
-    worse = [key for key, one in tasks.items() if one["high"] < 0]
-    own = [one for key, one in tasks.items() if key.endswith("/own")]
-    mean = np.mean([one["difference"] for one in own])
-    tiles = [
-        Tile(f"{mean:+.3f}", "mean difference", f"{len(own)} tasks, each model as it is meant to be asked")
-    ]
+    better = [key for key, one in tasks.items() if gain(one)[0] > 0]
+    worse = [key for key, one in tasks.items() if gain(one)[1] < 0]
+    own = [one["difference"] for key, one in tasks.items() if key.endswith("/own") and one["best"] == HIGHEST]
+    tiles = []
+    if own:  # losses are in units of their own
+        meant = f"{len(own)} tasks, each model as it is meant to be asked"
+        tiles.append(Tile(f"{np.mean(own):+.3f}", "mean difference", meant))
     if tax := result["text"].get("bits_per_byte"):
         tiles.append(Tile(f"{tax['difference']:+.3f}", "bits per byte on pretraining text", ranged(tax)))
     asked = result["degenerate"]["own"]["degenerate"]
     tiles.append(Tile(f"{asked['instruct']:.0%}", "degenerate answers", f"base: {asked['base']:.0%}"))
     answers = [
-        Answer(f"instruct is better on {', '.join(better) or 'nothing'}", "the interval lies above zero"),
+        Answer(f"instruct is better on {', '.join(better) or 'nothing'}", "its interval lies above zero"),
         Answer(f"instruct is worse on {', '.join(worse) or 'nothing'}", "below zero", good=not worse),
     ]
     if not result["same_tokenizer"]:

@@ -288,7 +288,7 @@ def compared(of_base: Outcome, treated: Outcome, draws: int) -> dict[str, dict[s
             pair = tuple(of["right"] for of in scores)
             groups.setdefault(f"right/{item.record['group']}", []).append(pair)
     found |= {name: difference(pairs, draws) for name, pairs in groups.items()} if len(groups) > 1 else {}
-    return {metric: one._asdict() for metric, one in found.items()}
+    return {metric: one.named("base", "treated") for metric, one in found.items()}
 
 
 # ---- what is shown ----
@@ -301,7 +301,7 @@ def report(base: Behaviours, result: dict[str, Any]) -> Page:
             for key, metrics in keys.items():
                 for metric, one in metrics.items():
                     if metric not in ("stopped", "nats_per_token"):
-                        cells = [f"{one['base']:.3f}", f"{one['instruct']:.3f}", ranged(one)]
+                        cells = [f"{one['base']:.3f}", f"{one['treated']:.3f}", ranged(one)]
                         rows.append([size, name, key, metric, *cells, str(one["count"])])
         learned = {
             key.split("/")[0]

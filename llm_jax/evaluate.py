@@ -17,7 +17,7 @@ from absl import flags
 from llm_jax import config, records
 from llm_jax.config import UserError
 from llm_jax.evaluation import probes, standard
-from llm_jax.evaluation.runner import Evaluator
+from llm_jax.evaluation.runner import Evaluator, content
 from llm_jax.evaluation.scores import Outcome, evaluate
 from llm_jax.evaluation.tasks import Format
 from llm_jax.inference import options
@@ -71,7 +71,7 @@ def main() -> None:
             lines = "".join(f"{json.dumps(row)}\n" for row in outcome.rows())
             records.write_atomically(out / f"{outcome.name}.jsonl", lines)
         result = {
-            "model": {"name": opened.name, "content": evaluator.content},
+            "model": {"name": opened.name, "content": evaluator.content or content(opened)},
             "tasks": {outcome.name: outcome.to_json() for outcome in outcomes},
         }
         records.write_atomically(out / "result.json", records.dumps(result, indent=1) + "\n")

@@ -18,6 +18,7 @@ from llm_jax.checkpoints import Checkpoints
 from llm_jax.config import UserError, nearest
 from llm_jax.data import Source
 from llm_jax.distributed import agreed, leads
+from llm_jax.evaluation.during import Asking
 from llm_jax.models import Params
 from llm_jax.program import Program
 from llm_jax.records import Record, load_run, metrics
@@ -63,6 +64,30 @@ class Member:
             with self._record:
                 self._record.start(facts.described(run, source), {})  # refuses the result of another run
             self.result = self._ended()
+        if self.result is None and run.execution.tasks.names:
+            self.hooks = [*hooks, Asking(run, source)]
+        self._best_is = self._which_is_best()
+
+    def _which_is_best(self) -> str:
+        """Whether `keep_best` is to be "highest" or "lowest"; raises UserError for what no evaluation has."""
+        keeps = self.run.execution.checkpoint
+        if not keeps.keep_best or self.result is not None:
+            return ""
+        held_out, known = self.source.held_out(), {}
+        if held_out is not None:
+            losses = ["loss", "bits_per_byte", *(f"loss/{name}" for name, _ in held_out.sources)]
+            known = dict.fromkeys(losses, "lowest")
+        for hook in self.hooks:
+            known |= getattr(hook, "metrics", {})
+        if keeps.keep_best not in known and all(hasattr(hook, "metrics") for hook in self.hooks):
+            raise _no_metric(keeps.keep_best, known)
+        best = keeps.best_is or known.get(keeps.keep_best, "")
+        if not best:
+            raise UserError(
+                f"execution.checkpoint.keep_best={keeps.keep_best}: nothing says which value is best; add "
+                "--config.execution.checkpoint.best_is=highest (or lowest)"
+            )
+        return best
 
     def _ended(self) -> dict[str, Any] | None:
         """What result.json says; a run that was stopped early goes on where that is no longer asked for."""
@@ -211,16 +236,13 @@ class Member:
         if not keeps.keep_best:
             return False
         if keeps.keep_best not in scores:
-            raise UserError(
-                f"execution.checkpoint.keep_best: no metric {keeps.keep_best!r} in this run's evaluations; "
-                f"{nearest(keeps.keep_best, scores)}"
-            )
+            raise _no_metric(keeps.keep_best, scores)
         value = scores[keeps.keep_best]
         if not math.isfinite(value):
             return False
         if self._best is not None:
             before = self._best["value"]
-            if value >= before if keeps.best_is == "lowest" else value <= before:
+            if value >= before if self._best_is == "lowest" else value <= before:
                 return False
         self._best = {"metric": keeps.keep_best, "step": step, "value": value}
         self.checkpoints.best = step
@@ -279,6 +301,11 @@ class Member:
             self.checkpoints.close()
         finally:
             self._record.close()
+
+
+def _no_metric(name: str, known: Iterable[str]) -> UserError:
+    where = "execution.checkpoint.keep_best"
+    return UserError(f"{where}: no metric {name!r} in this run's evaluations; {nearest(name, known)}")
 
 
 def has_diverged(latest: Sequence[float], level: float) -> bool:

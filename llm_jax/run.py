@@ -45,8 +45,8 @@ class NoSweep(Sweep, kind="none"):
 class Checkpointing:
     """When the state is saved: every so many seconds or steps (0: not by that clock), and at the end.
 
-    keep_best: a metric of the evaluations, such as loss; the state for which it was lowest (best_is) is saved
-    and kept, and the run is opened with it.
+    keep_best: a metric of the evaluations, such as loss; the state for which it was best is saved and kept,
+    and the run is opened with it. best_is: for a metric that doesn't say so itself.
     """
 
     every_seconds: float = 60.0
@@ -55,7 +55,7 @@ class Checkpointing:
     keep_steps: tuple[int, ...] = ()
     at_end: bool = True
     keep_best: str = ""
-    best_is: Literal["lowest", "highest"] = "lowest"
+    best_is: Literal["", "lowest", "highest"] = ""
 
     def validate(self) -> None:
         check_least(self, "execution.checkpoint.", keep_last=1, every_steps=0, every_seconds=0)

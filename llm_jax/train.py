@@ -20,7 +20,6 @@ from absl import flags
 
 from llm_jax import config, distributed, manifest
 from llm_jax.config import UserError
-from llm_jax.evaluation.during import Asking
 from llm_jax.loop import train_together
 from llm_jax.member import Hook, Member
 from llm_jax.placement import mesh_of
@@ -53,9 +52,8 @@ def train(run: Run, folder: str | Path, hooks: Sequence[Hook] = (), progress: An
 
 
 def hooks_of(experiment: types.ModuleType, run: Run) -> Sequence[Hook]:
-    """What is measured at every evaluation of `run`: by the experiment's file, and the run's own tasks."""
-    found = experiment.hooks(run) if hasattr(experiment, "hooks") else ()
-    return [*found, Asking(run)] if run.execution.tasks.names else found
+    """What is measured at every evaluation of `run` by the experiment's file."""
+    return experiment.hooks(run) if hasattr(experiment, "hooks") else ()
 
 
 # What is printed of a result.

@@ -19,7 +19,7 @@ from llm_jax.inference.pretrained import Pretrained, PretrainedTokenizer, conten
 from llm_jax.models.lora import LoRA
 from llm_jax.optimizers import AdamW
 from llm_jax.pack import train_packed
-from llm_jax.run import Checkpointing, Execution, Run
+from llm_jax.run import Checkpointing, Execution, Run, Tasks
 from llm_jax.schedules import WSD
 from llm_jax.sharding import MeshConfig
 from llm_jax.train import train
@@ -199,7 +199,7 @@ def test_the_head_is_widened_too_and_rows_of_a_padded_table_stay():
 
 def test_the_best_state_is_kept_through_kills_and_opened(tuned, tmp_path):
     """By a score that is best at step 6; the first attempt dies behind it."""
-    keeps = Checkpointing(keep_last=1, every_steps=2, keep_best="distance")
+    keeps = Checkpointing(keep_last=1, every_steps=2, keep_best="distance", best_is="lowest")
     run = tuned(steps=14, optimizer=AdamW(), execution={"checkpoint": keeps, "evaluate_every_steps": 2})
     seen, dies = {}, [10]
 
@@ -230,6 +230,26 @@ def test_the_best_state_is_kept_through_kills_and_opened(tuned, tmp_path):
         ({"initial_scale": 2.0}, "initial_scale multiplies drawn parameters"),
         ({"execution": {"checkpoint": Checkpointing(keep_best="loss")}}, "say how often"),
         (
+            {
+                "execution": {
+                    "checkpoint": Checkpointing(keep_best="letters/acuracy"),
+                    "evaluate_every_steps": 1,
+                    "tasks": Tasks(("letters",)),
+                }
+            },
+            "no metric 'letters/acuracy' in this run's evaluations; did you mean 'letters/accuracy'",
+        ),
+        (
+            {
+                "execution": {
+                    "checkpoint": Checkpointing(keep_best="arithmetic:tool/called"),
+                    "evaluate_every_steps": 1,
+                    "tasks": Tasks(("arithmetic:tool",)),
+                }
+            },
+            r"arithmetic:tool/called: nothing says which value is best; add .*best_is=highest \(or lowest\)",
+        ),
+        (
             {"execution": {"checkpoint": Checkpointing(keep_best="lss"), "evaluate_every_steps": 1}},
             "no metric 'lss' in this run's evaluations; did you mean 'loss'",
         ),
@@ -239,6 +259,7 @@ def test_the_best_state_is_kept_through_kills_and_opened(tuned, tmp_path):
 def test_what_can_not_be_begun_is_one_line(tuned, tmp_path, changes, words):
     with pytest.raises(UserError, match=words):
         train(tuned(**changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_data_of_another_tokenizer_is_refused_before_anything_is_written(base, tuned, tmp_path, corpus):

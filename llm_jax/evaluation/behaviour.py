@@ -7,12 +7,12 @@ whether the model did what is right here, which for a look-alike is to answer pl
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from llm_jax.evaluation import checks, rules
 from llm_jax.evaluation.requests import Answered, Generate, Request
-from llm_jax.evaluation.tasks import Asker, Item, Record, Score, Task
+from llm_jax.evaluation.tasks import HIGHEST, LOWEST, Asker, Item, Record, Score, Task
 from llm_jax.inference import tools
 from llm_jax.inference.tools import CLOSE
 
@@ -27,6 +27,10 @@ class Behaviour(Task, kind="behaviour"):
     wanted: bool = True
     group: str = "group"
     max_tokens: int = 64
+
+    @property
+    def metrics(self) -> Mapping[str, str]:
+        return {"right": HIGHEST, "did": HIGHEST if self.wanted else LOWEST, "answered": HIGHEST}
 
     def check(self, record: Record) -> None:
         _ = record["question"], record["value"]

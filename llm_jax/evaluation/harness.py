@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llm_jax.config import UserError
+from llm_jax.data.cache import digest
 from llm_jax.data.templates import Message, render
 from llm_jax.evaluation.requests import Generate, LogLikelihood, Rolling, key
 from llm_jax.evaluation.runner import Evaluator
@@ -80,7 +81,7 @@ class HarnessModel(LM):
     @property
     def tokenizer_name(self) -> str:
         """What the harness keeps its own cache of requests by."""
-        return self._evaluator.content
+        return digest([self._tokenizer.data, self._tokenizer.chat_template])
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The template, if one is asked for; the harness keeps it with its results."""

@@ -4,13 +4,24 @@ import dataclasses
 import math
 import re
 import string
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal
 
 from llm_jax.config import UserError
 from llm_jax.evaluation import checks
 from llm_jax.evaluation.requests import Answered, Generate, Request, Rolling
-from llm_jax.evaluation.tasks import Asker, Item, Record, Score, Task, filled, joined
+from llm_jax.evaluation.tasks import (
+    HIGHEST,
+    LOWEST,
+    NEITHER,
+    Asker,
+    Item,
+    Record,
+    Score,
+    Task,
+    filled,
+    joined,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +38,10 @@ class MultipleChoice(Task, kind="multiple_choice"):
     fixed: tuple[str, ...] = ()
     answer: str = "answer"
     ending: str = ""
+
+    metrics: ClassVar = dict.fromkeys(
+        ("accuracy", "accuracy_by_token", "accuracy_by_byte", "probability"), HIGHEST
+    )
 
     def check(self, record: Record) -> None:
         self._pairs(record)
@@ -88,6 +103,8 @@ class Completion(Task, kind="completion"):
     question: str = "{context}"
     answer: str = "{continuation}"
 
+    metrics: ClassVar = {"accuracy": HIGHEST, "nats_per_answer": LOWEST, "bits_per_byte": LOWEST}
+
     def check(self, record: Record) -> None:
         filled(self.question, record)
         if not filled(self.answer, record):
@@ -123,6 +140,14 @@ class Generation(Task, kind="generation"):
     shown: str = ""
     stops: tuple[str, ...] = ("\n\n",)
     max_tokens: int = 256
+
+    @property
+    def metrics(self) -> Mapping[str, str]:
+        more = {
+            "rules": dict.fromkeys(("accuracy_loose", "instructions", "instructions_loose"), HIGHEST),
+            "refusal": {"refused": NEITHER},
+        }
+        return {"accuracy": HIGHEST, "stopped": HIGHEST} | more.get(self.check_by, {})
 
     def validate(self) -> None:
         try:
@@ -163,6 +188,8 @@ class Documents(Task, kind="documents"):
     text: str = "text"
     longest: int = 0
 
+    metrics: ClassVar = {"bits_per_byte": LOWEST, "nats_per_token": LOWEST}
+
     def check(self, record: Record) -> None:
         if not isinstance(record[self.text], str) or not record[self.text]:
             raise ValueError(f"the field {self.text!r} is no text")
@@ -192,6 +219,8 @@ class OpenEnded(Task, kind="open_ended"):
 
     question: str = "{prompt}"
     max_tokens: int = 128
+
+    metrics: ClassVar = dict.fromkeys(("degenerate", "never_stops", "repeats", "continues_as_user"), LOWEST)
 
     def check(self, record: Record) -> None:
         filled(self.question, record)

@@ -12,12 +12,12 @@ import pathlib
 import random
 import re
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 from llm_jax.config import UserError, nearest
 from llm_jax.evaluation import checks
 from llm_jax.evaluation.requests import Answered, Generate, Request
-from llm_jax.evaluation.tasks import Asker, Item, Score, Task
+from llm_jax.evaluation.tasks import HIGHEST, NEITHER, Asker, Item, Score, Task
 from llm_jax.inference import tools
 from llm_jax.inference.opening import Opened
 
@@ -143,6 +143,8 @@ class Probing(Task, kind="probe"):
     seed: int = 0
     facts: tuple[tuple[str, int], ...] = ()
     group: str = "size"
+
+    metrics: ClassVar = {"accuracy": HIGHEST, "both_orders": HIGHEST, "called": NEITHER}
 
     def about(self, opened: Opened) -> "Probing":
         if self.name != SELF:

@@ -51,7 +51,7 @@ PICKED = 128  # positions whose logits exist at once
 
 
 class Evaluator:
-    """A model that is asked. keep: answers stay on disk, in the cache's folder.
+    """A model that is asked. keep: answers stay on disk, in the cache's folder, by `content`.
 
     slots: how many answers are generated at once.
     """
@@ -67,9 +67,8 @@ class Evaluator:
         self._of(opened)
 
     def _of(self, opened: Opened) -> None:
-        self.content = content(opened)
-        place = cache_folder() / "evaluation" / f"{self.content}.jsonl"
-        self._kept = _Kept(place if self._keep else None)
+        self.content = content(opened) if self._keep else ""
+        self._kept = _Kept(cache_folder() / "evaluation" / f"{self.content}.jsonl" if self._keep else None)
 
     def exchange(self, params: Params) -> None:
         """The same model with other parameters, for which nothing is compiled again."""

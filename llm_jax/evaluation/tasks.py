@@ -24,6 +24,7 @@ from llm_jax.evaluation.requests import Answered, LogLikelihood, Request
 from llm_jax.inference.opening import Opened
 from llm_jax.interop.tokenizer import Portable
 
+HIGHEST, LOWEST, NEITHER = "highest", "lowest", ""
 Score = tuple[float, float]  # what an item adds to a metric's sum and to its count
 Record = Mapping[str, Any]
 
@@ -62,7 +63,7 @@ class Task(Tagged):
     examples: str = ""
     group: str = ""
 
-    unit: ClassVar[str] = "accuracy"  # the metric that stands for the task
+    metrics: ClassVar[Mapping[str, str]] = {}  # that it scores, by which value is best
 
     def about(self, opened: Opened) -> "Task":
         """The task as it is asked of this model."""

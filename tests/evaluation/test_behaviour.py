@@ -61,6 +61,8 @@ def test_doing_it_and_being_right_are_told_apart(shows, wanted, record, said, di
     task.check(record)
     scores = task.scores(Item("0", record), [Generated(said, "stop", 1)])
     assert (scores["did"][0], scores["right"][0]) == (did, right)
+    assert scores.keys() <= task.metrics.keys()
+    assert task.metrics["did"] == ("highest" if wanted else "lowest")
 
 
 def test_a_right_call_is_told_its_result_and_a_wrong_one_ends_the_item():

@@ -8,12 +8,21 @@ import numpy as np
 import pytest
 
 from llm_jax.config import UserError
-from llm_jax.evaluation.compare import difference, paired
+from llm_jax.evaluation.compare import difference, newcombe, paired
+from llm_jax.evaluation.kinds import Documents, MultipleChoice
 from llm_jax.evaluation.probes import Probing
-from llm_jax.evaluation.scores import evaluate
-from llm_jax.evaluation.tasks import Format
+from llm_jax.evaluation.scores import Outcome, evaluate
+from llm_jax.evaluation.tasks import Format, Item
 
-EXPERIMENT = pathlib.Path(__file__).parents[2] / "experiments" / "base_vs_instruct.py"
+
+@pytest.fixture(scope="module")
+def experiment():
+    """experiments/base_vs_instruct.py."""
+    place = pathlib.Path(__file__).parents[2] / "experiments" / "base_vs_instruct.py"
+    spec = importlib.util.spec_from_file_location(place.stem, place)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_an_interval_holds_the_true_difference_as_often_as_it_says():
@@ -33,21 +42,80 @@ def test_an_interval_holds_the_true_difference_as_often_as_it_says():
 def test_a_ratio_s_difference_weighs_items_by_their_size():
     pairs = [((1.0, 1.0), (2.0, 1.0)), ((9.0, 9.0), (9.0, 9.0))]
     found = difference(pairs)
-    assert (found.base, found.instruct, found.count) == (1.0, pytest.approx(1.1), 2)
+    assert (found.first, found.second, found.count) == (1.0, pytest.approx(1.1), 2)
     assert found.low == 0.0 and found.high == pytest.approx(1.0)
+
+
+def in_pairs(both, first, second, neither):
+    """Two arrays of zeros and ones from the counts of their table."""
+    counts = [both, first, second, neither]
+    return np.repeat([1.0, 1.0, 0.0, 0.0], counts), np.repeat([1.0, 0.0, 1.0, 0.0], counts)
+
+
+@pytest.mark.parametrize(
+    ("table", "low", "high"),
+    [
+        ((1, 1, 7, 12), -0.507, -0.026),  # Fagerland, Lydersen and Laake (Statistics in Medicine 33, 2014)
+        ((14, 5, 0, 22), 0.011, 0.226),  # Altman and others (Statistics with Confidence, 2000), table 6.2
+    ],
+)
+def test_the_interval_of_rare_events_is_the_published_one(table, low, high):
+    first, second = in_pairs(*table)
+    assert newcombe(second, first) == (pytest.approx(low, abs=5e-4), pytest.approx(high, abs=5e-4))
+    assert newcombe(first, second) == (pytest.approx(-high, abs=5e-4), pytest.approx(-low, abs=5e-4))
+
+
+@pytest.mark.parametrize("always", [0.0, 1.0])
+def test_what_never_happened_is_not_told_for_sure(always):
+    found = difference([((always, 1.0), (always, 1.0))] * 60)
+    assert found.difference == 0 and found.low == -found.high
+    assert found.high == pytest.approx(1.96**2 / (60 + 1.96**2), rel=1e-3)  # Wilson's for 0 of 60
+
+
+def test_a_few_failures_lie_in_an_interval_as_often_as_it_says():
+    """At 2% against 4% of 60 items; percentiles alone hold it less often than nine times in ten."""
+    random, held = np.random.default_rng(0), 0
+    for trial in range(300):
+        drawn = random.random((60, 2)) < (0.02, 0.04)
+        found = difference([((float(a), 1.0), (float(b), 1.0)) for a, b in drawn], draws=200, seed=trial)
+        held += found.low <= 0.02 <= found.high
+    assert held >= 280
 
 
 def test_equal_answers_differ_by_nothing_and_other_items_are_refused(evaluator):
     task = Probing(name="arithmetic", count=2)
     one = evaluate(evaluator, "arithmetic", task, None, Format())
-    assert all(pair[2:5] == (0.0, 0.0, 0.0) for pair in paired(one, one).values())
+    assert all(pair.difference == 0 and pair.low == -pair.high for pair in paired(one, one).values())
     with pytest.raises(UserError, match="arithmetic: the two models were asked about other items"):
         paired(one, dataclasses.replace(one, items=one.items[1:], scores=one.scores[1:]))
 
 
-def test_an_experiment_with_one_checkpoint_says_what_it_needs(tmp_path):
-    spec = importlib.util.spec_from_file_location("base_vs_instruct", EXPERIMENT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def test_a_lower_loss_is_a_gain(experiment):
+    """Of what is lost and of what is right, both lower in the second."""
+    items = [Item(str(number), {}) for number in range(20)]
+
+    def outcome(task, metric, value):
+        scores = [{metric: (value, 1.0)} for _ in items]
+        return Outcome("", task, Format(), items, [[]] * 20, scores)
+
+    found = {
+        who: {
+            f"{name}/{form}": outcome(task, metric, value)
+            for name, task, metric in (
+                ("text", Documents(), "bits_per_byte"),
+                ("asked", MultipleChoice(), "accuracy"),
+            )
+            for form in ("raw", "chat")
+        }
+        for who, value in (("base", 1.0), ("instruct", 0.0))
+    }
+    tasks = experiment.compared(found, comparable=True)["tasks"]
+    assert {key: experiment.gain(one)[0] > 0 for key, one in tasks.items()} == {
+        f"{name}/{form}": name == "text" for name in ("text", "asked") for form in ("raw", "chat", "own")
+    }
+    assert tasks["text/raw"]["base"] == 1.0 and tasks["text/raw"]["instruct"] == 0.0
+
+
+def test_an_experiment_with_one_checkpoint_says_what_it_needs(experiment, tmp_path):
     with pytest.raises(UserError, match=r"--config.base=PATH --config.instruct=PATH"):
-        module.measure(dataclasses.replace(module.get_config("cpu"), base="a"), tmp_path)
+        experiment.measure(dataclasses.replace(experiment.get_config("cpu"), base="a"), tmp_path)

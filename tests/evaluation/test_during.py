@@ -1,14 +1,20 @@
 """A run is asked tasks while it trains, and the state that answered best is kept and opened."""
 
+import dataclasses
 import json
 
+import jax
 import pytest
 
-from llm_jax.evaluation import standard
+from llm_jax.data import Files, Text
+from llm_jax.evaluation import runner, standard
+from llm_jax.evaluation.during import Asking
 from llm_jax.evaluation.runner import Evaluator
 from llm_jax.evaluation.scores import evaluate
 from llm_jax.inference.opening import open_model
+from llm_jax.models.transformer import Transformer
 from llm_jax.records import metrics
+from llm_jax.run import Execution, Run, Tasks
 
 
 @pytest.fixture
@@ -24,7 +30,7 @@ def flags(corpus, tmp_path):
         "data.sequence_length": 64, "data.batch_size": 4, "execution.mesh.data": 1,
         "execution.block_steps": 4, "execution.evaluate_every_steps": 4,
         "execution.tasks.names": f"{tmp_path / 'mine.json'},",
-        "execution.checkpoint.keep_best": "mine/probability", "execution.checkpoint.best_is": "highest",
+        "execution.checkpoint.keep_best": "mine/probability",
     }  # fmt: skip
     given = [f"--config.{name}={value}" for name, value in fields.items()]
     return ["llm_jax.train", "--config=experiments/isoflop.py:smoke", f"--folder={tmp_path / 'run'}", *given]
@@ -42,6 +48,17 @@ def test_the_state_with_the_best_metric_of_a_task_is_kept_and_opened(flags, tmp_
     assert result["best"] == {"metric": "mine/probability", "step": best, "value": said[best]}
     found = evaluate(Evaluator(open_model(tmp_path / "run")), *task).metrics()["probability"].value
     assert found == pytest.approx(said[best], rel=1e-5)
+
+
+def test_asking_hashes_no_parameters_and_reads_no_data_again(corpus, monkeypatch):
+    data = Text(corpus=Files((corpus,)), sequence_length=64, batch_size=4)
+    run = Run(Transformer(layers=1, width=16, heads=1), data, tokens=256)
+    run = dataclasses.replace(run, execution=Execution(tasks=Tasks(("arithmetic",), limit=1)))
+    asking, params = Asking(run, data.open()), run.resolved_model.build().init(jax.random.key(0))
+    monkeypatch.setattr(Text, "open", None)
+    monkeypatch.setattr(runner, "content", None)
+    assert asking.metrics["arithmetic/accuracy"] == "highest"
+    assert set(asking(1, params)) == set(asking(2, params)) == {"arithmetic/accuracy"}
 
 
 @pytest.mark.parametrize(

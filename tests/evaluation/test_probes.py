@@ -137,6 +137,7 @@ def test_a_probe_with_a_tool_goes_on_after_the_result(opened, chat):
     answers = [*calls, Generated(wanted, "stop", 3)]
     assert task.further(item, ask, answers) == []
     assert task.scores(item, answers) == {"accuracy": (1.0, 1.0), "called": (1.0, 1.0)}
+    assert task.metrics["called"] == ""  # neither is best
     calling = Generated(f'<T_C>{{"arguments": {{"expression": "{wanted}"}}}}', "stop", 9)
     assert task.scores(item, [calling])["accuracy"] == (0.0, 1.0)  # a number in a call is no answer
     assert task.further(item, ask, calls * 5) == []  # no more calls than that

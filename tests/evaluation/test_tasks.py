@@ -13,7 +13,7 @@ from llm_jax.evaluation import standard
 from llm_jax.evaluation.kinds import Completion, Documents, Generation, MultipleChoice, OpenEnded
 from llm_jax.evaluation.requests import Generate, Generated, LogLikelihood, Rolling, Scored
 from llm_jax.evaluation.scores import evaluate, metric
-from llm_jax.evaluation.tasks import Asker, Format, Task
+from llm_jax.evaluation.tasks import Asker, Format, Item, Task
 
 RIDDLES = [
     {"question": f"What is {n} and {n}?", "options": [f"{n}", f"{2 * n}", f"{3 * n}"], "right": 1, "kind": k}
@@ -151,6 +151,28 @@ def test_other_kinds_ask_for_what_they_are(opened):
         "accuracy": (1.0, 1.0),
         "stopped": (0.0, 1.0),
     }
+
+
+RULES = {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
+
+
+@pytest.mark.parametrize(
+    "task, record",
+    [
+        (MultipleChoice(), {"question": "?", "choices": ["a", "b"], "answer": 0}),
+        (Completion(), {"context": "a", "continuation": "b"}),
+        (Generation(), {"question": "?", "answer": "a"}),
+        (Generation(check_by="rules"), RULES),
+        (Generation(check_by="refusal"), {"question": "?", "answer": "safe"}),
+        (Documents(), {"text": "some"}),
+        (OpenEnded(), {}),
+    ],
+    ids=repr,
+)
+def test_every_metric_has_a_best_value_or_is_known_to_have_none(task, record):
+    text = isinstance(task, Generation | OpenEnded)
+    answers = [Generated("a", "stop", 1) if text else Scored(1.0, 1, True)] * 2
+    assert task.scores(Item("0", record), answers).keys() == task.metrics.keys()
 
 
 def test_an_error_is_the_spread_over_items_and_of_ratios_too():
