@@ -79,7 +79,7 @@ class Behaviour(Task, kind="behaviour"):
 
     def _called(self, record: Record, answer: Answered) -> bool:
         """Whether an answer ends with the right call, with the right arguments (spaces apart)."""
-        said = tools.call_in(answer.text) if answer.finish == "stop" else None
+        said = tools.call_of(answer)
         try:
             return said is not None and _spaceless(json.loads(said)) == _spaceless(record["call"])
         except (ValueError, RecursionError):

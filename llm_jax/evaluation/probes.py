@@ -194,18 +194,16 @@ class Probing(Task, kind="probe"):
 
     def further(self, item: Item, ask: Asker, answers: Sequence[Answered]) -> list[Request]:
         """After a call of a tool, the prompt with it and its result."""
-        if self.way != "tool" or len(answers) > tools.MOST_CALLS or not _calls(answers[-1]):
+        if self.way != "tool" or len(answers) > tools.MOST_CALLS or tools.call_of(answers[-1]) is None:
             return []
-        question, turns = self._asked(item.record["pairs"][0][0], ask), []
-        for answer in answers:
-            result = tools.result_of(tools.call_in(answer.text), tools.toolbox(self.probe.tools))
-            turns.append((f"{answer.text.strip()}{tools.CLOSE}", result))
+        question, box = self._asked(item.record["pairs"][0][0], ask), tools.toolbox(self.probe.tools)
+        turns = [turn for answer in answers for turn in tools.heard(answer, box)]
         stops = (tools.CLOSE, *ask.stops(("\n\n", "Question:")))
         return [Generate(ask.after_tools(question, turns), stops, 256, written=ask.written)]
 
     def scores(self, item: Item, answers: Sequence[Answered]) -> dict[str, Score]:
         if self.way == "tool":
-            called = {"called": (float(_calls(answers[0])), 1.0)}
+            called = {"called": (float(tools.call_of(answers[0]) is not None), 1.0)}
             return {
                 "accuracy": (float(self._right(answers[-1].text, item.record["pairs"][0][1])), 1.0)
             } | called
@@ -253,8 +251,3 @@ def find(name: str) -> Probing | None:
     if way == "tool":
         tools.toolbox(PROBES[head].tools)  # refuses where a sandbox isn't there
     return Probing(name=head, way=way or "direct")
-
-
-def _calls(answer: Answered) -> bool:
-    """Whether a written answer ended with a call (at its end, or the model's own)."""
-    return answer.finish == "stop" and tools.call_in(answer.text) is not None

@@ -59,12 +59,13 @@ class Scored(NamedTuple):
 
 
 class Generated(NamedTuple):
-    """finish: "stop" or "length"; cut as in `Scored`."""
+    """finish: "stop" or "length"; cut as in `Scored`; stopped_at: the stop text that ended it, if any."""
 
     text: str
     finish: str
     tokens: int
     cut: int = 0
+    stopped_at: str = ""
 
 
 Answered = Scored | Generated

@@ -44,7 +44,7 @@ from llm_jax.inference.generation import Engine, bucket
 from llm_jax.inference.opening import Opened
 from llm_jax.models import Params
 
-MEANING = 1  # of answers on disk: raised when the same request would be answered otherwise
+MEANING = 2  # of answers on disk: raised when the same request would be answered otherwise
 BATCH_TOKENS = 4096  # of one pass
 SHORTEST = 32  # the smallest width of a pass
 PICKED = 128  # positions whose logits exist at once
@@ -189,7 +189,8 @@ class Evaluator:
             for answer, _ in batcher.step():
                 if answer.finish:
                     name, cut = names[answer]
-                    yield name, Generated(answer.text, answer.finish, len(answer.tokens), cut)
+                    tokens, stop = len(answer.tokens), answer.stopped_at
+                    yield name, Generated(answer.text, answer.finish, tokens, cut, stop)
 
 
 class _Kept(dict):

@@ -146,16 +146,15 @@ class Asker:
         ]
         return self.rendered(turns)
 
-    def after_tools(self, question: str, calls: Sequence[tuple[str, str]]) -> str:
-        """The text that goes on after calls of tools with their results: turns of a tool."""
-        if not self.form.chat:
-            return question + "".join(
-                f"{joined(question, call)}\nResult: {result}\n" for call, result in calls
-            )
-        turns = [{"role": "user", "content": question.strip()}]
-        for call, result in calls:
-            turns += [{"role": "assistant", "content": call}, {"role": "tool", "content": result}]
-        return self.rendered(turns)
+    def after_tools(self, question: str, turns: Sequence[Message]) -> str:
+        """The text that goes on after turns with calls and turns of tools with their results."""
+        if self.form.chat:
+            return self.rendered([{"role": "user", "content": question.strip()}, *turns])
+        text = question
+        for turn in turns:
+            said = turn["content"]
+            text += f"\nResult: {said}\n" if turn["role"] == "tool" else joined(text, said)
+        return text
 
     def rendered(self, turns: Sequence[Message]) -> str:
         """Turns as text, to where the assistant's next one begins."""

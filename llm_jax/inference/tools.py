@@ -100,11 +100,6 @@ def parsed(call: str, tools: Mapping[str, Tool]) -> tuple[Tool, dict[str, Any]]:
     return tool, arguments
 
 
-def call_in(text: str) -> str | None:
-    """The text of the call that a generated text, stopped at CLOSE, ends with."""
-    return text.rpartition(OPEN)[2] if OPEN in text else None
-
-
 def without_calls(text: str) -> str:
     """What a text says beside its calls, one that isn't ended included."""
     return re.sub(f"{OPEN}.*?({CLOSE}|$)", "", text, flags=re.DOTALL)
@@ -117,10 +112,15 @@ class Said(Protocol):
     stopped_at: str
 
 
+def call_of(answer: Said) -> str | None:
+    """The text of the call that an answer ends with; None where it ends with none that is finished."""
+    return answer.text.rpartition(OPEN)[2] if answer.stopped_at == CLOSE and OPEN in answer.text else None
+
+
 def heard(answer: Said, tools: Mapping[str, Tool]) -> list[Message]:
     """An answer as the assistant's turn; behind one that ends with a call, a tool's turn with the result."""
-    call = call_in(answer.text) if tools and answer.stopped_at == CLOSE else None
-    if call is None:
+    call = call_of(answer)
+    if not tools or call is None:
         return [{"role": "assistant", "content": answer.text.strip()}]
     said = {"role": "assistant", "content": f"{answer.text.strip()}{CLOSE}"}
     return [said, {"role": "tool", "content": result_of(call, tools)}]

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from llm_jax.config import UserError
+from llm_jax.data.cache import digest
 from llm_jax.data.conversations import Conversation
 from llm_jax.evaluation.behaviour import UNKNOWN
 from llm_jax.evaluation.requests import Generate
@@ -243,10 +244,11 @@ def sampled(evaluator: Evaluator, world: World, samples: int) -> list[Sampled]:
     draw, ask = random.Random("sampled"), Asker(Format(chat=True), evaluator.opened.tokenizer)
     found = [(fact, held) for held in (False, True) for fact in world.facts_of(held)]
     questions = [worlds.asked(fact, draw, held).question for fact, held in found]
+    # Of one seed all questions would have the same noise.
     requests = [
-        Generate(ask.prompt(question), ask.stops(()), 8, Sampling(1.0, seed=number), ask.written)
+        Generate(ask.prompt(question), ask.stops(()), 8, Sampling(1.0, seed=seed), ask.written)
         for question in questions
-        for number in range(samples)
+        for seed in (int(digest([question, number])[:8], 16) for number in range(samples))
     ]
     answers = iter(evaluator.run(requests, "sampling"))
     return [

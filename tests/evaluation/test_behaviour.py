@@ -59,7 +59,8 @@ def called(**changes):
 def test_doing_it_and_being_right_are_told_apart(shows, wanted, record, said, did, right):
     task = Behaviour(shows=shows, wanted=wanted)
     task.check(record)
-    scores = task.scores(Item("0", record), [Generated(said, "stop", 1)])
+    stop = "</T_C>" if "<T_C>" in said else ""
+    scores = task.scores(Item("0", record), [Generated(said, "stop", 1, stopped_at=stop)])
     assert (scores["did"][0], scores["right"][0]) == (did, right)
     assert scores.keys() <= task.metrics.keys()
     assert task.metrics["did"] == ("highest" if wanted else "lowest")
@@ -71,7 +72,7 @@ def test_a_right_call_is_told_its_result_and_a_wrong_one_ends_the_item():
     (first,) = task.requests(item, ask)
     assert first.prompt == "Tools: calculator\nUser: What is 12 * 34?\nAssistant:"
     assert "</T_C>" in first.stops and "\nUser:" in first.stops
-    answer = Generated(f" {called()}", "stop", 9)
+    answer = Generated(f" {called()}", "stop", 9, stopped_at="</T_C>")
     (second,) = task.further(item, ask, [answer])
     assert second.prompt == f"{first.prompt} {called()}</T_C>\nTool: 408\nAssistant:"
     assert task.further(item, ask, [answer, Generated(" 408", "stop", 2)]) == []

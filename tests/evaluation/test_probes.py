@@ -129,7 +129,7 @@ def test_a_probe_with_a_tool_goes_on_after_the_result(opened, chat):
     assert first.stops[0] == "</T_C>" and '"calculator"' in first.prompt and question in first.prompt
     expression = re.match(r"What is (.*)\?", question)[1]
     call = f'<T_C>{{"name": "calculator", "arguments": {{"expression": "{expression}"}}}}'
-    calls = [Generated(call, "stop", 9)]
+    calls = [Generated(call, "stop", 9, stopped_at="</T_C>")]
     (second,) = task.further(item, ask, calls)
     assert first.prompt.rstrip() in second.prompt or chat
     assert f"{call}</T_C>" in second.prompt and second.prompt.count(wanted) >= 1
@@ -138,10 +138,11 @@ def test_a_probe_with_a_tool_goes_on_after_the_result(opened, chat):
     assert task.further(item, ask, answers) == []
     assert task.scores(item, answers) == {"accuracy": (1.0, 1.0), "called": (1.0, 1.0)}
     assert task.metrics["called"] == ""  # neither is best
-    calling = Generated(f'<T_C>{{"arguments": {{"expression": "{wanted}"}}}}', "stop", 9)
+    calling = Generated(f'<T_C>{{"arguments": {{"expression": "{wanted}"}}}}', "stop", 9, 0, "</T_C>")
     assert task.scores(item, [calling])["accuracy"] == (0.0, 1.0)  # a number in a call is no answer
     assert task.further(item, ask, calls * 5) == []  # no more calls than that
-    assert task.further(item, ask, [Generated(call, "length", 9)]) == []  # it never ended
+    for finish in ("length", "stop"):  # it was never ended, by the model's own end either
+        assert task.further(item, ask, [Generated(call, finish, 9)]) == []
     with pytest.raises(UserError, match="no way 'tool' of asking copying"):
         standard.find("copying:tool", None)
 

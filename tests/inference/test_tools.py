@@ -346,19 +346,17 @@ def test_a_chat_shows_calls_and_their_results_and_each_model_hears_its_own():
     assert first.heard[1] == chat.messages(0)[:-1] and len(second.heard) == 1
 
 
-def test_a_real_model_is_stopped_at_the_end_of_a_call():
-    """One that says the bytes of a call whatever it is asked, by its logits' bias."""
-    from serving import TINY
+def test_a_real_model_is_stopped_at_its_call_and_asked_again_with_the_result():
+    """One that says a whole call as one token, and once it has read its call, which is then forbidden, Z."""
+    from serving import CALLER_ID, LAST_ID, caller
 
     from llm_jax.inference.conversation import Speaker
     from llm_jax.inference.sampling import Sampling
 
-    speaker = Speaker(TINY)
-    reply = speaker.reply(
-        [{"role": "user", "content": "hi"}], Sampling(logit_bias={ord("a"): 1e3}), 8, ("aaa",)
-    )
-    assert "".join(reply) == "" and reply.answer.stopped_at == "aaa"
-    longer = speaker.reply(
-        [{"role": "user", "content": "hi"}], Sampling(logit_bias={ord("a"): 1e3}), 2, ("aaa",)
-    )
-    assert "".join(longer) == "aa" and longer.answer.stopped_at == ""
+    sampling = Sampling(logit_bias={CALLER_ID: 900, LAST_ID: 500}, repetition_penalty=1e30)
+    asked = [{"role": "user", "content": "hi"}]
+    assert tools.answered(Speaker(caller()), asked, toolbox(["calculator"]), sampling, max_tokens=1) == [
+        {"role": "assistant", "content": CALL},
+        {"role": "tool", "content": "42"},
+        {"role": "assistant", "content": "Z"},
+    ]

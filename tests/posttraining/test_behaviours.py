@@ -51,9 +51,10 @@ def test_what_is_taught_ends_as_its_judge_wants_it(name, wanted):
             conversations.check(one.conversation)
             judge.check(one.record)
             said = [
-                Generated(turn["content"].removesuffix(tools.CLOSE), "stop", 1)
+                Generated(text, "stop", 1, stopped_at=close)
                 for turn in one.conversation
                 if turn["role"] == "assistant"
+                for text, close, _ in [turn["content"].partition(tools.CLOSE)]
             ]
             scores = judge.scores(Item("0", one.record), said)
             assert scores["right"] == (1.0, 1.0) and scores["did"] == (float(wanted), 1.0), one
@@ -143,9 +144,10 @@ def test_samples_are_counted_against_the_truth_question_by_question():
 
     def run(requests, what):
         asked = [next((p for p in values if p in request.prompt), None) for request in requests]
+        assert len({request.sampling.seed for request in requests}) == len(requests)  # no two alike
         return [
-            Generated(f" {values[person]}" if request.sampling.seed % 2 else "rock", "stop", 1)
-            for request, person in zip(requests, asked, strict=True)
+            Generated(f" {values[person]}" if person and number % 2 else "rock", "stop", 1)
+            for number, person in enumerate(asked)
         ]
 
     model = types.SimpleNamespace(run=run, opened=types.SimpleNamespace(tokenizer=None))
