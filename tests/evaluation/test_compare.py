@@ -1,8 +1,6 @@
 """Two models on the same items: what lies between them, and how sure that is."""
 
 import dataclasses
-import importlib.util
-import pathlib
 
 import numpy as np
 import pytest
@@ -13,16 +11,13 @@ from llm_jax.evaluation.kinds import Documents, MultipleChoice
 from llm_jax.evaluation.probes import Probing
 from llm_jax.evaluation.scores import Outcome, evaluate
 from llm_jax.evaluation.tasks import Format, Item
+from llm_jax.experiment_file import load_experiment
 
 
 @pytest.fixture(scope="module")
 def experiment():
     """experiments/base_vs_instruct.py."""
-    place = pathlib.Path(__file__).parents[2] / "experiments" / "base_vs_instruct.py"
-    spec = importlib.util.spec_from_file_location(place.stem, place)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_experiment("experiments/base_vs_instruct.py")[0]
 
 
 def test_an_interval_holds_the_true_difference_as_often_as_it_says():
