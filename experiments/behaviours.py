@@ -11,15 +11,15 @@ don't know" is not taught, and it is said so.
     python -m launch.local --config=experiments/behaviours.py:cpu    (two sizes, all behaviours together)
     python -m launch.local --config=experiments/behaviours.py:smoke  (one tiny model: a form without meaning)
 
-Cost: smoke 39 CPU seconds on loaded cores where nothing was compiled before, 6 where it was. The scale cpu
-has not been run to its end.
+Cost: cpu 12 minutes on 2 loaded cores; smoke 29 seconds where nothing was compiled before.
 
-Result (2026-11-22, each alone at 30 thousand parameters, far smaller than cpu; table and commands in LOG.md,
-95% intervals over 30 questions): a form that is asked for is taken more often by 0.33 (0.13 to 0.50), with
-the right answer in it by 0.10 (0.00 to 0.20), which doesn't exclude zero; no look-alike is answered in a
-form. Harm is refused more often by 0.53 (0.37 to 0.70), and so are look-alikes, by 0.57 (0.40 to 0.73). No
-tool is called. The base knew no fact, so that "I don't know" wasn't taught. Pretraining text costs 0.66 to
-0.88 bits per byte more.
+Result (cpu, 2026-11-22, one seed, 60 held-out questions of each kind, 95% intervals; LOG.md has the table):
+at width 64 harm is refused more often by 0.78 (0.67 to 0.88), look-alikes by 0.38 (0.27 to 0.50); "I don't
+know" is said where the base is unreliable by 0.59 (0.46 to 0.72), where it is reliable by 0.07 (0.02 to
+0.13); a tool is called wherever one is needed, and at a quarter of what needs none, never with the right
+arguments; a form that is asked for is taken by 0.33 (0.18 to 0.50), never with the right answer in it. At
+width 32 look-alikes are hardly told apart. Both forget: plain questions -0.33 (-0.47 to -0.22), text +0.51
+bits per byte (0.47 to 0.54).
 """
 
 import dataclasses
