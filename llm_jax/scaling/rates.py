@@ -6,8 +6,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from scipy.special import stdtrit
 
 from llm_jax.config import UserError
+
+LEVEL = 0.9  # of the interval of a difference between two rates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,23 +37,60 @@ class RateCheck:
         return self.spread / float(np.mean(self.losses[1.0]))
 
     @property
+    def freedom(self) -> int:
+        """Degrees of freedom of the spread."""
+        return sum(len(values) - 1 for values in self.losses.values() if np.isfinite(values).all())
+
+    @property
+    def error(self) -> float:
+        """Standard error of the difference between two multiples' mean losses [nats/token]."""
+        return self.spread * (2 / len(self.losses[1.0])) ** 0.5
+
+    @property
+    def bound(self) -> float:
+        """Half the interval of such a difference, by Student's t (nan if it can't be judged)."""
+        return float(stdtrit(self.freedom, (1 + LEVEL) / 2)) * self.error if self.judged else float("nan")
+
+    @property
+    def gains(self) -> dict[float, float]:
+        """By how many nats each other multiple beats the rule; less than 0 where it loses, -inf if it
+        diverged.
+        """
+        at_rule, others = np.mean(self.losses[1.0]), {m: v for m, v in self.losses.items() if m != 1.0}
+        return {
+            m: float(at_rule - np.mean(values)) if np.isfinite(values).all() else -np.inf
+            for m, values in others.items()
+        }
+
+    @property
     def better(self) -> dict[float, float]:
-        """The multiples that beat the rule by more than the spread, and by how many nats."""
-        at_rule = np.mean(self.losses[1.0])
-        gains = {m: at_rule - np.mean(values) for m, values in self.losses.items() if m != 1.0}
-        return {m: float(gain) for m, gain in gains.items() if gain > self.spread}
+        """The multiples that beat the rule by more than chance, and by how many nats."""
+        return {m: gain for m, gain in self.gains.items() if gain > self.bound}
+
+    @property
+    def alike(self) -> dict[float, float]:
+        """The multiples that seeds don't tell apart from the rule, and what they seem to gain."""
+        return {m: gain for m, gain in self.gains.items() if abs(gain) <= self.bound}
 
     @property
     def doubtful(self) -> bool:
         """Whether the rate can't be called right."""
         return not self.judged or bool(self.better)
 
+    @property
+    def verdict(self) -> str:
+        """Confirmed only where every other multiple is worse by more than chance."""
+        if self.doubtful:
+            return "rate not optimal"
+        if self.alike:
+            return f"rate not told apart from {' and '.join(f'{m:g}x' for m in self.alike)}"
+        return "rate confirmed"
+
     def __str__(self) -> str:
         means = ", ".join(f"{m:g}x {np.mean(v):.4f}" for m, v in sorted(self.losses.items()))
-        verdict = "rate not optimal at" if self.doubtful else "rate confirmed at"
         diverged = "" if self.judged else " (runs at the rule's own rate diverged)"
-        spread = f"spread between seeds {self.spread:.4f}"
-        return f"{verdict} N={self.N:,.0f}{diverged}: loss at {means}; {spread}"
+        error = f"standard error of a difference {self.error:.4f} ({self.freedom} degrees of freedom)"
+        return f"{self.verdict} at N={self.N:,.0f}{diverged}: loss at {means}; {error}"
 
 
 class Tuned(NamedTuple):

@@ -290,14 +290,15 @@ def tables(report: Report) -> Iterator[tuple[str, Table]]:
         yield "Minima of the isoFLOP curves", Table(header, rows, (0, 7))
     if report.rates:
         multiples = sorted({m for check in report.rates for m in check.losses})
-        header = ["N", "D", *(f"{m:g}x the rate" for m in multiples), "seed spread", ""]
+        header = ["N", "D", *(f"{m:g}x the rate" for m in multiples), "seed spread", "s.e. of a difference", ""]
         rows = [
             [
                 style.short(c.N),
                 style.short(c.D),
                 *(_digits(np.mean(c.losses[m])) for m in multiples),
                 f"{c.spread:.4f}",
-                "rate not optimal" if c.doubtful else "rate confirmed",
+                f"{c.error:.4f}",
+                c.verdict,
             ]
             for c in report.rates
         ]

@@ -22,21 +22,31 @@ def check(runs):
     return found
 
 
-def test_a_rate_at_the_bottom_is_confirmed():
+def test_a_rate_is_confirmed_where_its_neighbours_are_worse_by_more_than_chance():
     found = check(table({0.5: (2.1, 2.12), 1.0: (2.0, 2.02), 2.0: (2.08, 2.06)}))
-    assert not found.better
+    assert not found.better and not found.alike
     assert str(found).startswith("rate confirmed at N=1,000")
+    assert str(found).endswith("standard error of a difference 0.0141 (3 degrees of freedom)")
 
 
-def test_a_better_neighbour_counts_only_beyond_the_seeds_spread():
+def test_a_neighbour_within_chance_neither_beats_the_rule_nor_confirms_it():
     spread = 0.02 / np.sqrt(2)  # two seeds 0.02 apart, at every multiple
-    within = check(table({0.5: (2.1, 2.12), 1.0: (2.0, 2.02), 2.0: (1.99, 2.01)}))
-    assert within.spread == pytest.approx(spread)
-    assert not within.better
+    within = check(table({0.5: (2.1, 2.12), 1.0: (2.0, 2.02), 2.0: (1.97, 1.99)}))
+    assert within.spread == within.error == pytest.approx(spread)
+    assert spread < 0.03 < within.bound == pytest.approx(2.353 * spread, rel=1e-3)  # Student's t, 3 d.f.
+    assert not within.better and within.alike == {2.0: pytest.approx(0.03)}
+    assert str(within).startswith("rate not told apart from 2x at")
     beyond = check(table({0.5: (2.1, 2.12), 1.0: (2.0, 2.02), 2.0: (1.95, 1.97)}))
     assert beyond.better == {2.0: pytest.approx(0.05)}
     assert str(beyond).startswith("rate not optimal at")
     assert beyond.relative_spread == pytest.approx(spread / 2.01)
+
+
+def test_rates_that_are_alike_are_called_better_as_often_as_chance_has_it():
+    noise = np.random.default_rng(0).normal(2.0, 0.01, (400, 3, 2))
+    checks = [check(table(dict(zip((0.5, 1.0, 2.0), losses, strict=True)))) for losses in noise]
+    called = np.mean([[multiple in found.better for multiple in (0.5, 2.0)] for found in checks])
+    assert 0.03 < called < 0.07 and np.mean([found.verdict == "rate confirmed" for found in checks]) < 0.02
 
 
 def test_a_rate_that_diverges_is_no_better_and_does_not_blur_the_spread():
