@@ -37,10 +37,10 @@ from llm_jax.ladder import OPTIMIZER, Shapes, execution, octaves, rectangle, tex
 from llm_jax.models.transformer import Transformer
 from llm_jax.run import Run, Sweep
 from llm_jax.scaling import page, plots
-from llm_jax.scaling.embeddings import OMEGA_PER_TOKEN, Recount, local_exponent, recount
+from llm_jax.scaling.embeddings import OMEGA_PER_TOKEN, Recount, exponent, local_exponent, recount
 from llm_jax.scaling.page import Answer, Drawing, Page, Table, ranged
 from llm_jax.scaling.report import fitted, too_small
-from llm_jax.scaling.results import Fit
+from llm_jax.scaling.results import gap, told
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +109,7 @@ def report(base: Run, folder: Path, runs: pd.DataFrame, _: Mapping[str, Any]) ->
     done = runs[runs["status"] == "done"]
     vocabulary = done["identity"].map({run.identity(): run.data.vocabulary for run in sweep(base)})
     found, exponents = {}, None
-    for V, group in done.groupby(vocabulary):
+    for V, group in done.sort_values(["N_non_embedding", "D"]).groupby(vocabulary):
         found[int(V)] = recount(group, exponents, base.sweep.bootstrap)
         law = found[min(found)].total.parameters
         exponents = {name: law[name].value for name in ("alpha", "beta")}
@@ -119,7 +119,7 @@ def report(base: Run, folder: Path, runs: pd.DataFrame, _: Mapping[str, Any]) ->
         title=f"Counting parameters: {base.name}",
         question=__doc__.splitlines()[0],
         caution=next(filter(None, (too_small(law) for _, law in laws)), ""),
-        answers=[*(moved(V, r) for V, r in list(found.items())[1:]), constant(list(found.values()))],
+        answers=[*(moved(V, r) for V, r in list(found.items())[1:]), constant(found)],
         warnings=[
             f"V = {V:,}, N: {law.conventions['N']}: {text}" for V, law in laws for text in law.warnings
         ],
@@ -150,18 +150,20 @@ def moved(vocabulary: int, r: Recount) -> Answer:
     )
 
 
-def constant(found: list[Recount]) -> Answer:
-    """Whether one exponent serves all vocabularies if everything counts, and if embeddings don't."""
+def constant(found: Mapping[int, Recount]) -> Answer:
+    """How far a moves from the smallest vocabulary to the others, under both counts.
 
-    def common(laws: list[Fit]) -> str:
-        intervals = [law.parameters["a"] for law in laws]
-        low, high = max(i.low for i in intervals), min(i.high for i in intervals)
-        return (
-            f"{low:.2f} to {high:.2f} lie in every interval" if low <= high else "no a lies in every interval"
-        )
-
-    total, body = common([r.total for r in found]), common([r.body for r in found])
-    return Answer(f"One exponent for all vocabularies? With everything {total}; without embeddings {body}.")
+    Cells are the same at every vocabulary, so they are drawn together.
+    """
+    (smallest, first), *others = found.items()
+    moves = {V: (gap(first.total, r.total, exponent), gap(first.body, r.body, exponent)) for V, r in others}
+    total, body = (
+        "; ".join(f"{told(each[kind], '+.2f')} at {V:,}" for V, each in moves.items()) for kind in (0, 1)
+    )
+    return Answer(
+        f"Beside a vocabulary of {smallest:,}, a moves counting everything by {total}.",
+        f"Without embeddings by {body}. {first.body.level:.0%} intervals of differences.",
+    )
 
 
 def compared(found: Mapping[int, Recount]) -> Table:

@@ -14,10 +14,15 @@ import pandas as pd
 
 from llm_jax.scaling import fits
 from llm_jax.scaling.powers import power_law
-from llm_jax.scaling.results import Estimate, Fit
+from llm_jax.scaling.results import Estimate, Fit, gap
 
 # Their fit to Chinchilla's models, N_total = N + 47491 N^(1/3), whose vocabulary is 32,000.
 OMEGA_PER_TOKEN = 47491 / 32000
+
+
+def exponent(fit: Fit, theta: np.ndarray) -> np.ndarray:
+    """a of N_opt ~ C^a [S] by laws theta [S, P]."""
+    return fit.values(theta)["a"]
 
 
 def local_exponent(
@@ -49,14 +54,8 @@ class Recount:
 
     @property
     def shift(self) -> Estimate:
-        """How far a moves when embeddings don't count; both fits to each draw of runs give the interval.
-
-        A refit that was left out breaks the pairs behind it, which widens the interval.
-        """
-        count = min(len(fit.draws) for fit in (self.total, self.body))
-        total, body = (fit.values(fit.draws[:count])["a"] for fit in (self.total, self.body))
-        moved = self.body.parameters["a"].value - self.total.parameters["a"].value
-        return self.total.with_interval(moved, body - total)
+        """How far a moves when embeddings don't count; both fits to each draw of runs give the interval."""
+        return gap(self.total, self.body, exponent)
 
     @property
     def predicted_shift(self) -> float:

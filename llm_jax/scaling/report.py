@@ -290,7 +290,14 @@ def tables(report: Report) -> Iterator[tuple[str, Table]]:
         yield "Minima of the isoFLOP curves", Table(header, rows, (0, 7))
     if report.rates:
         multiples = sorted({m for check in report.rates for m in check.losses})
-        header = ["N", "D", *(f"{m:g}x the rate" for m in multiples), "seed spread", "s.e. of a difference", ""]
+        header = [
+            "N",
+            "D",
+            *(f"{m:g}x the rate" for m in multiples),
+            "seed spread",
+            "s.e. of a difference",
+            "",
+        ]
         rows = [
             [
                 style.short(c.N),

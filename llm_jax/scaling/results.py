@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -127,20 +127,19 @@ class Fit:
             raise UserError(
                 f"{self.law.formula} has its best N and D at C; it knows no {min(unknown)} beside"
             )
-        flops_per_nd = self.conventions["flops_per_nd"]
-
-        def at(theta: np.ndarray) -> tuple[np.ndarray, ...]:
-            N, D = self.law.optimum(theta, C, flops_per_nd, given)
-            every = {"N": N, "D": D, "C": np.full_like(N, C), "M": D / N}
-            every |= {name: np.full_like(N, value) for name, value in given.items()}
-            x = {name: np.log(every[name])[:, None] for name in self.law.inputs}
-            return N, D, np.exp(self.law.log_loss(theta, x)[:, 0])
-
-        best, draws = at(self.theta[None]), at(self.draws)
+        best, draws = self.best_at(self.theta[None], C, **given), self.best_at(self.draws, C, **given)
         if min(best[0][0], best[1][0]) < 1.001:
             least = "parameter" if best[0][0] < best[1][0] else "token"
             raise UserError(f"{self.formula} has no optimum at C={C:g}: its loss falls down to one {least}")
         return Optimum(*(self.with_interval(b[0], d) for b, d in zip(best, draws, strict=True)))
+
+    def best_at(self, theta: np.ndarray, C: float, **given: float) -> tuple[np.ndarray, ...]:
+        """N, D and loss [S] of the best run at C FLOPs by laws theta [S, P]; `optimum` says what is given."""
+        N, D = self.law.optimum(theta, C, self.conventions["flops_per_nd"], given)
+        every = {"N": N, "D": D, "C": np.full_like(N, C), "M": D / N}
+        every |= {name: np.full_like(N, value) for name, value in given.items()}
+        x = {name: np.log(every[name])[:, None] for name in self.law.inputs}
+        return N, D, np.exp(self.law.log_loss(theta, x)[:, 0])
 
     def extrapolate(self, N: float, D: float, C: float) -> tuple[float, np.ndarray]:
         """ln of the loss of one run, and its draws [S]."""
@@ -270,6 +269,27 @@ def estimate(value: Any, draws: np.ndarray, level: float) -> Estimate:
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2], axis=0, method=method)
     with np.errstate(invalid="ignore"):
         return Estimate(value, low, high, np.std(draws, axis=0, ddof=1))
+
+
+def gap(one: Fit, other: Fit, of: Callable[[Fit, np.ndarray], np.ndarray]) -> Estimate:
+    """How far `other` lies above `one` in a number: of(fit, theta [S, P]) gives it for every theta [S].
+
+    Both fits are of the same cells in the same order, so each draw of cells gives a pair; what a cell's
+    runs share falls out of the difference. A refit that was left out breaks the pairs behind it, which
+    widens the interval; so do tables of different lengths, whose draws have nothing in common.
+    """
+    count = min(len(one.draws), len(other.draws))
+    apart = of(other, other.theta[None])[0] - of(one, one.theta[None])[0]
+    first, second = (
+        fit._around(of(fit, fit.theta[None])[0], of(fit, fit.draws[:count])) for fit in (one, other)
+    )
+    return estimate(float(apart), second - first, one.level)
+
+
+def told(gap: Estimate, form: str) -> str:
+    """A difference with its interval, and whether it is more than chance."""
+    shown = f"{gap.value:{form}} ({gap.low:{form}} to {gap.high:{form}})"
+    return f"{shown}, {'not told apart' if gap.low <= 0 <= gap.high else 'more than chance'}"
 
 
 def heading(level: float) -> str:

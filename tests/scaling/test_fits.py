@@ -14,6 +14,7 @@ from llm_jax.config import UserError
 from llm_jax.scaling import fits, solver
 from llm_jax.scaling.fits import fit_law
 from llm_jax.scaling.laws import PowerLaw, TiedChinchilla
+from llm_jax.scaling.results import gap, told
 
 NAMES = ("A", "B", "E", "alpha", "beta")
 # SOURCE.md beside the points; the published parameters are those of the least absolute deviation.
@@ -304,3 +305,17 @@ def test_losses_that_follow_no_law_are_flagged_and_break_nothing():
     json.dumps(fit.to_json(), allow_nan=False)
     optimum = fit.optimum(1e23)
     assert 1 <= optimum.N.low <= optimum.N.high <= 1e23 and np.isfinite(optimum.loss.high)
+
+
+def test_a_difference_of_two_fits_of_the_same_cells_is_told_where_their_intervals_overlap():
+    steeper = TRUTH | {"beta": TRUTH["beta"] + 0.02}  # a rises by 0.0137
+    tables = [sweep(truth, noise=0.01) for truth in (TRUTH, steeper)]
+    one, other = (fit_law(table, few_starts(), bootstrap=60) for table in tables)
+    first, second = (fitted.parameters["a"] for fitted in (one, other))
+    assert first.high > second.low, "apart, the two can't be told from each other"
+    found = gap(one, other, lambda fitted, theta: fitted.values(theta)["a"])
+    assert 0 < found.low < 0.0137 < found.high and told(found, "+.3f").endswith("more than chance")
+    again = fit_law(sweep(noise=0.01, seed=1), few_starts(), bootstrap=60)
+    alone = gap(one, again, lambda fitted, theta: fitted.values(theta)["a"])
+    assert alone.low < 0 < alone.high and told(alone, "+.3f").endswith("not told apart")
+    assert alone.high - alone.low > 1.2 * (first.high - first.low), "two sources of noise"
