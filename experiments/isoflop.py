@@ -206,7 +206,7 @@ def forecast(base: Run, runs: pd.DataFrame, run: Run) -> forecasting.Forecast:
     errors = backtests(base, grid)
     fit = laws(base.sweep.bootstrap)[min(errors, key=errors.get)](grid)
     cell = next(cell for cell in cells(base, "holdout") if cell["D"] == run.tokens)
-    noise = max((c.relative_spread for c in rate_checks(base, runs) if c.judged), default=None)
+    noise = max((c.seed_noise for c in rate_checks(base, runs) if c.judged), default=None)
     return forecasting.make(fit, N=cell["N"], D=cell["D"], C=cell["flops"], seed_noise=noise)
 
 

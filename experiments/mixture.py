@@ -132,7 +132,8 @@ def forecast(base: Run, runs: pd.DataFrame, run: Run) -> forecasting.Forecast:
     fitted, table = fit(base, runs), points(runs)[0].iloc[0]
     weights = [part.weight for part in run.data.corpus.sources()]
     shares = dict(zip(fitted.fits, weights, strict=True))
-    return forecasting.make(fitted.at(shares), N=table["N"], D=table["D"], C=table["C"])
+    at = {name: table[name] for name in ("N", "D", "C")}
+    return forecasting.make(fitted.at(shares), **at, seed_noise=fitted.seed_noise)
 
 
 def report(base: Run, folder: Path, runs: pd.DataFrame, forecasts: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,13 +8,14 @@ M three times larger is written down, and only then is it trained.
     python -m launch.local --config=experiments/overtraining.py:cpu --workers=2
     python -m launch.local --config=experiments/overtraining.py:smoke --workers=2
 
-Cost: smoke 15 seconds, cpu 5 CPU minutes; not run, estimated: gpu half an hour on one H100, full some days
-on a pod.
+Cost: smoke 15 seconds, cpu 5 CPU minutes, without the runs of other seeds; not run, estimated: gpu half an
+hour on one H100, full some days on a pod.
 
 Result (cpu, 2026-11-22), negative: inside the sweep the law holds to 1.1% and the best ratio is 24 tokens a
 parameter (90% interval 19 to 29), but at ten times its largest budget and M = 480 it forecast 2.013 (1.947
 to 2.093), and the run reached 1.929. eta is 0.27 (0.17 to 0.33), E 1.68 (1.32 to 1.81): 24 runs this small
-leave the asymptote open. One exponent is barely refuted: alpha - beta is 0.03 to 0.51.
+leave the asymptote open. One exponent is barely refuted: alpha - beta is 0.03 to 0.51. That sweep had no
+other seeds: the noise of one run was that of the residuals.
 
 With C = 6 N D the law is Chinchilla's with alpha = beta = 2 eta; that law with both free is fitted too, and
 says whether the exponents may be one.
@@ -40,11 +41,16 @@ from llm_jax.scaling.page import Answer, Drawing, Page, Table
 from llm_jax.scaling.report import fitted, too_small, verdict
 from llm_jax.scaling.results import Fit
 from llm_jax.scaling.style import power, short
+from llm_jax.scaling.tables import SeedNoise, between_seeds
+from llm_jax.values import check_least
 
 
 @dataclasses.dataclass(frozen=True)
 class Overtraining(Sweep, kind="overtraining"):
-    """At each budget `sizes` models, M = D/N from `lowest` to `highest`; the hold-out has more of both."""
+    """At each budget `sizes` models, M = D/N from `lowest` to `highest`; the hold-out has more of both.
+
+    seeds: of the run nearest to the hold-out, which tell the noise of one run.
+    """
 
     budgets_flops: tuple[float, ...] = (4e9, 8e9, 1.6e10, 3.2e10)
     holdout_flops: float = 3.2e11
@@ -53,6 +59,7 @@ class Overtraining(Sweep, kind="overtraining"):
     lowest: float = 4.0
     highest: float = 160.0
     sizes: int = 6
+    seeds: int = 3
     rate_exponent: float = -0.7
     horizon_exponent: float = 0.0
     minimum_steps: int = 64
@@ -63,6 +70,7 @@ class Overtraining(Sweep, kind="overtraining"):
             raise UserError(
                 "0 < sweep.lowest < sweep.highest < sweep.holdout_ratio, and sweep.bootstrap >= 100"
             )
+        check_least(self, "sweep.", seeds=1)
         if len(self.budgets_flops) < 3 or self.holdout_flops <= max(self.budgets_flops):
             raise UserError("sweep.budgets_flops needs 3, and sweep.holdout_flops lies above all of them")
 
@@ -75,7 +83,13 @@ def grown(widths: tuple[int, ...], layers: int, *budgets: float) -> Overtraining
 SCALES = {
     "cpu": Overtraining(),
     "smoke": Overtraining(
-        (2e8, 4e8, 8e8), 3.2e9, shapes=shapes((4, 6, 8, 12, 16), 1), sizes=5, minimum_steps=8, bootstrap=200
+        (2e8, 4e8, 8e8),
+        3.2e9,
+        shapes=shapes((4, 6, 8, 12, 16), 1),
+        sizes=5,
+        seeds=2,
+        minimum_steps=8,
+        bootstrap=200,
     ),
     "gpu": grown((64, 80, 96, 128, 160, 192, 256, 320), 4, 2e13, 4e13, 8e13, 1.6e14, 1.6e15),
     "full": grown((256, 320, 384, 512, 640, 768, 1024, 1280), 12, 1e17, 3e17, 1e18, 3e18, 9e19),
@@ -97,7 +111,11 @@ def get_config(scale: str) -> Run:
 
 
 def sweep(base: Run) -> list[Run]:
-    return [run_of(base, cell) for cell in cells(base, "grid")]
+    """The grid, and other seeds of the run nearest to the hold-out: the smallest at the largest budget."""
+    grid = cells(base, "grid")
+    last = max(grid, key=lambda cell: (cell["budget_flops"], -cell["N"]))
+    seeds = range(base.seed + 1, base.seed + base.sweep.seeds)
+    return [*(run_of(base, cell) for cell in grid), *(run_of(base, last, seed=seed) for seed in seeds)]
 
 
 def holdout(base: Run) -> list[Run]:
@@ -139,10 +157,18 @@ def fit_law(base: Run, runs: pd.DataFrame, law: str) -> Fit:
     return fits.fit_law(table, law, bootstrap=base.sweep.bootstrap, counting=COUNTING)
 
 
+def seed_noise(runs: pd.DataFrame) -> SeedNoise:
+    """Of the runs that differ by their seed alone."""
+    table = points(runs[runs["role"] != "holdout"])
+    table = table[table["status"] == "done"]
+    return between_seeds(np.log(table["loss"].astype(float)), [table["N"], table["D"]])
+
+
 def forecast(base: Run, runs: pd.DataFrame, run: Run) -> forecasting.Forecast:
     """The loss that `run` will reach; written before it starts."""
     cell = next(cell for cell in cells(base, "holdout") if cell["D"] == run.tokens)
-    return forecasting.make(fit_law(base, runs, "overtraining"), N=cell["N"], D=cell["D"], C=cell["flops"])
+    law, noise = fit_law(base, runs, "overtraining"), seed_noise(runs)
+    return forecasting.make(law, N=cell["N"], D=cell["D"], C=cell["flops"], seed_noise=noise)
 
 
 def report(base: Run, folder: Path, runs: pd.DataFrame, forecasts: Mapping[str, Any]) -> dict[str, Any]:
@@ -198,7 +224,7 @@ def runs_table(runs: pd.DataFrame, law: Fit) -> Table:
 
 def drawing(law: Fit, runs: pd.DataFrame) -> Any:
     """Draws loss over M at each budget, the hold-out's too."""
-    runs = runs.assign(M=runs["D"] / runs["N"])
+    runs = runs[runs["role"] != "rate"].assign(M=lambda table: table["D"] / table["N"])
     lowest, series = runs["M"].min(), []
     for group, ((role, budget), own) in enumerate(runs.groupby(["role", "budget_flops"])):
         held = role == "holdout"

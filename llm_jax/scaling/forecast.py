@@ -26,6 +26,7 @@ from llm_jax.records import write_atomically
 from llm_jax.scaling.isoflop import IsoflopFit
 from llm_jax.scaling.resampling import one_run
 from llm_jax.scaling.results import Fit, plain
+from llm_jax.scaling.tables import SeedNoise
 
 SCHEMA = 1
 
@@ -148,13 +149,13 @@ def make(
     D: float,
     C: float | None = None,
     levels: Sequence[float] = (0.9, 0.95),
-    seed_noise: float | None = None,
+    seed_noise: SeedNoise | None = None,
     seed: int = 0,
 ) -> Forecast:
     """The forecast of `fit` for a run of N parameters on D tokens.
 
-    C: its FLOPs (default: flops_per_nd * N * D, by the fit's conventions). seed_noise: standard deviation
-    of ln loss between seeds of one configuration, where measured; it counts if it exceeds the residuals'.
+    C: its FLOPs (default: flops_per_nd * N * D, by the fit's conventions). seed_noise: where runs were
+    repeated; it counts, with its own degrees of freedom, if it exceeds the residuals'.
     Raises UserError for a fit without bootstrap draws or with no residuals to spare.
     """
     if len(fit.draws) < 100 or fit.freedom < 1:
@@ -162,12 +163,13 @@ def make(
             f"a forecast needs 100 bootstrap refits and more runs than parameters; this fit has "
             f"{len(fit.draws)} refits and {len(fit.points.frame)} runs"
         )
-    noise, source = fit.noise, "residuals of the fit"
-    if seed_noise is not None and seed_noise > noise:
-        noise, source = float(seed_noise), "spread between seeds"
+    noise, freedom, source = fit.noise, fit.freedom, "residuals of the fit"
+    repeated = seed_noise is not None and seed_noise.freedom > 0
+    if repeated and seed_noise.deviation > noise:
+        noise, freedom, source = *seed_noise, "spread between seeds"
     C = float(fit.conventions["flops_per_nd"] * N * D if C is None else C)
     log_loss, drawn = fit.extrapolate(N, D, C)
-    draws = one_run(drawn, noise, fit.freedom, seed)
+    draws = one_run(drawn, noise, freedom, seed)
     points = fit.points.frame
     return Forecast(
         N=float(N),
@@ -182,14 +184,14 @@ def make(
             draws=len(fit.draws),
             noise=noise,
             source=source,
-            freedom=fit.freedom,
+            freedom=freedom,
         ),
         law=plain({"formula": fit.formula, "parameters": {k: e.value for k, e in fit.parameters.items()}}),
         points=len(points),
         points_hash=hash_points(points),
         fitted_flops=float(fitted_flops(fit).max()),
         written_utc=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        seed_noise=seed_noise,
+        seed_noise=seed_noise.deviation if repeated else None,
     )
 
 

@@ -15,7 +15,7 @@ from llm_jax.config import UserError
 from llm_jax.scaling import fits
 from llm_jax.scaling.law import Inputs, Law, Parameter, asymptote, logsumexp
 from llm_jax.scaling.results import Estimate, Fit, estimate
-from llm_jax.scaling.tables import Points
+from llm_jax.scaling.tables import Points, SeedNoise, between_seeds
 
 
 class Mixing(Law):
@@ -73,6 +73,13 @@ class MixtureFit:
         count = min(len(draws) for *_, draws in parts)
         best = sum(self.tokens[name] / total * np.exp(log) for name, log, _ in parts)
         return best, sum(self.tokens[name] / total * np.exp(draws[:count]) for name, _, draws in parts)
+
+    @property
+    def seed_noise(self) -> SeedNoise:
+        """Of the whole loss, of runs on one mixture."""
+        return between_seeds(
+            np.log(self.points["loss"].astype(float)), [self.points[f"share/{name}"] for name in self.fits]
+        )
 
     def at(self, shares: Mapping[str, float]) -> "Mixed":
         return Mixed(self, dict(shares))

@@ -9,6 +9,7 @@ import pandas as pd
 from scipy.special import stdtrit
 
 from llm_jax.config import UserError
+from llm_jax.scaling.tables import SeedNoise
 
 LEVEL = 0.9  # of the interval of a difference between two rates
 
@@ -61,6 +62,11 @@ class RateCheck:
             m: float(at_rule - np.mean(values)) if np.isfinite(values).all() else -np.inf
             for m, values in others.items()
         }
+
+    @property
+    def seed_noise(self) -> SeedNoise:
+        """The spread as the noise of one run on ln loss, as forecasts take it."""
+        return SeedNoise(self.relative_spread, self.freedom)
 
     @property
     def better(self) -> dict[float, float]:

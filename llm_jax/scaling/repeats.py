@@ -7,6 +7,7 @@ import pandas as pd
 from scipy.special import stdtrit
 
 from llm_jax.config import UserError
+from llm_jax.scaling.tables import SeedNoise, between_seeds
 
 
 class Repeats(NamedTuple):
@@ -26,15 +27,14 @@ class Repeats(NamedTuple):
     worth: np.ndarray
 
 
-def seed_noise(runs: pd.DataFrame) -> tuple[float, int]:
-    """Standard deviation of ln loss between seeds of one (N, D, U), pooled, and its degrees of freedom."""
-    groups = np.log(runs["loss"].astype(float)).groupby([runs["N"], runs["D"], runs["U"]])
-    freedom = int((groups.count() - 1).sum())
-    if freedom < 1:
+def seed_noise(runs: pd.DataFrame) -> SeedNoise:
+    """Of runs of one (N, D, U); UserError where none was repeated."""
+    noise = between_seeds(np.log(runs["loss"].astype(float)), [runs[name] for name in ("N", "D", "U")])
+    if noise.freedom < 1:
         raise UserError(
             "no run was repeated with another seed: there is nothing to tell a gain from chance by"
         )
-    return float(np.sqrt(((groups.count() - 1) * groups.var(ddof=1).fillna(0)).sum() / freedom)), freedom
+    return noise
 
 
 def repeats(runs: pd.DataFrame, level: float = 0.9) -> list[Repeats]:

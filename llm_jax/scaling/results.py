@@ -7,13 +7,14 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from llm_jax.config import UserError
 from llm_jax.scaling.law import Inputs, Law
 from llm_jax.scaling.posing import far_bound
 from llm_jax.scaling.resampling import one_run
 from llm_jax.scaling.solver import Data, Problem
-from llm_jax.scaling.tables import Points, name_of
+from llm_jax.scaling.tables import Points, SeedNoise, between_seeds, name_of
 
 SHOWN = 10  # of the runs that were left out
 
@@ -175,12 +176,10 @@ class Fit:
         return float(np.sqrt(np.sum(squares) / left)) if left > 0 else float("nan")
 
     @property
-    def seed_noise(self) -> tuple[float, int]:
-        """Standard deviation of ln loss between runs of equal inputs, pooled, and its degrees of freedom."""
+    def seed_noise(self) -> SeedNoise:
+        """Of runs with equal inputs."""
         frame = self.points.frame
-        groups = frame.assign(log=self.data.y[0]).groupby(list(self.law.inputs))["log"]
-        freedom = int((groups.size() - 1).sum())
-        return float(np.sqrt(((groups.size() - 1) * groups.var().fillna(0)).sum() / max(freedom, 1))), freedom
+        return between_seeds(pd.Series(self.data.y[0], frame.index), [frame[x] for x in self.law.inputs])
 
     def to_json(self) -> dict[str, Any]:
         """Every number of the fit as JSON values (NaN becomes null)."""

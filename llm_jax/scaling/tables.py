@@ -48,6 +48,21 @@ class Points:
         return int(self.clusters.max()) + 1
 
 
+class SeedNoise(NamedTuple):
+    """Standard deviation of ln loss between seeds of one configuration, pooled; its degrees of freedom."""
+
+    deviation: float
+    freedom: int
+
+
+def between_seeds(log_loss: pd.Series, by: Sequence[pd.Series]) -> SeedNoise:
+    """Of runs that are alike in every column of `by`; (0, 0) where none was repeated."""
+    groups = log_loss.groupby(list(by))
+    spare = groups.size() - 1
+    freedom = int(spare.sum())
+    return SeedNoise(float(np.sqrt((spare * groups.var().fillna(0)).sum() / max(freedom, 1))), freedom)
+
+
 def check_points(
     frame: pd.DataFrame,
     needs: Sequence[str],

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 
 import known_laws
 import numpy as np
@@ -9,10 +10,14 @@ import pandas as pd
 import pytest
 import synthetic_sweep as sweep
 
+from llm_jax import config
 from llm_jax.config import UserError
 from llm_jax.scaling import forecast
 from llm_jax.scaling.fits import fit
 from llm_jax.scaling.isoflop import fit_isoflop
+from llm_jax.scaling.tables import SeedNoise
+
+EXPERIMENTS = pathlib.Path(__file__).parents[2] / "experiments"
 
 
 def fitted(table, **options):
@@ -54,8 +59,14 @@ def test_the_interval_is_wider_than_that_of_the_law_and_grows_with_level_and_see
     alone = law.predict(N=made.N, D=made.D)
     assert low < alone.low < made.loss < alone.high < high
     assert made.intervals[0.95][0] < low and high < made.intervals[0.95][1]
-    noisier = forecast.make(law, made.N, made.D, made.C, seed_noise=0.02)
+    noisier = forecast.make(law, made.N, made.D, made.C, seed_noise=SeedNoise(0.02, 40))
     assert noisier.intervals[0.9][1] > high and "between seeds" in noisier.method
+    told_by_two = forecast.make(law, made.N, made.D, made.C, seed_noise=SeedNoise(0.02, 2))
+    assert told_by_two.intervals[0.9][1] - made.loss > 1.3 * (noisier.intervals[0.9][1] - made.loss)
+    assert "with 2 degrees of freedom" in told_by_two.method and told_by_two.seed_noise == 0.02
+    quiet = forecast.make(law, made.N, made.D, made.C, seed_noise=SeedNoise(1e-5, 2))
+    assert quiet.intervals == made.intervals and quiet.seed_noise == 1e-5
+    assert forecast.make(law, made.N, made.D, made.C, seed_noise=SeedNoise(0.0, 0)).seed_noise is None
     assert made.extrapolation == pytest.approx(4.0, rel=0.01)
 
 
@@ -181,3 +192,25 @@ def test_the_rollout_forecasts_every_budget_from_the_third_on_by_the_smaller_one
     assert abs(last.error) < 0.02 and last.low < last.loss < last.high
     assert forecast.backtest(lambda points: fitted(points), grid) == pytest.approx(abs(last.error))
     assert "inside its 90% interval" in str(last) or "OUTSIDE its 90% interval" in str(last)
+
+
+def test_the_over_training_forecast_is_told_with_the_noise_between_its_seeds():
+    experiment, _ = config.load_experiment(str(EXPERIMENTS / "overtraining.py"))
+    base, rows = experiment.get_config("smoke"), []
+    cells = {(cell["width"], cell["D"]): cell for cell in experiment.cells(base, "grid")}
+    for run in experiment.sweep(base):
+        cell = cells[run.model.width, run.tokens]
+        row = {
+            "role": run.cell.role,
+            "status": "done",
+            "N_matmul": cell["N"],
+            "D": cell["D"],
+            "name": run.name,
+        }
+        row |= {"flops_6nd_matmul": cell["flops"], "budget_flops": run.cell.budget_flops, "seed": run.seed}
+        row |= {"model.width": run.model.width, "model.layers": 1, "optimizer.learning_rate": 0.01}
+        rows.append(row | {"loss": (1.7 + 40 / cell["N"] ** 0.3 + 200 / cell["D"] ** 0.3) * 1.01**run.seed})
+    (held,) = experiment.holdout(base)
+    made = experiment.forecast(base, pd.DataFrame(rows), held)
+    assert made.seed_noise == pytest.approx(np.log(1.01) / np.sqrt(2))
+    assert made.points == len(cells), "only the grid is fitted"

@@ -37,7 +37,10 @@ def test_an_unseen_mixture_is_forecast_within_its_interval_and_source_by_source(
     table = runs(noise=0.003)
     fitted = mixing.fit_mixture(table, ["a", "b"], bootstrap=200)
     unseen = runs(shares=(0.27,), seeds=1).iloc[0]
-    made = forecast.make(fitted.at({"a": 0.27, "b": 0.73}), N=1e4, D=1e6, C=6e10)
+    seeds = fitted.seed_noise
+    assert seeds.freedom == 9 and 0.0012 < seeds.deviation < 0.0036  # chi square of 9 around 0.0024
+    made = forecast.make(fitted.at({"a": 0.27, "b": 0.73}), N=1e4, D=1e6, C=6e10, seed_noise=seeds)
+    assert made.seed_noise == seeds.deviation
     checked = forecast.check(made, unseen["loss"], table)
     assert checked.covered[0.9] and abs(checked.relative_error) < 0.005
     assert made.extrapolation == 1
