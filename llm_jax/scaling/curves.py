@@ -15,10 +15,11 @@ if TYPE_CHECKING:
 METHODS = {
     "local": "parabola through the sizes around the lowest, corrected for the skew of Chinchilla's law",
     "parabola": "parabola through the sizes around the lowest",
-    "akima": "Akima interpolation of all sizes",
+    "akima": "Akima interpolation of all sizes, the lowest of 25 points an interval (Porian et al.)",
+    "akima-exact": "Akima interpolation of all sizes, its exact minimum",
     "full": "parabola through all sizes",
 }
-_AKIMA_POINTS = 25  # per interval (Porian et al. 2024)
+_GRID = 25  # points an interval that "akima" looks at, as Porian et al. 2024 do: steps of some percent of N
 UNFITTED = {  # conventions of local parabolas that no power law was laid through
     "method": "parabola",
     "window": 5,
@@ -38,8 +39,8 @@ class Curve:
     C: geometric mean of the runs' FLOPs (or the budget they were planned for). sizes, tokens, losses,
     weights: [n] of its runs; used [n]: which of them the curve passes. coefficients: of ln(loss) = c0 + c1 u
     + c2 u^2 with u = ln N - center (None for Akima). N, D, loss: at the minimum, NaN where `refused` says why
-    not. half: sizes to each side of the lowest that a local parabola passes; 0 where all are. names: of the
-    runs.
+    not. half: sizes to each side of the lowest that a local parabola passes; 0 where all are. grid: points an
+    interval at which a spline is looked up; 0 for its exact minimum. names: of the runs.
     """
 
     C: float
@@ -55,6 +56,7 @@ class Curve:
     loss: float
     refused: str = ""
     half: int = 0
+    grid: int = 0
     names: tuple[str, ...] = ()
 
     def predict(self, N: np.ndarray) -> np.ndarray:
@@ -100,11 +102,12 @@ def curve_of(group: pd.DataFrame, method: str, window: int) -> Curve:
     C, everything = float(np.exp(np.log(group[column]).mean())), np.ones(len(sizes), bool)
     names, none = tuple(name_of(group, label) for label in group.index), (np.nan, np.nan, np.nan)
     curve = Curve(C, sizes, tokens, losses, weights, everything, 0.0, None, *none, half=half, names=names)
+    curve = dataclasses.replace(curve, grid=_GRID if method == "akima" else 0)
     (knots, place), y = curve.knots, np.log(losses)
     lowest = int(np.argmin(curve.means(y)))
     used = np.abs(place - lowest) <= half if half else everything
     curve = dataclasses.replace(curve, used=used, center=float(knots[lowest]))
-    if method != "akima":
+    if not method.startswith("akima"):
         curve = dataclasses.replace(curve, coefficients=tuple(map(float, curve.solve(y, used))))
     if lowest in (0, len(knots) - 1):
         side, beyond = ("smallest", "below") if lowest == 0 else ("largest", "above")
@@ -136,11 +139,10 @@ def redraw(curve: Curve, values: np.ndarray) -> np.ndarray:
     """
     knots, place = curve.knots
     if curve.coefficients is None:
-        at = np.linspace(knots[0], knots[-1], _AKIMA_POINTS * (len(knots) - 1))
-        along = _akima(curve, values)(at)  # [grid, S]
-        best = along.argmin(0)
-        found = np.stack([at[best], _tokens(curve, at[best]), along.min(0)], axis=1)
-        return _beyond(found, best == 0, best == len(at) - 1)
+        spline = _akima(curve, values)
+        at, low = _on_grid(spline, curve.grid) if curve.grid else _lowest(spline)
+        found = np.stack([at, _tokens(curve, at), low], axis=1)
+        return _beyond(found, at == knots[0], at == knots[-1])
     means = curve.means(values)
     lowest = means.argmin(1) if curve.half else np.zeros(len(values), int)
     out = np.empty((len(values), 3))
@@ -154,6 +156,26 @@ def redraw(curve: Curve, values: np.ndarray) -> np.ndarray:
         used = np.abs(place - knot) <= curve.half if curve.half else curve.used
         out[mine] = _vertices(curve, used, curve.solve(values[mine], used))
     return out
+
+
+def _on_grid(spline: "Akima1DInterpolator", points: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where and how low [S] splines are at the lowest of `points` an interval, between their ends."""
+    at = np.linspace(spline.x[0], spline.x[-1], points * (len(spline.x) - 1))
+    along = spline(at)
+    return at[along.argmin(0)], along.min(0)
+
+
+def _lowest(spline: "Akima1DInterpolator") -> tuple[np.ndarray, np.ndarray]:
+    """Where and how low [S] splines are at their lowest: at a knot, or where a piece is flat and bends up."""
+    a, b, c, d = spline.c  # [K-1, S] of a t^3 + b t^2 + c t + d
+    starts, widths = spline.x[:-1, None], np.diff(spline.x)[:, None]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        flat = -c / (b + np.sqrt(b**2 - 3 * a * c))
+    flat = np.where((flat > 0) & (flat < widths), flat, 0.0)  # else the knot on the left
+    at = np.concatenate([starts + flat, np.full((1, flat.shape[1]), spline.x[-1])])
+    low = np.concatenate([d + flat * (c + flat * (b + flat * a)), spline(spline.x[-1:])])
+    best = low.argmin(0)[None]
+    return np.take_along_axis(at, best, 0)[0], np.take_along_axis(low, best, 0)[0]
 
 
 def _vertices(curve: Curve, used: np.ndarray, coefficients: np.ndarray) -> np.ndarray:

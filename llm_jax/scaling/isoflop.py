@@ -275,7 +275,7 @@ def fit_isoflop(
     if uncorrected and method == "local":
         why = "; ".join(f"{budget}: {reason}" for budget, reason in uncorrected.items())
         warnings.append(f"minima not corrected for the law's skew, at C = {why}")
-    if method == "akima" and bootstrap:
+    if method.startswith("akima") and bootstrap:
         warnings.append(
             "the lowest point of a spline through noisy losses lies too low: 90% intervals of L_opt at 30 "
             "times the largest budget held in 73% of 40 simulated sets; N_opt, a and b hold"
