@@ -15,30 +15,23 @@ import pathlib
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 from absl import flags
 
 from llm_jax.config import UserError, run_main
 from llm_jax.records import write_atomically
-from llm_jax.scaling import compare, identified, sensitivity, serving
+from llm_jax.scaling import compare, laws, sensitivity
 from llm_jax.scaling.curves import METHODS
 from llm_jax.scaling.envelope import EnvelopeFit
 from llm_jax.scaling.fits import AnyFit, fit
 from llm_jax.scaling.isoflop import IsoflopFit
 from llm_jax.scaling.law import Law
+from llm_jax.scaling.questions import Answer, answer, answers, check
 from llm_jax.scaling.reading import numbers, pairs, read_points
-from llm_jax.scaling.results import Estimate, Fit, plain, row, written
+from llm_jax.scaling.results import Fit, plain, row, written
 
 LAWS = ("3", "vp")
-
-
-class Answer(NamedTuple):
-    """What --predict asked, and the numbers."""
-
-    asked: str
-    numbers: dict[str, Estimate]
-    doubt: str = ""
 
 
 def define_flags() -> None:
@@ -67,7 +60,7 @@ def define_flags() -> None:
     flags.DEFINE_float("level", 0.9, "what share of the refits an interval holds", 0.01, 0.999)
     flags.DEFINE_integer("seed", 0, "of the bootstrap", lower_bound=0)
     flags.DEFINE_string("columns", "", "names of your columns, as in N=params,D=tokens,loss=final_loss")
-    flags.DEFINE_string("where", None, "which rows to fit, as in 'D > 20*N and width < 512'")
+    flags.DEFINE_string("where", None, "which rows to fit, as in 'D > 20*N and `final loss` < 3'")
     flags.DEFINE_string("counting", "as given in the table", "what N counts; kept with the result")
     flags.DEFINE_multi_string(
         "predict", [], "loss at N=1e9,D=2e10, optimum at C=1e21, cheapest run to loss=2.1; may be repeated"
@@ -109,23 +102,28 @@ def main() -> None:
     if f.inference_tokens and not any("loss" in question for question in questions):
         raise UserError("--inference_tokens needs the loss to reach: --predict=loss=2.1")
     options = _options()
+    names = f.compare or ([options["law"]] if "law" in options else [])
+    for question in questions:
+        for law in map(laws.law, names) if names else [None]:
+            check(question, law, f.approach, f.flops_per_nd)
     points = read_points(f.points)
     if f.compare:
         rows = compare.compare(points, f.compare, **{k: v for k, v in options.items() if k != "law"})
-        found = [(row.law, row.fit, answer(row.fit, question)) for row in rows for question in questions]
+        asked = [(row, question) for row in rows for question in questions]
+        found = [(row, answer(row.fit, question, f.inference_tokens)) for row, question in asked]
         text = compare.compared_table(rows)
-        answers = [Answer(f"{a.asked} by {law}", a.numbers) for law, _, a in found]
+        told = [Answer(f"{a.asked} by {row.law}", a.numbers) for row, a in found]
         content = {"schema": 1, "compared": [row.to_json() for row in rows]}
-        _show(text, answers, content, lambda figures: {"compared": figures.comparison(rows)})
+        _show(text, told, content, lambda figures: {"compared": figures.comparison(rows)})
         return
     if f.multiplier:
         result, text = compare.multiplier(points, options.pop("law"), f.multiplier, **options)
     else:
         result, text = fit(points, **({"approach": f.approach} | options)), ""
-    answers, refused = [], []
+    told, refused = [], []
     for question in questions:
         try:
-            answers += _answers(result, question)
+            told += answers(result, question, f.inference_tokens)
         except UserError as error:  # told last: the fit itself stands
             refused.append(error)
     hangs_on = sensitivity.facts(result) if not isinstance(result, EnvelopeFit) else {}
@@ -133,8 +131,8 @@ def main() -> None:
     if f.multiplier:
         number = result.parameters["multiplier"]._asdict()
         content |= {"multiplier": number | {"column": f.multiplier, "text": text}}
-    told = [result.table(), text, sensitivity.table(hangs_on) if hangs_on else ""]
-    _show("\n\n".join(filter(None, told)), answers, content, lambda figures: drawings(figures, result))
+    parts = [result.table(), text, sensitivity.table(hangs_on) if hangs_on else ""]
+    _show("\n\n".join(filter(None, parts)), told, content, lambda figures: drawings(figures, result))
     if f.out and not isinstance(result, Fit):  # a table for --law=power, n-opt or d-opt
         write_atomically(pathlib.Path(f.out) / "optima.csv", result.frontier.to_csv(index=False))
         print(f"written: {pathlib.Path(f.out) / 'optima.csv'}")
@@ -203,44 +201,6 @@ def check_folder(folder: pathlib.Path) -> None:
         for place in made:
             with contextlib.suppress(OSError):
                 place.rmdir()
-
-
-def answer(result: AnyFit, question: Mapping[str, float]) -> Answer:
-    """The optimum at a budget C; the cheapest run to a loss; or the law's value at its inputs and what one
-    more run would measure there.
-    """
-    asked, doubt = ", ".join(f"{name}={value:g}" for name, value in question.items()), ""
-    if not isinstance(result, Fit):
-        if set(question) != {"C"}:
-            raise UserError(
-                f"Approach {result.approach} has no law of the loss: ask for an optimum, --predict=C=1e21"
-            )
-        found = result.optimum(question["C"])
-    elif "loss" in question and result.law.output == "loss":
-        tokens, given = flags.FLAGS.inference_tokens, {k: v for k, v in question.items() if k != "loss"}
-        asked += f", then {tokens:g} tokens of inference" if tokens else ""
-        found = serving.cheapest(result, question["loss"], tokens, **given)
-    elif "C" in question and not {"N", "D"} & set(question) and not set(result.law.inputs) <= set(question):
-        found = result.optimum(question["C"], **{k: v for k, v in question.items() if k != "C"})
-        known = identified.of_optimum(result, question["C"])
-        doubt = known.doubt if known else ""
-    else:
-        output = result.law.output
-        at = {output: result.predict(**question), f"{output}, one run": result.one_run(**question)}
-        return Answer(asked, at)
-    return Answer(asked, {name: number for name, number in found._asdict().items() if number}, doubt)
-
-
-def _answers(result: AnyFit, question: Mapping[str, float]) -> list[Answer]:
-    """The answer, or one for each recipe of a compute multiplier."""
-    ((column, recipes),) = result.conventions.get("recipes", {"": []}).items()
-    if not recipes:
-        return [answer(result, question)]
-    asked = ", ".join(f"{name}={value:g}" for name, value in question.items())
-    found = [answer(result, {**question, compare.COLUMN: value}).numbers for value in compare.CODES]
-    return [
-        Answer(f"{asked}, {column}={name}", numbers) for name, numbers in zip(recipes, found, strict=True)
-    ]
 
 
 def _options() -> dict[str, Any]:

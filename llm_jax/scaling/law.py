@@ -10,7 +10,7 @@ coefficient (`Parameter.log`), an exponent itself. `values` are the natural para
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -74,6 +74,25 @@ class Law:
             moved[..., index] += 1j * step
             columns.append(self.log_loss(moved, x).imag / step)
         return self.log_loss(theta, x), np.stack(columns, axis=-2)
+
+    def inputs_of(self, given: Mapping[str, Any], flops_per_nd: float) -> dict[str, np.ndarray]:
+        """The law's inputs as arrays [n], from those given; UserError where they don't determine them."""
+        arrays = np.broadcast_arrays(*(np.atleast_1d(np.asarray(value, float)) for value in given.values()))
+        values = dict(zip(given, arrays, strict=True))
+        if "C" not in values and {"N", "D"} <= set(values) and not {"C", "M"}.isdisjoint(self.inputs):
+            values |= {"C": flops_per_nd * values["N"] * values["D"], "M": values["D"] / values["N"]}
+        used = {name: value for name, value in values.items() if name in self.inputs}
+        spare = set(given) - set(self.inputs) - {"N", "D"}
+        if set(used) != set(self.inputs) or spare:
+            raise UserError(
+                f"{self.formula} is predicted at {', '.join(self.inputs)}; got {', '.join(given)}"
+            )
+        return used
+
+    def refuse_beside(self, given: Mapping[str, Any]) -> None:
+        """Raises UserError for what stands beside a budget, or a loss to reach, and the law doesn't know."""
+        if unknown := set(given) - (set(self.inputs) - {"N", "D", "C"}):
+            raise UserError(f"{self.formula} has its best N and D at C; it knows no {min(unknown)} beside")
 
     def derived(self, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Numbers that follow from the parameters and are reported beside them."""

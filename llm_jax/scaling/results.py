@@ -85,7 +85,7 @@ class Fit:
         The interval is the law's; one more run scatters around it as well (`one_run`). What follows from N,
         D and C is derived.
         """
-        x = {name: np.log(value) for name, value in self._inputs(inputs).items()}
+        x = {name: np.log(value) for name, value in self._at(inputs).items()}
         draws, best = self.law.log_loss(self.draws, x), self.law.log_loss(self.theta[None], x)[0]
         predicted = self.with_interval(np.exp(best), np.exp(draws))
         scalar = all(np.ndim(value) == 0 for value in inputs.values())
@@ -93,7 +93,7 @@ class Fit:
 
     def one_run(self, **inputs: float) -> Estimate:
         """The value that one more run is expected to measure there: the law's interval and a run's noise."""
-        (best,), draws = self.logs({name: np.log(value) for name, value in self._inputs(inputs).items()})
+        (best,), draws = self.logs({name: np.log(value) for name, value in self._at(inputs).items()})
         if len(draws) < 2 or self.freedom < 1:
             return estimate(float(np.exp(best)), draws[:0, 0], self.level)
         runs = one_run(draws[:, 0], self.noise, self.freedom)
@@ -106,28 +106,15 @@ class Fit:
         best = self.law.log_loss(self.theta[None], x)[0]
         return best, self._around(best, self.law.log_loss(self.draws, x))
 
-    def _inputs(self, given: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """The law's inputs as arrays [n], from those given; UserError where they don't determine them."""
-        arrays = np.broadcast_arrays(*(np.atleast_1d(np.asarray(value, float)) for value in given.values()))
-        values, k = dict(zip(given, arrays, strict=True)), self.conventions["flops_per_nd"]
-        if "C" not in values and {"N", "D"} <= set(values) and not {"C", "M"}.isdisjoint(self.law.inputs):
-            values |= {"C": k * values["N"] * values["D"], "M": values["D"] / values["N"]}
-        used = {name: value for name, value in values.items() if name in self.law.inputs}
-        spare = set(given) - set(self.law.inputs) - {"N", "D"}
-        if set(used) != set(self.law.inputs) or spare:
-            needed = ", ".join(self.law.inputs)
-            raise UserError(f"{self.law.formula} is predicted at {needed}; got {', '.join(given)}")
-        return used
+    def _at(self, given: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        return self.law.inputs_of(given, self.conventions["flops_per_nd"])
 
     def optimum(self, C: float, **given: float) -> Optimum:
         """N, D and loss of the best run at C FLOPs (C = flops_per_nd N D, by the fit's conventions).
 
         given: what else the law depends on, such as U. Raises UserError for what it doesn't.
         """
-        if unknown := set(given) - (set(self.law.inputs) - {"N", "D", "C"}):
-            raise UserError(
-                f"{self.law.formula} has its best N and D at C; it knows no {min(unknown)} beside"
-            )
+        self.law.refuse_beside(given)
         best, draws = self.best_at(self.theta[None], C, **given), self.best_at(self.draws, C, **given)
         if min(best[0][0], best[1][0]) < 1.001:
             least = "parameter" if best[0][0] < best[1][0] else "token"

@@ -8,6 +8,7 @@ line; runs that diverged are left out, and said so.
 import ast
 import dataclasses
 import operator
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -88,7 +89,7 @@ def check_points(
         slip = next((need for need in needs if need.lower() == name.lower() and need != name), None)
         if slip:
             raise UserError(f"--columns={name}={source}: the name is {slip}, not {name}")
-        if source not in given and any(sign in source for sign in "+-*/"):
+        if source not in given and any(sign in source for sign in "+-*/`"):
             frame[name] = evaluate("columns", source, frame)
         else:
             frame[name] = _column(given, source, f"the column for {name}")
@@ -177,16 +178,29 @@ def filter_rows(frame: pd.DataFrame, expression: str) -> np.ndarray:
 
 
 def evaluate(flag: str, expression: str, frame: pd.DataFrame) -> Any:
-    """What `expression` of the columns of `frame` comes to; `flag` is named where it makes no sense."""
+    """What `expression` of the columns of `frame` comes to; `flag` is named where it makes no sense.
+
+    A name with blanks or brackets stands in backticks, as in pandas: `final loss` < 3.
+    """
+    quoted: dict[str, str] = {}
+
+    def plain(found: re.Match) -> str:
+        return quoted.setdefault(found[1], f"_quoted_{len(quoted)}_")
+
+    text = re.sub("`([^`]*)`", plain, expression)
+    odd = next((name for name in map(str, frame) if not name.isidentifier() and name in text), None)
+    hint = f"; the column stands in backticks: `{odd}`" if odd else ""
     try:
-        tree = ast.parse(expression.strip(), mode="eval").body
+        tree = ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        raise UserError(
-            f"--{flag}={expression!r} is no expression, such as 'D > 20*N and width < 512'"
-        ) from None
+        example = hint or ", such as 'D > 20*N and width < 512'"
+        raise UserError(f"--{flag}={expression!r} is no expression{example}") from None
     try:
+        columns = {new: _column(frame, name, "an expression") for name, new in quoted.items()}
         with np.errstate(all="ignore"):  # the caller refuses what is no number
-            return _evaluate(tree, frame)
+            return _evaluate(tree, frame.assign(**columns))
+    except UserError as error:
+        raise UserError(f"{error}{hint}") from None
     except TypeError:
         raise UserError(f"--{flag}={expression!r} puts a number and a text together") from None
     except (ArithmeticError, RecursionError):

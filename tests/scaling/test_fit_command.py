@@ -13,6 +13,8 @@ from test_options import curves
 
 from llm_jax.scaling.results import Estimate, row
 
+READ = ("--points=POINTS", "--columns=N=params")
+
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "llm_jax.scaling.fit", *arguments]
@@ -184,6 +186,14 @@ def test_who_reads_a_line_and_leaves_costs_no_file(points, tmp_path):
             "coefficient can't be tied to an exponent",
         ),
         (["--points=POINTS", "--columns=N=params,Loss=loss"], "the name is loss, not Loss"),
+        ([*READ, "--predict=N=1e9"], "is predicted at N, D; got N"),
+        ([*READ, "--predict=Q=1"], "is predicted at N, D; got Q"),
+        ([*READ, "--predict=C=1e22,Q=1"], "it knows no Q beside"),
+        ([*READ, "--predict=loss=2,Q=1"], "it knows no Q beside"),
+        ([*READ, "--law=power-n", "--predict=C=1e22"], "has no N and D to choose"),
+        ([*READ, "--law=data-constrained", "--predict=C=1e22"], "give U too"),
+        ([*READ, "--approach=2", "--predict=N=1e9,D=2e10"], "ask for an optimum, --predict=C=1e21"),
+        ([*READ, "--compare=chinchilla,power", "--predict=N=1e9"], "is predicted at N, D; got N"),
         (["--bootstrap=abc"], "--bootstrap=abc is not an integer"),
         (["--bootstrp=3"], "no flag --bootstrp; did you mean '--bootstrap'?"),
         (["--points=absent.csv", "--out=POINTS"], "can't be a folder"),

@@ -153,6 +153,19 @@ def test_columns_may_be_expressions_of_columns():
             check_points(frame, NEEDS, columns={"D": source})
 
 
+def test_columns_with_blanks_or_brackets_stand_in_backticks():
+    frame = pd.DataFrame({"params (M)": [1.0, 2.0], "D": [3e9, 4e9], "final loss": [2.0, 3.0]})
+    points = check_points(
+        frame, NEEDS, columns={"N": "`params (M)`*1e6", "loss": "`final loss`"}, where="`final loss` < 2.5"
+    )
+    assert points.frame[["N", "loss"]].to_numpy().tolist() == [[1e6, 2.0]]
+    for expression in ("final loss < 3", "params (M) > 1"):
+        with pytest.raises(UserError, match=r"the column stands in backticks: `(final loss|params \(M\))`"):
+            filter_rows(frame, expression)
+    with pytest.raises(UserError, match="no column 'final los'; did you mean 'final loss'"):
+        filter_rows(frame, "`final los` < 3")
+
+
 def test_runs_that_a_filter_leaves_out_may_be_anything():
     frame = sweep().assign(ok=1.0)
     frame.loc[3, ["N", "ok"]] = [np.nan, 0.0]
