@@ -360,7 +360,8 @@ def run_main(main: Callable[[], int | None], elsewhere: Mapping[str, str] | None
                 raise
             print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
             sys.exit(2)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt:  # while modules load, llm_jax/__init__.py says it
+            print("stopped", file=sys.stderr)
             sys.exit(130)
 
     logging.set_verbosity(logging.WARNING)  # JAX tells of every kind of device that it did not find

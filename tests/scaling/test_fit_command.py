@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
 
@@ -165,6 +167,24 @@ def test_who_reads_a_line_and_leaves_costs_no_file(points, tmp_path):
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 141 and (tmp_path / "out" / "fit.json").exists()
+
+
+def test_ctrl_c_says_one_word_during_a_fit(points, command, monkeypatch):
+    def interrupted(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("llm_jax.scaling.reading.read_points", interrupted)
+    assert command("llm_jax.scaling.fit", f"--points={points}") == (130, "", "stopped\n")
+
+
+@pytest.mark.parametrize("module", ["llm_jax.scaling.fit", "launch.local"])
+def test_ctrl_c_says_one_word_while_modules_load(module, tmp_path):
+    (tmp_path / "absl.py").write_text("raise KeyboardInterrupt")  # every command imports it
+    paths = os.pathsep.join([str(tmp_path), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-m", module], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": paths}
+    )
+    assert done.returncode in (130, -signal.SIGINT) and (done.stdout, done.stderr) == ("", "stopped\n")
 
 
 @pytest.mark.parametrize(
