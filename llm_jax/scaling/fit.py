@@ -11,7 +11,9 @@ of; with --out writes fit.json and figures. The library behind it is llm_jax.sca
 """
 
 import contextlib
+import functools
 import pathlib
+import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
@@ -223,6 +225,7 @@ def _options() -> dict[str, Any]:
         return options | {"method": f.method, "window": f.window}
     return options | {
         "approach": f.approach,
+        "say": functools.partial(print, file=sys.stderr, flush=True),
         "law": f.law,
         "loss": f.loss if f.delta is None else f"huber:{f.delta}",
         "on": f.on,

@@ -67,14 +67,15 @@ def fit_law(
     where: str | None = None,
     counting: str = "as given in the table",
     flops_per_nd: float = 6.0,
+    say: resampling.Say = lambda _: None,
 ) -> Fit:
     """Fits `law` to a table with a row a run.
 
     loss, on: what is minimised (objectives.py); vp is least squares of L itself. weights: a column or an
     expression of columns, such as "1/std**2". fixed, tied, bounds: see `Choices`; ties are the law's own
     unless given. bootstrap: how many refits the intervals come from (resampling.py). counting,
-    flops_per_nd: what N counts and C / (N D), kept with the result. Raises UserError for a table or a
-    question that can't be answered.
+    flops_per_nd: what N counts and C / (N D), kept with the result. say: hears how far the fit of a large
+    table is. Raises UserError for a table or a question that can't be answered.
     """
     law, projecting = laws.law(law), approach == "vp"
     if projecting:
@@ -89,7 +90,7 @@ def fit_law(
     if projected:
         ends = starts = projection.solve(projected, data)
     else:
-        ends, starts = _from_grid(problem, grid, data)
+        ends, starts = _from_grid(problem, grid, data, say)
     best = int(ends.objective.argmin())
     # A perfect fit has an objective of rounding errors only, hence the second term.
     agree = starts.objective <= starts.objective.min() * (1 + 1e-6) + 1e-24 * data.y.size
@@ -104,8 +105,7 @@ def fit_law(
             f"no intervals: {checked.runs} runs for {len(names)} parameters; drawing them anew tells nothing"
         )
         bootstrap = 0
-    drawn = resampling.draw(data, checked.clusters, bootstrap, len(names), seed)
-    draws = resampling.refits(problem, end.free, drawn, bootstrap)
+    draws = resampling.refits(problem, end.free, data, checked.clusters, bootstrap, seed, say)
     if len(draws) < bootstrap:
         warnings.append(f"{bootstrap - len(draws)} of {bootstrap} refits did not converge and are left out")
     residuals = data.y[0] - law.log_loss(problem.theta(end.free), problem.x)[0]
@@ -169,7 +169,9 @@ def refit(fit: Fit, problem: Problem, data: Data) -> np.ndarray:
     return solver.narrowed(problem, ends.free[[ends.objective.argmin()]], data).free
 
 
-def _from_grid(problem: Problem, grid: np.ndarray, data: Data) -> tuple[Solution, Solution]:
+def _from_grid(
+    problem: Problem, grid: np.ndarray, data: Data, say: resampling.Say
+) -> tuple[Solution, Solution]:
     """Where every start of the grid ends; slow ones that may be the best are followed to their end. And where
     all starts ended, which is the same unless few runs led.
 
@@ -180,6 +182,7 @@ def _from_grid(problem: Problem, grid: np.ndarray, data: Data) -> tuple[Solution
     if data.y.shape[1] > 10 * _FEW and len(grid) > _KEPT:
         few = np.linspace(0, data.y.shape[1] - 1, _FEW).astype(int)
         part = dataclasses.replace(problem, x={name: values[few] for name, values in problem.x.items()})
+        say(f"{data.y.shape[1]:,} rows: {len(grid):,} starts on {_FEW} of them, then {_KEPT} on all")
         led = solver.minimise(solver.widened(part), grid, Data(*(each[:, few] for each in data)))
         grid = led.free[np.argsort(led.objective, kind="stable")[:_KEPT]]
     wide = solver.widened(problem)

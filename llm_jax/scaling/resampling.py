@@ -6,23 +6,26 @@ steered; `stretch` takes that back. Measured too and not on offer: bias correcti
 so few runs leave z0 noisy), residuals drawn anew (85 to 95%), their signs alone (76 to 87%).
 """
 
+from collections.abc import Callable
+
 import numpy as np
 
 from llm_jax.scaling import solver
 from llm_jax.scaling.solver import Data, Problem
 
+Say = Callable[[str], None]  # what hears of progress
 SPARE = 2  # runs beyond the parameters without which draws are the table itself, or nearly so
 _DRAWN_IN = 5  # parameters; with fewer, plain percentiles hold
+_WEIGHTS = 10**7  # of draws that are held at once
 METHOD = "runs drawn with replacement; percentiles drawn in by the factor of `stretch`"
 
 
-def draw(data: Data, clusters: np.ndarray, count: int, free: int, seed: int) -> Data:
+def draw(data: Data, clusters: np.ndarray, count: int, free: int, generator: np.random.Generator) -> Data:
     """`count` data sets: weights [S, n] of whole runs, rows of one of `clusters` [n] alike.
 
     A draw of fewer different runs than `free` parameters determines nothing and is drawn again.
     """
     runs = int(clusters.max()) + 1
-    generator = np.random.default_rng(seed)
     weights = np.empty((0, runs))
     while len(weights) < count:
         drawn = generator.multinomial(runs, np.full(runs, 1 / runs), size=count).astype(float)
@@ -30,12 +33,24 @@ def draw(data: Data, clusters: np.ndarray, count: int, free: int, seed: int) -> 
     return data._replace(weights=data.weights * weights[:count, clusters])
 
 
-def refits(problem: Problem, best: np.ndarray, drawn: Data, count: int) -> np.ndarray:
-    """Free parameters [S, F] of refits, each from `best` [1, F]; those that never converge are left out."""
-    if not count:
-        return best[:0]
-    ends = solver.narrowed(problem, np.repeat(best, count, axis=0), drawn)
-    return ends.free[ends.converged]
+def refits(
+    problem: Problem, best: np.ndarray, data: Data, clusters: np.ndarray, count: int, seed: int, say: Say
+) -> np.ndarray:
+    """Free parameters [S, F] of refits to `count` draws, each from `best` [1, F].
+
+    Those that never converge are left out. Large tables are drawn in blocks, and say how far they are.
+    """
+    generator, at_once = np.random.default_rng(seed), max(_WEIGHTS // data.y.size, 1)
+    found, done = [best[:0]], 0
+    while done < count:
+        size = min(at_once, count - done)
+        drawn = draw(data, clusters, size, best.shape[1], generator)
+        ends = solver.narrowed(problem, np.repeat(best, size, axis=0), drawn)
+        found.append(ends.free[ends.converged])
+        done += size
+        if at_once < count:
+            say(f"{done:,} of {count:,} refits")
+    return np.concatenate(found)
 
 
 def stretch(problem: Problem, best: np.ndarray, data: Data, runs: int) -> float:

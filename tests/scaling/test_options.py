@@ -12,7 +12,7 @@ from known_laws import TRUTH, few_starts, sweep
 
 from llm_jax.config import UserError
 from llm_jax.experiment_file import load_experiment
-from llm_jax.scaling import compare, identified, sensitivity
+from llm_jax.scaling import compare, identified, resampling, sensitivity
 from llm_jax.scaling.fits import fit, fit_law
 from llm_jax.scaling.objectives import objective
 
@@ -333,3 +333,14 @@ def test_runs_without_a_name_are_each_by_themselves():
     points = sweep(noise=0.003).assign(name=[f"run{n}" for n in range(len(sweep()))])
     points.loc[:2, "name"] = None
     assert len(set(fit(points, few_starts(), bootstrap=0).points.clusters)) == len(points)
+
+
+def test_a_large_table_tells_how_far_its_fit_is_and_blocks_of_refits_are_those_of_one(monkeypatch):
+    table, said = pd.concat([sweep(noise=0.003, seed=seed) for seed in range(100)], ignore_index=True), []
+    table = table.assign(seed=np.arange(len(table)))
+    whole = fit_law(table, few_starts(), bootstrap=6, say=said.append)
+    assert not said, "all weights are held at once, and starts are few"
+    monkeypatch.setattr(resampling, "_WEIGHTS", 2 * len(table))
+    parted = fit_law(table, few_starts(), bootstrap=6, say=said.append)
+    assert said == ["2 of 6 refits", "4 of 6 refits", "6 of 6 refits"]
+    assert parted.draws == pytest.approx(whole.draws, rel=1e-9)
