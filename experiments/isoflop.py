@@ -184,7 +184,7 @@ def laws(bootstrap: int) -> dict[str, forecasting.MakeFit]:
 
 
 def backtests(base: Run, grid: pd.DataFrame) -> dict[str, float]:
-    """How far each law, fitted without the largest budget, misses that one's best run [of ln loss]."""
+    """How far each law misses the budgets from the third on, fitted to smaller ones [rms of ln loss]."""
     done = grid[grid["status"] == "done"]
     made = laws(base.sweep.bootstrap)
     return {name: forecasting.backtest(make_fit, done) for name, make_fit in made.items()}
@@ -196,7 +196,9 @@ def back_tested(base: Run, grid: pd.DataFrame) -> list[str]:
     best = min(errors, key=errors.get)
     rolled = forecasting.rollout(laws(base.sweep.bootstrap)[best], grid[grid["status"] == "done"])
     told = " and ".join(f"{name} by {error:.2%}" for name, error in errors.items())
-    chosen = f"Fitted without it, the laws miss the largest budget's best run: {told}; {best} forecasts."
+    chosen = (
+        f"Fitted to smaller budgets, the laws miss the run nearest to the optimum: {told}; {best} forecasts."
+    )
     return [chosen, *(f"Rollout of {best}, {one}" for one in rolled)]
 
 

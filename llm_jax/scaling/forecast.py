@@ -196,8 +196,8 @@ def make(
 
 
 class Rolled(NamedTuple):
-    """One budget forecast from the smaller ones: its best run's loss, the forecast, its 90% interval (or
-    NaN).
+    """One budget forecast from the smaller ones: the loss of its run that is nearest to the optimum then
+    forecast, the forecast, its 90% interval (or NaN).
     """
 
     C: float
@@ -226,10 +226,11 @@ class Rolled(NamedTuple):
 
 
 def rollout(make_fit: MakeFit, points: pd.DataFrame) -> list[Rolled]:
-    """Every budget from the third on, its best run forecast by a fit to all smaller budgets alone.
+    """Every budget from the third on, forecast by a fit to all smaller budgets alone.
 
     points: columns budget_flops, N, D, C, loss. One budget alone can't tell what N does from what D does.
-    Budgets whose smaller ones allow no fit are passed over.
+    Budgets whose smaller ones allow no fit are passed over. The run that is judged is chosen before its loss
+    is known: the lowest of a budget is its luckiest, and a law that forecasts too low would suit it.
     """
     budgets = np.unique(points["budget_flops"])[2:]
     rolled = (_rolled(make_fit, points, budget) for budget in budgets)
@@ -237,24 +238,29 @@ def rollout(make_fit: MakeFit, points: pd.DataFrame) -> list[Rolled]:
 
 
 def backtest(make_fit: MakeFit, points: pd.DataFrame) -> float:
-    """|ln measured / forecast| of the largest budget; infinite where the smaller budgets allow no fit."""
-    last = _rolled(make_fit, points, points["budget_flops"].max())
-    return float("inf") if last is None else abs(last.error)
+    """Rms of ln measured / forecast over the `rollout`; infinite where the largest budget isn't among it."""
+    rolled = rollout(make_fit, points)
+    largest = points.loc[points["budget_flops"] == points["budget_flops"].max(), "C"]
+    if not rolled or rolled[-1].C not in set(largest):
+        return float("inf")
+    return float(np.sqrt(np.mean([one.error**2 for one in rolled])))
 
 
 def _rolled(make_fit: MakeFit, points: pd.DataFrame, budget: float) -> Rolled | None:
-    best = points[points["budget_flops"] == budget].nsmallest(1, "loss").iloc[0]
+    runs = points[points["budget_flops"] == budget]
     try:
         fit = make_fit(points[points["budget_flops"] < budget])
+        optimum = fit.optimum(float(np.exp(np.log(runs["C"].astype(float)).mean()))).N.value
     except UserError:
         return None
-    log_loss, draws = fit.extrapolate(best.N, best.D, best.C)
+    nearest = runs.iloc[np.abs(np.log(runs["N"].to_numpy(float) / optimum)).argmin()]
+    log_loss, draws = fit.extrapolate(nearest.N, nearest.D, nearest.C)
     ends = np.full(2, np.nan)
     if len(draws) >= 100 and fit.freedom >= 1:
         ends = np.exp(np.quantile(one_run(draws, fit.noise, fit.freedom), [0.05, 0.95]))
-    measured = float(best.loss)
+    measured = float(nearest.loss)
     return Rolled(
-        float(best.C), float(fitted_flops(fit).max()), measured, float(np.exp(log_loss)), *map(float, ends)
+        float(nearest.C), float(fitted_flops(fit).max()), measured, float(np.exp(log_loss)), *map(float, ends)
     )
 
 
