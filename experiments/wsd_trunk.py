@@ -36,10 +36,11 @@ from llm_jax.optimizers import AdamW
 from llm_jax.run import Run, Sweep
 from llm_jax.scaling import figures, fits, page, plots, style
 from llm_jax.scaling import report as reports
+from llm_jax.scaling.envelope import EnvelopeFit
 from llm_jax.scaling.page import Answer, Drawing, Page, Table, Tile
 from llm_jax.scaling.rates import RateCheck, check_rates
 from llm_jax.scaling.results import Estimate, Fit, gap, told
-from llm_jax.scaling.trunks import Savings, law_panels, savings, tree_panels
+from llm_jax.scaling.trunks import Savings, constant_rate_curves, law_panels, savings, tree_panels
 from llm_jax.schedules import WSD, Cosine
 from llm_jax.values import check_least, write
 
@@ -186,6 +187,12 @@ def rate_check(base: Run, runs: pd.DataFrame, way: str) -> RateCheck | None:
     return check_rates(table, rule, ladder.MULTIPLES)[0]
 
 
+def envelope(folder: Path, runs: pd.DataFrame) -> EnvelopeFit:
+    """Approach 1: the lowest of the trunks' training curves at each compute, while their rate is constant."""
+    trunks = runs[(runs["role"] == "wsd") & (runs["status"] == "done")]
+    return fits.fit(constant_rate_curves(folder, trunks), approach=1, counting=ladder.COUNTING)
+
+
 def differences(runs: pd.DataFrame) -> pd.DataFrame:
     """Every cell that is done in both ways: N, D, and the two losses."""
     done = runs[runs["status"] == "done"]
@@ -214,14 +221,20 @@ def report(base: Run, folder: Path, runs: pd.DataFrame, forecasts: Mapping[str, 
     named = {WAYS[way]: law for way, law in laws.items()}
     size = middle(base, cells(base, "wsd"))["N"]
     panels = tree_panels(folder, grid[(grid["role"] == "wsd") & (grid["N"] == size)])
+    lowest, warnings = None, []
+    try:
+        lowest = envelope(folder, runs)
+    except UserError as error:
+        warnings.append(f"Approach 1: {error}")
     relative = (pairs["loss_wsd"] / pairs["loss_cosine"] - 1).to_numpy()
     result = Page(
         title=f"Trunks and branches: {base.name}",
         question=__doc__.splitlines()[0],
         caution=reports.too_small(laws["wsd"]),
         tiles=list(tiles(laws, saved, costs)),
-        answers=list(answers(laws, saved, costs, relative, target)),
+        answers=[*answers(laws, saved, costs, relative, target), *by_envelope(lowest)],
         warnings=[
+            *warnings,
             *(f"{WAYS[way]}: {check}" for way, check in checks.items() if check and check.doubtful),
             *(f"{WAYS[way]}: {text}" for way, law in laws.items() for text in law.warnings),
         ],
@@ -247,6 +260,7 @@ def report(base: Run, folder: Path, runs: pd.DataFrame, forecasts: Mapping[str, 
     print(f"\nreport: {page.write(folder, result)}")
     return {
         "laws": {way: law.to_json() for way, law in laws.items()},
+        "envelope": lowest and lowest.to_json(),
         "costs_flops": costs,
         "trunks_less_cosine": {name: apart._asdict() for name, apart in gaps(laws, target).items()},
         "at_target": {way: law.optimum(target)._asdict() for way, law in laws.items()},
@@ -292,6 +306,15 @@ def answers(
             f"{told(apart, '+.3f')}.",
             "Both laws are fitted to each draw of cells: 90% intervals of the difference.",
             bool(apart.low <= 0 <= apart.high),
+        )
+
+
+def by_envelope(fit: EnvelopeFit | None):
+    if fit:
+        a = fit.parameters["a"].value
+        yield Answer(
+            f"N_opt ∝ C^a: {a:.3f} by Approach 1, the envelope of {fit.runs} trunks at their constant rate.",
+            "; ".join(fit.warnings),
         )
 
 

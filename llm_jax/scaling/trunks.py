@@ -53,6 +53,25 @@ def savings(runs: pd.DataFrame) -> Savings | None:
     return Savings(len(done), len(branches), trunks, spent + float(shared.sum()), spent)
 
 
+def constant_rate_curves(folder: str | pathlib.Path, runs: pd.DataFrame) -> pd.DataFrame:
+    """The training curves of the longest run of each N in `runs`, where its rate is constant: a table of run,
+    N, D, C and loss, for Approach 1.
+
+    There, and nowhere in a schedule that ends at its own D, each point is what a shorter run would have
+    reached too, but for its decay. Losses are means over a twentieth of the run, as one batch says little.
+    """
+    curves = []
+    for run in runs.sort_values("D").groupby("N").tail(1).itertuples():
+        rows = records.metrics(pathlib.Path(folder) / run.run).dropna(subset="loss")
+        loss = rows["loss"].rolling(max(1, len(rows) // 20)).mean()
+        constant = rows["learning_rate"] >= 0.999 * rows["learning_rate"].max()
+        whole = constant.rolling(max(1, len(rows) // 20)).min() == 1  # none of the mean's batches in warm-up
+        D = rows["step"] * run.D / run.steps
+        curve = {"run": run.run, "N": run.N, "D": D, "C": 6.0 * run.N * D, "loss": loss}
+        curves.append(pd.DataFrame(curve)[whole])
+    return pd.concat(curves, ignore_index=True)
+
+
 def tree_panels(folder: str | pathlib.Path, runs: pd.DataFrame) -> list[Panel]:
     """Learning rate and training loss of a trunk and what each branch adds to it, over tokens.
 

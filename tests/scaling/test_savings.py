@@ -1,11 +1,14 @@
 """What trunks save, from a table of runs."""
 
+import json
+
 import numpy as np
 import pytest
 import synthetic_sweep as sweep
 
 from llm_jax.scaling import plots
-from llm_jax.scaling.trunks import savings, tree_panels
+from llm_jax.scaling.fits import fit
+from llm_jax.scaling.trunks import constant_rate_curves, savings, tree_panels
 
 
 @pytest.fixture(scope="module")
@@ -46,3 +49,19 @@ def test_a_tree_shows_of_each_branch_its_own_steps_only(runs, tmp_path):
     ]
     assert [len(x) for x in hidden] == [1, 0, 0] and hidden[0].max() / 512 < 1600 / 50
     plots.draw("tree", [rates, losses])
+
+
+def test_the_envelope_of_constant_rate_trunks_has_the_laws_exponent(tmp_path):
+    sizes = [int(3000 * 1.6**k) for k in range(9)]
+    table = sweep.trunk_runs(noise=0.0, steps=(20_000, 40_000), sizes=sizes)
+    trunks = table[table["role"] == "wsd"]
+    sweep.write_records(tmp_path, trunks[trunks["trunk"].isna()])
+    for path in tmp_path.rglob("metrics/*.jsonl"):  # a decay, whose losses are no trunk's
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        lines[-1] |= {"learning_rate": 0.001, "loss": 0.5}
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    curves = constant_rate_curves(tmp_path, trunks.assign(run=trunks["name"]))
+    assert curves.groupby("N").size().eq(19).all() and curves["loss"].min() > sweep.TRUTH["E"]
+    found = fit(curves, approach=1).parameters["a"].value
+    exact = sweep.TRUTH["beta"] / (sweep.TRUTH["alpha"] + sweep.TRUTH["beta"])
+    assert found == pytest.approx(exact, abs=0.05)
