@@ -7,7 +7,6 @@ import bisect
 import collections
 import dataclasses
 import functools
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -41,7 +40,7 @@ class Chat(DataConfig, kind="chat"):
     """
 
     paths: tuple[str, ...] = outside_identity(())
-    form: str = outside_identity("auto")
+    form: str = "auto"
     template: str = "chatml"
     tokenizer: Tokenizer = Bytes()
     sequence_length: int = 512
@@ -72,8 +71,7 @@ class Chat(DataConfig, kind="chat"):
         if place.suffix != ".jinja" or not place.is_file():
             hint = nearest(self.template, [*BUILT_IN, OWN, "a .jinja file"])
             raise UserError(f"no chat template {self.template!r}; {hint}")
-        text = readers.whole(place)
-        return Template(text, tuple(dict.fromkeys(re.findall(r"<\|\w+\|>", text))))
+        return self.tokenizer.named(readers.whole(place))
 
     def validate(self) -> None:
         check_least(self, "data.", sequence_length=2, batch_size=1)
@@ -86,9 +84,10 @@ class Chat(DataConfig, kind="chat"):
     def fingerprint(self) -> dict[str, Any]:
         """The conversations and the template, wherever they lie."""
         content = [hash_of(readers.unpacked(Path(path))) for path in self.paths]
-        own = {} if self.template in BUILT_IN else {"template": digest(self.written.text)}
+        text, special, end, _ = self.written
         file = self.tokenizer.content()
-        return {"content": content} | own | ({"tokenizer_content": file} if file else {})
+        own = {"tokenizer_content": file} if file else {}
+        return {"content": content, "template": digest([text, special, end])} | own
 
     def open(self) -> "ChatSource":
         self.validate()
@@ -218,6 +217,7 @@ class ChatSource(Source):
             "filled": filled / (len(self._rows) * length),
             "trained_tokens": said,
             "tokenizer": tokenizer,
+            "template": {"special": list(self.writer.template.special), "ends": self.writer.template.end},
         }
 
     def _batch(self, rows: Sequence[Sequence[Encoded]], size: int | None = None) -> Batch:

@@ -95,8 +95,8 @@ def check(messages: Conversation) -> None:
             raise UnusableError("a turn without text")
         if message["role"] != "system" and not message["content"].strip():
             raise UnusableError("an empty turn")
-        if re.search("[\ud800-\udfff]", message["content"]):
-            raise UnusableError("half a surrogate, which is no text")
+        if re.search("[\ud800-\udfff\ufdd0-\ufdef]", message["content"]):
+            raise UnusableError("half a surrogate or a noncharacter")
 
 
 # ---- formats ----

@@ -1,8 +1,10 @@
 """Conversations as text: the Jinja templates of tokenizers, in a sandbox, rendered as transformers does."""
 
+import contextlib
 import datetime
 import functools
 import json
+import re
 import types
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -26,6 +28,8 @@ TRANSCRIPT = """\
 TRANSCRIPT_STOPS = ("\nUser:",)
 
 OPEN, CLOSE = "<T_C>", "</T_C>"  # around the call of a tool, inside what the assistant says
+EOS = "<|endoftext|>"  # what a template writes for the end of a text, whatever a tokenizer calls it
+MARKS = "\ufdd0", "\ufdd1"  # around what {% generation %} wraps: for such ends Unicode has them
 
 CHATML = """\
 {%- for message in messages -%}
@@ -46,27 +50,19 @@ PLAIN = """\
 
 
 class Template(NamedTuple):
-    """A chat template with the special tokens that it writes; the last of them ends a turn.
+    """A chat template, the special tokens that it writes beside EOS, and the one that ends an answer.
 
-    roles: what it calls bos_token, eos_token … where a tokenizer says so.
+    end: "" where none does. roles: what it calls bos_token, eos_token … where somebody says so.
     """
 
     text: str
     special: tuple[str, ...]
-    roles: Mapping[str, str] = types.MappingProxyType({})
-
-
-BUILT_IN = {
-    "chatml": Template(CHATML, ("<|im_start|>", "<|im_end|>")),
-    "llama3": Template(
-        LLAMA3, ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-    ),
-    "plain": Template(PLAIN, ()),
-}
+    end: str
+    roles: Mapping[str, str]
 
 
 class _Generation(jinja2.ext.Extension):
-    """{% generation %}: what the assistant says itself. The text is the same with it and without."""
+    """{% generation %}: what the assistant says itself, put between MARKS."""
 
     tags = {"generation"}  # noqa: RUF012 (jinja2 asks for it)
 
@@ -76,7 +72,7 @@ class _Generation(jinja2.ext.Extension):
         return jinja2.nodes.CallBlock(self.call_method("_said"), [], [], body).set_lineno(line)
 
     def _said(self, caller: Any) -> str:
-        return caller()
+        return caller().join(MARKS)
 
 
 def check(template: str) -> None:
@@ -96,6 +92,13 @@ def render(
     Raises UserError where the template is broken or refuses the messages: it is a program of whoever wrote
     it, and may fail in any way.
     """
+    return re.sub("|".join(MARKS), "", _marked(template, messages, special, answer, **facts))
+
+
+def _marked(
+    template: str, messages: Sequence[Message], special: Mapping[str, str], answer: bool, **facts: Any
+) -> str:
+    """The text with its MARKS."""
     try:
         return _compiled(template).render(
             messages=messages, add_generation_prompt=answer, **{"tools": None, **special, **facts}
@@ -118,10 +121,14 @@ def pieces(
 ) -> list[tuple[str, bool]]:
     """A conversation's text in pieces, each with whether the assistant says it.
 
-    The answer is what follows the text that the model is prompted with, so that it is taught what it will be
-    asked for, to the last of the tokens `ends` in it (to its last letter where it has none). Raises UserError
-    where the template refuses, or writes a turn otherwise once others follow it.
+    Said is what {% generation %} wraps, where the template has that. Else an answer is what follows the text
+    that the model is prompted with, so that it is taught what it will be asked for, to the last of the tokens
+    `ends` in it (to its last letter where it has none). Raises UserError where the template refuses, or
+    writes a turn otherwise once others follow it.
     """
+    if re.search(r"{%[-+]?\s*generation\b", template):
+        parts = re.split("|".join(MARKS), _marked(template, messages, special, False, **facts))
+        return [(text, number % 2 == 1) for number, text in enumerate(parts) if text]
     whole, out, done = render(template, messages, special, answer=False, **facts), [], 0
     for number, message in enumerate(messages):
         if message["role"] != "assistant":
@@ -136,6 +143,29 @@ def pieces(
         out += [(whole[done : len(before)], False), (said[:end], True)]
         done = len(before) + end
     return [piece for piece in [*out, (whole[done:], False)] if piece[0]]
+
+
+@functools.lru_cache(maxsize=64)
+def named(text: str, names: tuple[str, ...] = (), roles: tuple[tuple[str, str], ...] = ()) -> Template:
+    """The template of a text, with the tokens that it writes about a short conversation, in order.
+
+    names: special tokens that a tokenizer has; others are called <|like this|>, in one word. Raises UserError
+    where the text is no template or refuses a question and its answer.
+    """
+    special = {"bos_token": EOS, "eos_token": EOS, **dict(roles)}
+    longest_first = sorted(names, key=len, reverse=True)
+    name = "|".join([*map(re.escape, longest_first), r"<\|\w+\|>"])
+    question = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    said = [piece for piece, spoken in pieces(text, question, special, (*names, EOS)) if spoken]
+    ends = re.findall(name, said[-1]) if said else []
+    written = render(text, question, special)
+    for others in (["system"], ["tool", "assistant"], ["system", "tool", "assistant"]):
+        with contextlib.suppress(UserError):  # not all templates have a place for them
+            talk = [{"role": role, "content": "c"} for role in others]
+            at = others[:1] == ["system"]
+            written += render(text, [*talk[:at], *question, *talk[at:], *question], special)
+    found = [token for token in dict.fromkeys(re.findall(name, written)) if token != EOS or EOS in names]
+    return Template(text, tuple(found), ends[-1] if ends else "", types.MappingProxyType(dict(roles)))
 
 
 @functools.lru_cache(maxsize=16)
@@ -167,3 +197,10 @@ def _refuse(message: str) -> None:
 
 def _now(pattern: str) -> str:
     return datetime.datetime.now().strftime(pattern)
+
+
+BUILT_IN = {
+    "chatml": named(CHATML),
+    "llama3": named(LLAMA3, roles=(("bos_token", "<|begin_of_text|>"),)),
+    "plain": named(PLAIN),
+}

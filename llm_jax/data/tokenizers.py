@@ -21,7 +21,7 @@ import numpy as np
 from llm_jax.config import Tagged, UserError, outside_identity
 from llm_jax.data import readers
 from llm_jax.data.cache import cache_folder, digest, once
-from llm_jax.data.templates import Template
+from llm_jax.data.templates import Template, named
 
 _FILES = {".model": "sentencepiece_file", ".json": "huggingface"}  # suffix -> kind
 _CHUNK_CHARACTERS = 4096  # BPE is slow on long texts, and chunks keep all threads busy
@@ -34,6 +34,7 @@ class Codec(Protocol):
     eot: int
     fingerprint: str  # of the tokenizer itself
     library: str | None  # what encodes, with its version: another may encode some text otherwise
+    holes: bool  # ids are missing where others would give one to a new token
 
     def encode(self, text: str) -> np.ndarray:
         """The token ids [tokens] of a text."""
@@ -46,6 +47,9 @@ class Codec(Protocol):
 
     def id_of(self, name: str) -> int | None:
         """The id of the special token of that name, if it has one."""
+
+    def named(self, template: str) -> Template:
+        """A chat template of somebody's own, with the special tokens that it writes."""
 
 
 Sample = Callable[[int], Iterator[str]]  # about so many bytes of the training documents
@@ -83,6 +87,10 @@ class Tokenizer(Tagged):
         """The id of the special token of that name, if the tokenizer has it already."""
         return None
 
+    def named(self, template: str) -> Template:
+        """A chat template of somebody's own, with the special tokens that it writes."""
+        return named(template)
+
     def keep(self, data: Any, source: Any, folder: pathlib.Path) -> None:
         """Leaves in the folder of a run on `data` what opening it needs and may be gone by then: nothing."""
 
@@ -99,6 +107,7 @@ class Bytes(Tokenizer, kind="bytes"):
     eot = 256
     fingerprint = "bytes"
     library = None
+    holes = False
 
     def size(self) -> int:
         return self.vocabulary
@@ -208,6 +217,9 @@ class FromFile(Tokenizer):
     def id_of(self, name: str) -> int | None:
         return self.open().id_of(name)
 
+    def named(self, template: str) -> Template:
+        return self.open().named(template)
+
     def codec(self, data: bytes) -> Codec:
         """What the file's content does. Raises UserError if it isn't such a file."""
         raise NotImplementedError
@@ -245,6 +257,8 @@ class SentencePieceCodec:
     So trained models encode; a loaded one encodes a text as a whole, as everybody else's does.
     """
 
+    holes = False
+
     def __init__(self, model: bytes, cut: bool) -> None:
         import sentencepiece
 
@@ -271,6 +285,9 @@ class SentencePieceCodec:
 
     def id_of(self, name: str) -> int | None:
         return None
+
+    def named(self, template: str) -> Template:
+        return named(template)
 
     def _chunks(self, text: str) -> Iterator[str]:
         """What is encoded by itself: between two chunks stands either nothing or a sign to be spelled."""
@@ -305,6 +322,11 @@ class HuggingFaceCodec:
             hint = readers.near(eot, names, "--config.data.tokenizer.eot=none adds one")
             raise UserError(f"{path}: no token {eot!r}; {hint}")
         size = max(names.values()) + 1
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._special = tuple(token.content for token in added.values() if token.special)
+        self._roles = () if eot is None else (("bos_token", eot), ("eos_token", eot))
+        last = self._tokenizer.get_vocab_size(with_added_tokens=False) - 1
+        self.holes = size - 1 != max([last, *added])
         self.data = data.decode()
         self.eot = size if eot is None else names[eot]
         self.vocabulary = max(size, self.eot + 1)
@@ -323,6 +345,9 @@ class HuggingFaceCodec:
 
     def id_of(self, name: str) -> int | None:
         return self._tokenizer.token_to_id(name)
+
+    def named(self, template: str) -> Template:
+        return named(template, self._special, self._roles)
 
 
 def _library(name: str) -> str:

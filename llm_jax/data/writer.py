@@ -4,17 +4,15 @@ Prompts and answers are encoded piece by piece, as a model meets them: a prompt 
 is there, so no token may reach over the boundary. Names of special tokens in what somebody said are text.
 """
 
-import re
 from typing import NamedTuple
 
 import numpy as np
 
 from llm_jax.config import UserError
 from llm_jax.data.conversations import Conversation, UnusableError
-from llm_jax.data.templates import Template, pieces
+from llm_jax.data.names import Names
+from llm_jax.data.templates import EOS, Template, pieces
 from llm_jax.data.tokenizers import Codec
-
-EOS = "<|endoftext|>"  # what a template writes for the tokenizer's eot
 
 
 class Encoded(NamedTuple):
@@ -26,45 +24,37 @@ class Encoded(NamedTuple):
 
 
 class Writer:
-    """Conversations as token ids: a tokenizer and a template; special tokens that are new follow its own."""
+    """Conversations as token ids: a tokenizer and a template; special tokens that are new follow its own.
+
+    Raises UserError where new ones would have other ids in a file of the tokenizer.
+    """
 
     def __init__(self, codec: Codec, template: Template) -> None:
         self.codec, self.template = codec, template
         self.ids = {name: number for name in template.special if (number := codec.id_of(name)) is not None}
         new = [name for name in template.special if name not in self.ids]
+        if new and codec.holes:
+            raise UserError(
+                f"data.tokenizer has ids without a token, so {new[0]} would have another id elsewhere than "
+                "here: --config.data.template=plain has no token of its own"
+            )
         self.ids |= {name: codec.vocabulary + number for number, name in enumerate(new)}
         self.vocabulary = codec.vocabulary + len(new)
         self.ids.setdefault(EOS, codec.eot)
-        self._names = re.compile("|".join(map(re.escape, self.ids)))
-        first = template.special[0] if "bos_token" in template.text else EOS
-        self._special = {"bos_token": first, "eos_token": EOS, **template.roles}
+        self._names = Names(self.ids)
+        self._special = {"bos_token": EOS, "eos_token": EOS, **template.roles}
 
     def encode(self, messages: Conversation) -> list[Encoded]:
         """Its pieces in order; raises UnusableError where the template refuses it."""
-        mark = next(
-            chr(sign)
-            for sign in range(0xE000, 0xF900)
-            if not any(chr(sign) in m["content"] for m in messages)
-        )
-        defused = [
-            {
-                **message,
-                "content": self._names.sub(lambda name: name[0][0] + mark + name[0][1:], message["content"]),
-            }
-            for message in messages
-        ]
+        said = self._names.said(messages)
         try:
-            texts = pieces(self.template.text, defused, self._special, tuple(self.ids))
+            texts = pieces(self.template.text, said, self._special, tuple(self.ids))
         except UserError as error:
             raise UnusableError(str(error)) from None
-        return [self._piece(text, said, mark) for text, said in texts]
+        if not any(spoken for _, spoken in texts):
+            raise UnusableError("nothing that the template has the assistant say")
+        return [self._piece(text, spoken) for text, spoken in texts]
 
-    def _piece(self, text: str, said: bool, mark: str) -> Encoded:
-        names = self._names.findall(text)
-        plain = [part.replace(mark, "") for part in self._names.split(text)]
-        rows = self.codec.encode_batch(plain)
-        ids = [rows[0].astype(np.int32)]
-        for name, row in zip(names, rows[1:], strict=True):
-            ids += [np.int32([self.ids[name]]), row.astype(np.int32)]
-        tokens = np.concatenate(ids)
-        return Encoded(tokens, np.full(len(tokens), said), said * sum(len(part.encode()) for part in plain))
+    def _piece(self, text: str, said: bool) -> Encoded:
+        tokens = self._names.encode(text, self.codec)
+        return Encoded(tokens, np.full(len(tokens), said), said * len(self._names.text(text).encode()))

@@ -18,11 +18,11 @@ from llm_jax import config as configs
 from llm_jax.config import Tagged, UserError
 from llm_jax.data import readers, templates
 from llm_jax.data.cache import digest
-from llm_jax.data.templates import TRANSCRIPT, TRANSCRIPT_STOPS, Message, render
+from llm_jax.data.templates import TRANSCRIPT_STOPS, Message
 from llm_jax.evaluation.forms import READERS
 from llm_jax.evaluation.requests import Answered, LogLikelihood, Request
 from llm_jax.inference.opening import Opened
-from llm_jax.interop.tokenizer import Portable
+from llm_jax.interop.tokenizer import Portable, written
 
 HIGHEST, LOWEST, NEITHER = "highest", "lowest", ""
 Score = tuple[float, float]  # what an item adds to a metric's sum and to its count
@@ -158,10 +158,7 @@ class Asker:
 
     def rendered(self, turns: Sequence[Message]) -> str:
         """Turns as text, to where the assistant's next one begins."""
-        template, special = TRANSCRIPT, {}
-        if self.written:
-            template, special = self.tokenizer.chat_template, self.tokenizer.special
-        return render(template, turns, special)
+        return written(self.tokenizer, turns)
 
     def scored(self, question: str, answer: str, shots: Sequence[tuple[str, str]] = ()) -> LogLikelihood:
         """Asks how probable the answer is: said behind a turn's prompt, or going on with a text."""
@@ -169,7 +166,8 @@ class Asker:
         if not self.written:
             return LogLikelihood(prompt, joined(question, answer))
         lead = templates.lead(self.tokenizer.chat_template, self.tokenizer.special)
-        return LogLikelihood(prompt, lead + answer.lstrip(), written=True, apart=True)
+        said = self.tokenizer.names.broken(lead + answer.lstrip())
+        return LogLikelihood(prompt, said, written=True, apart=True)
 
     def stops(self, of_text: tuple[str, ...]) -> tuple[str, ...]:
         """What ends a written answer: a turn ends itself, but for those of a transcript."""

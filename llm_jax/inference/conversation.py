@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from llm_jax.data.templates import TRANSCRIPT, TRANSCRIPT_STOPS, Message, render
+from llm_jax.data.names import whole
+from llm_jax.data.templates import TRANSCRIPT_STOPS, Message
 from llm_jax.inference.batching import Answer, Batcher, Request
 from llm_jax.inference.generation import Engine
 from llm_jax.inference.opening import Opened
 from llm_jax.inference.sampling import Sampling
+from llm_jax.interop.tokenizer import written
 
 
 class Speaker:
@@ -38,19 +40,15 @@ class Speaker:
 
     def text(self, messages: Sequence[Message]) -> str:
         """What is sent, as text, with the special tokens that it begins with."""
-        text = self._written(messages)
+        text = whole(written(self.opened.tokenizer, messages))
         if self.template is None and (tokenizer := self.opened.tokenizer):
             begun = itertools.takewhile(tokenizer.unwritten.__contains__, tokenizer.encode("").tolist())
             text = b"".join(map(tokenizer.spelling, begun)).decode() + text
         return text
 
-    def _written(self, messages: Sequence[Message]) -> str:
-        special = self.opened.tokenizer.special if self.opened.tokenizer else {}
-        return render(self.template or TRANSCRIPT, messages, special)
-
     def ids(self, messages: Sequence[Message]) -> np.ndarray:
         """What is sent, as the model sees it. A template writes special tokens itself."""
-        text = self._written(messages)
+        text = written(self.opened.tokenizer, messages)
         if self.template is None:
             return self.opened.encode(text)
         return self.opened.tokenizer.encode(text, special=False)

@@ -130,6 +130,9 @@ class PretrainedTokenizer(Tokenizer, kind="pretrained"):
     def id_of(self, name: str) -> int | None:
         return self.open().id_of(name)
 
+    def named(self, template: str) -> Template:
+        return self.open().named(template)
+
     def keep(self, data: Any, source: Any, folder: pathlib.Path) -> None:
         place = folder / opening.TOKENIZER
         if not place.exists():

@@ -13,12 +13,12 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
 from llm_jax.config import UserError
-from llm_jax.data.templates import CLOSE, OPEN, Template
+from llm_jax.data.names import BREAK, Names
+from llm_jax.data.templates import CLOSE, EOS, OPEN, TRANSCRIPT, Message, Template, named, render
 from llm_jax.data.tokenizers import Bytes, HuggingFaceCodec, SentencePieceCodec
 
 ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
 SPACE = "\u2581"  # SentencePiece's sign for a space
-END = "<|endoftext|>"  # what an eot without a name is called
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,12 +70,8 @@ class Portable:
 
     @property
     def template(self) -> Template:
-        """The chat template and the special tokens that it writes, by name or role; last what ends a turn."""
-        names = {token.content: number for number, token in self._named.items()}
-        called = {name for role, name in self.special.items() if role in self.chat_template}
-        written = [name for name in names if name in called or name in self.chat_template]
-        written.sort(key=lambda name: (names[name] in self.stops, names[name]))
-        return Template(self.chat_template, tuple(written), dict(self.special))
+        """The chat template and the special tokens that it writes, by name or role."""
+        return named(self.chat_template, tuple(self.names.ids), tuple(self.special.items()))
 
     def id_of(self, role: str) -> int | None:
         """The id of the special token in a role, such as eos_token."""
@@ -85,7 +81,7 @@ class Portable:
     def encode(self, text: str, special: bool = True) -> np.ndarray:
         """Token ids; names of special tokens in the text are they, `special` adds what a text begins with.
 
-        Raises UserError for a text that was no UTF-8 where it came from.
+        Broken names (names.py) are text. Raises UserError for a text that was no UTF-8 where it came from.
         """
         try:
             text.encode()
@@ -93,7 +89,10 @@ class Portable:
             byte = ord(text[error.start]) & 0xFF  # as Python keeps it
             place = f"byte 0x{byte:02x} behind {error.start} characters"
             raise UserError(f"the text is not UTF-8: {place}") from None
-        return np.array(self._tokenizer.encode(text, add_special_tokens=special).ids, np.int32)
+        if BREAK not in text:
+            return np.array(self._tokenizer.encode(text, add_special_tokens=special).ids, np.int32)
+        begun = self._tokenizer.encode("", add_special_tokens=special).ids
+        return np.concatenate([np.int32(begun), self.names.encode(text, self._of_text)])
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens left out."""
@@ -127,12 +126,33 @@ class Portable:
         return frozenset(number for number, token in self._named.items() if token.special)
 
     @functools.cached_property
+    def names(self) -> Names:
+        """Special tokens by name."""
+        return Names({self._named[number].content: number for number in sorted(self.unwritten)})
+
+    @functools.cached_property
+    def _of_text(self) -> HuggingFaceCodec:
+        """The same tokenizer, for which names of special tokens are text."""
+        return HuggingFaceCodec(self.data.encode(), "tokenizer.json", None)
+
+    @functools.cached_property
     def _byte_level(self) -> bool:
         return "ByteLevel" in json.dumps(json.loads(self.data).get("decoder"))
 
     def codec(self) -> HuggingFaceCodec:
         """The same tokenizer for data: eos is eot, and names of special tokens in a text are text."""
         return HuggingFaceCodec(self.data.encode(), "tokenizer.json", self.special.get("eos_token"))
+
+
+def written(tokenizer: Portable | None, messages: Sequence[Message]) -> str:
+    """A conversation to where the next answer begins, by the tokenizer's template, else as a transcript.
+
+    Names of special tokens are broken in what was said, as they were in training.
+    """
+    if tokenizer is None:
+        return render(TRANSCRIPT, messages, {})
+    said = tokenizer.names.said(messages)
+    return render(tokenizer.chat_template or TRANSCRIPT, said, tokenizer.special)
 
 
 # ---- Hugging Face's files ----
@@ -230,7 +250,7 @@ def of(codec: Any) -> Portable:
     pieces = isinstance(codec, SentencePieceCodec)
     found = of_sentencepiece(codec.model) if pieces else Portable(codec.data)
     tokenizer = tokenizers.Tokenizer.from_str(found.data)
-    name = tokenizer.id_to_token(codec.eot) or END
+    name = tokenizer.id_to_token(codec.eot) or EOS
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False)])
     if tokenizer.token_to_id(name) != codec.eot:
         raise UserError(f"the tokenizer's ids have holes, so eot can't be {codec.eot} elsewhere: name one")
@@ -238,18 +258,19 @@ def of(codec: Any) -> Portable:
 
 
 def with_turns(tokenizer: Portable, template: Template) -> Portable:
-    """The tokenizer with a chat template, whose special tokens follow its own ids; the last ends an answer.
+    """The tokenizer with a chat template, whose special tokens follow its own ids.
 
-    Without any, the end of the text does.
+    An answer ends with what the template ends it, and with the end of a text.
     """
     found = tokenizers.Tokenizer.from_str(tokenizer.data)
     found.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in template.special])
-    special = dict(tokenizer.special)
-    if "bos_token" in template.text:
-        special["bos_token"] = template.special[0]
-    stops = tuple(found.token_to_id(name) for name in template.special[-1:]) or tokenizer.stops
+    ends = [found.token_to_id(name) for name in template.special if name == template.end]
     return dataclasses.replace(
-        tokenizer, data=found.to_str(), special=special, stops=stops, chat_template=template.text
+        tokenizer,
+        data=found.to_str(),
+        special={**tokenizer.special, **template.roles},
+        stops=tuple(dict.fromkeys([*ends, *tokenizer.stops])),
+        chat_template=template.text,
     )
 
 
@@ -259,8 +280,8 @@ def of_bytes() -> Portable:
     tokenizer = tokenizers.Tokenizer(models.BPE({signs[byte]: byte for byte in range(256)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(END, special=True, normalized=False)])
-    return Portable(tokenizer.to_str(), {"eos_token": END}, (Bytes.eot,))
+    tokenizer.add_special_tokens([AddedToken(EOS, special=True, normalized=False)])
+    return Portable(tokenizer.to_str(), {"eos_token": EOS}, (Bytes.eot,))
 
 
 def _byte_signs() -> list[str]:

@@ -10,11 +10,13 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 
+from llm_jax import config
 from llm_jax.config import UserError
 from llm_jax.data import Bytes, SentencePiece
 from llm_jax.data.chat import Chat, packed
 from llm_jax.data.conversations import FORMATS, read
 from llm_jax.data.templates import BUILT_IN, lead, pieces, render
+from llm_jax.run import SCHEMA
 
 ASKED, SAID = {"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}
 TALK = [{"role": "system", "content": "Add."}, ASKED, SAID, {"role": "user", "content": "Sure?"}, SAID]
@@ -76,7 +78,10 @@ def test_what_can_not_teach_is_left_out_and_counted_by_reason(tmp_path):
         "no assistant turn": [ASKED],
         "a turn without text": [ASKED, {"role": "assistant", "content": None}],
         "an empty turn": [{"role": "user", "content": " "}, SAID],
-        "half a surrogate, which is no text": [{"role": "user", "content": "half \ud83d"}, SAID],
+        "half a surrogate or a noncharacter": [
+            {"role": "user", "content": "half \ud83d"},
+            SAID,
+        ],
         "a field missing or of another kind": ["Hi", "Hello"],
     }
     path = write(tmp_path, *({"messages": messages} for messages in wrong.values()), {"messages": TALK})
@@ -160,13 +165,37 @@ def test_rows_hold_each_conversation_once_with_its_answers_marked(tmp_path, temp
             answers = np.split(targets, np.flatnonzero(np.diff(mask)) + 1)[1 - int(mask[0]) :: 2]
             seen.append(tuple(codec.decode([i for i in answer if i < 256]).strip() for answer in answers))
             ends = {int(answer[-1]) for answer in answers}
-            assert ends == {
-                source.writer.ids[chat.written.special[-1] if chat.written.special else "<|endoftext|>"]
-            }
+            assert ends == {source.writer.ids[chat.written.end]}
     assert not batch["mask"][batch["segments"] == 0].any()
     held = {tuple(item.tokens) for item in source._held}
     expected = sorted((t["messages"][1]["content"], t["messages"][3]["content"]) for t in said)
     assert len(seen) + len(held) == 60 and set(seen) <= set(expected) and len(set(seen)) == len(seen)
+
+
+def test_what_is_trained_on_is_a_part_of_the_identity(tmp_path, monkeypatch):
+    path = write(tmp_path, SAME["messages"] | {"prompt": "2 + 2?", "completion": "4"})
+    one, other = (Chat((path,), form=form) for form in ("messages", "completion"))
+    assert read(one.paths, one.form).kept != read(other.paths, other.form).kept
+    assert config.identity(one, SCHEMA) != config.identity(other, SCHEMA)
+    before = config.identity(one, SCHEMA)
+    monkeypatch.setitem(BUILT_IN, "chatml", BUILT_IN["plain"])
+    assert config.identity(one, SCHEMA) != before
+
+
+def test_the_record_says_what_ends_a_turn(tmp_path):
+    source = Chat((write(tmp_path, *talks(20)),), batch_size=1).open()
+    assert source.record["template"] == {"special": ["<|im_start|>", "<|im_end|>"], "ends": "<|im_end|>"}
+
+
+def test_what_a_template_has_nobody_say_is_counted(tmp_path):
+    place = tmp_path / "some.jinja"
+    place.write_text(
+        "{% for m in messages %}{% if m.role == 'assistant' and m.content != 'no' %}"
+        "{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    refused = {"messages": [ASKED, {"role": "assistant", "content": "no"}]}
+    chat = Chat((write(tmp_path, *talks(20), refused),), template=str(place), batch_size=1)
+    assert chat.open().record["dropped"] == {"nothing that the template has the assistant say": 1}
 
 
 def test_names_of_special_tokens_in_what_somebody_says_are_text(tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 
 from llm_jax.config import UserError
-from llm_jax.data.templates import TRANSCRIPT, render
+from llm_jax.data.templates import TRANSCRIPT, pieces, render
 
 CHATML = """\
 {%- if messages[0]['role'] != 'system' %}
@@ -31,6 +31,29 @@ TALK = [
     {"role": "assistant", "content": "Hello.\n"},
     {"role": "user", "content": "Bye"},
 ]
+
+
+WRAPPED = """\
+{% for m in messages %}{% if m.role != 'assistant' %}<|user|>{{ m.content }}<|end|>
+{% elif loop.index < 3 %}<|assistant|>{% generation %}{{ m.content ~ '<|end|>\n' }}{% endgeneration %}
+{%- else %}<|assistant|>{{ m.content ~ '<|end|>\n' }}{% endif %}{% endfor %}"""
+TWICE = """\
+{% for m in messages %}[{{ m.role }}]{% if m.role == 'assistant' %}
+{%- generation %}{{ m.content[:2] }}{% endgeneration %}, {% generation -%}
+  {{ m.content[2:] }} {% endgeneration %}{% endif %}{% endfor %}"""
+
+
+@pytest.mark.parametrize("template", [CHATML, WRAPPED, TWICE])
+def test_what_generation_wraps_is_what_the_assistant_says_as_for_transformers(template):
+    module = pytest.importorskip("transformers.utils.chat_template_utils")
+    talk = [*TALK, {"role": "assistant", "content": "no"}]
+    texts, spans = module.render_jinja_template(
+        [talk], chat_template=template, return_assistant_tokens_mask=True
+    )
+    theirs = [texts[0][start:end] for start, end in spans[0]]
+    ours = pieces(template, talk, {}, ("<|end|>", "<|im_end|>"))
+    assert [text for text, said in ours if said] == theirs and theirs
+    assert "".join(text for text, _ in ours) == texts[0] == render(template, talk, {}, answer=False)
 
 
 @pytest.mark.parametrize("template", [CHATML, STRICT, TRANSCRIPT])

