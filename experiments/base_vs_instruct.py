@@ -165,7 +165,9 @@ def same_tokens(one: Opened, other: Opened, texts: tuple[str, ...]) -> bool:
 
 
 def compared(found: dict[str, dict[str, Outcome]], comparable: bool) -> dict[str, Any]:
-    """{"tasks": {"NAME/FORMAT": {base, instruct, difference, low, high, ...}}, "degenerate", "text", ...}"""
+    """{"tasks": {"NAME/FORMAT": {base, instruct, difference, low, high, ...}}, "degenerate", "text",
+    "left_out": {MODEL: {"NAME/FORMAT": {cut, skipped}}}, ...}
+    """
     tasks, degenerate = {}, {}
     own = [name.removesuffix("/raw") for name in found["base"] if name.endswith("/raw")]
     keys = [(name, name, name) for name in found["base"] if name != "text"]
@@ -184,7 +186,17 @@ def compared(found: dict[str, dict[str, Outcome]], comparable: bool) -> dict[str
         metrics = paired(found["base"]["text"], found["instruct"]["text"])
         kept = [name for name in metrics if comparable or name != "nats_per_token"]
         text = {name: told(metrics[name]) for name in kept}
-    return {"tasks": tasks, "degenerate": degenerate, "text": text, "same_tokenizer": comparable}
+    left_out = {
+        who: {key: {"cut": one.cut, "skipped": one.skipped} for key, one in outcomes.items()}
+        for who, outcomes in found.items()
+    }
+    return {
+        "tasks": tasks,
+        "degenerate": degenerate,
+        "text": text,
+        "same_tokenizer": comparable,
+        "left_out": left_out,
+    }
 
 
 def told(one: Difference) -> dict[str, Any]:
@@ -254,7 +266,15 @@ def report(
             ),
         ],
         tables=tables,
-        notes=[f"{base.limit} items of each task at most, {base.few_shot} examples before each"],
+        notes=[
+            f"{base.limit} items of each task at most, {base.few_shot} examples before each",
+            *(
+                f"{who}: {line}"
+                for who, outcomes in found.items()
+                for outcome in outcomes.values()
+                for line in outcome.left_out(opened[who].context)
+            ),
+        ],
     )
 
 

@@ -58,12 +58,7 @@ def main() -> None:
     outcomes = [evaluate(evaluator, *task, form, f.limit) for task in tasks]
     print(table(outcomes))
     for outcome in outcomes:
-        if outcome.skipped:
-            print(f"{outcome.name}: {outcome.skipped} items can't be judged here and are left out")
-        if outcome.cut:
-            print(
-                f"{outcome.name}: {outcome.cut} prompts were cut to the context of {opened.context:,} tokens"
-            )
+        print(*(f"{line}\n" for line in outcome.left_out(opened.context)), sep="", end="")
     if f.out:
         out = pathlib.Path(os.path.expanduser(f.out))
         out.mkdir(parents=True, exist_ok=True)

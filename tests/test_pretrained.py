@@ -164,7 +164,7 @@ def test_new_tokens_begin_as_the_mean_of_all(base, tmp_path):
     assert opened.config.vocabulary == 259
     equal(table[:257], old)
     np.testing.assert_allclose(table[257:], np.broadcast_to(old.mean(0), (2, 32)), atol=1e-7)
-    assert opened.tokenizer.stops == (258,)
+    assert opened.tokenizer.stops == (258, 256)  # the turn's end, and the text's
     # Whose tokens are known by now: nothing new is made for a run that goes on from there.
     more = dataclasses.replace(
         run,

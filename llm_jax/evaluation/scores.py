@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from llm_jax.evaluation.requests import Answered
+from llm_jax.evaluation.requests import ASSUMED_CONTEXT, Answered
 from llm_jax.evaluation.runner import Evaluator
 from llm_jax.evaluation.tasks import Asker, Format, Item, Score, Task
 
@@ -44,6 +44,13 @@ class Outcome:
     @property
     def cut(self) -> int:
         return sum(any(answer.cut for answer in answers) for answers in self.answers)
+
+    def left_out(self, context: int | None) -> list[str]:
+        """In words, what of it was left out and what cut; context: of the model in tokens."""
+        what = f"{self.name}, {self.form}"
+        skipped = f"{what}: {self.skipped} items can't be judged here and are left out"
+        cut = f"{what}: {self.cut} prompts were cut to the context of {context or ASSUMED_CONTEXT:,} tokens"
+        return [skipped] * bool(self.skipped) + [cut] * bool(self.cut)
 
     def metrics(self) -> dict[str, Metric]:
         """All metrics, by name; of a task with groups also `metric/GROUP` of the one that stands for it."""

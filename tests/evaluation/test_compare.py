@@ -7,8 +7,9 @@ import pytest
 
 from llm_jax.config import UserError
 from llm_jax.evaluation.compare import difference, newcombe, paired
-from llm_jax.evaluation.kinds import Documents, MultipleChoice
+from llm_jax.evaluation.kinds import Documents, MultipleChoice, OpenEnded
 from llm_jax.evaluation.probes import Probing
+from llm_jax.evaluation.requests import Generated
 from llm_jax.evaluation.scores import Outcome, evaluate
 from llm_jax.evaluation.tasks import Format, Item
 from llm_jax.experiment_file import load_experiment
@@ -109,6 +110,26 @@ def test_a_lower_loss_is_a_gain(experiment):
         f"{name}/{form}": name == "text" for name in ("text", "asked") for form in ("raw", "chat", "own")
     }
     assert tasks["text/raw"]["base"] == 1.0 and tasks["text/raw"]["instruct"] == 0.0
+
+
+def test_what_was_cut_or_left_out_stands_in_the_report(experiment, opened):
+    def outcome(cut, judged):
+        items = [Item(str(n), {"prompt": "a"}) for n in range(2)]
+        said = [[Generated("b", "stop", 1, cut)], [Generated("b", "stop", 1)]]
+        scores = [{"degenerate": (0.0, 1.0)}, {"degenerate": (1.0, 1.0)} if judged else {}]
+        return Outcome("open_ended", OpenEnded(), Format(), items, said, scores)
+
+    found = {who: {} for who in ("base", "instruct")}
+    for form in ("raw", "chat"):
+        found["base"] |= {f"open_ended/{form}": outcome(3, True), f"task/{form}": outcome(0, True)}
+        found["instruct"] |= {f"open_ended/{form}": outcome(0, True), f"task/{form}": outcome(0, False)}
+    result = experiment.compared(found, True)
+    assert result["left_out"]["base"]["open_ended/raw"] == {"cut": 1, "skipped": 0}
+    assert result["left_out"]["instruct"]["task/chat"] == {"cut": 0, "skipped": 1}
+    both = {who: opened._replace(context=context) for who, context in (("base", 64), ("instruct", None))}
+    notes = experiment.report(experiment.get_config("cpu"), both, found, result, False).notes
+    assert "base: open_ended, raw: 1 prompts were cut to the context of 64 tokens" in notes
+    assert "instruct: open_ended, raw: 1 items can't be judged here and are left out" in notes
 
 
 def test_an_experiment_with_one_checkpoint_says_what_it_needs(experiment, tmp_path):
