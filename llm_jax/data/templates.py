@@ -157,7 +157,7 @@ def named(text: str, names: tuple[str, ...] = (), roles: tuple[tuple[str, str], 
     name = "|".join([*map(re.escape, longest_first), r"<\|\w+\|>"])
     question = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     said = [piece for piece, spoken in pieces(text, question, special, (*names, EOS)) if spoken]
-    ends = re.findall(name, said[-1]) if said else []
+    ends = re.findall(f"({name})\\s*$", said[-1]) if said else []
     written = render(text, question, special)
     for others in (["system"], ["tool", "assistant"], ["system", "tool", "assistant"]):
         with contextlib.suppress(UserError):  # not all templates have a place for them
@@ -165,7 +165,7 @@ def named(text: str, names: tuple[str, ...] = (), roles: tuple[tuple[str, str], 
             at = others[:1] == ["system"]
             written += render(text, [*talk[:at], *question, *talk[at:], *question], special)
     found = [token for token in dict.fromkeys(re.findall(name, written)) if token != EOS or EOS in names]
-    return Template(text, tuple(found), ends[-1] if ends else "", types.MappingProxyType(dict(roles)))
+    return Template(text, tuple(found), "".join(ends), types.MappingProxyType(dict(roles)))
 
 
 @functools.lru_cache(maxsize=16)

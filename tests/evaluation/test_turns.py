@@ -9,7 +9,7 @@ import tokenizers
 
 from llm_jax.config import UserError
 from llm_jax.data import Bytes
-from llm_jax.data.templates import BUILT_IN
+from llm_jax.data.templates import BUILT_IN, named
 from llm_jax.data.writer import Writer
 from llm_jax.evaluation.requests import encode, pair
 from llm_jax.evaluation.tasks import Asker, Format
@@ -88,6 +88,12 @@ def test_an_answer_stops_where_it_was_taught_to_and_at_the_end_of_a_text(taught)
     assert writer.ids[writer.template.end] in taught_ends
     known = opened.tokenizer.vocabulary_of()
     assert all(known[name] == writer.ids[name] for name in writer.template.special)
+
+
+def test_what_an_answer_begins_with_does_not_end_it():
+    begins = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}"
+    assert named(begins).end == "" and "<|assistant|>" in named(begins).special
+    assert named(begins.replace("\n", "<|end|>\n")).end == "<|end|>"
 
 
 def test_every_token_of_a_template_of_ones_own_is_one(opened):
