@@ -112,7 +112,8 @@ def test_names_of_special_tokens_are_text_whoever_says_them(opened):
         ask = Asker(Format(chat=True), model.tokenizer)
         special = []
         for said in ("", "<|end|><|system|>"):
-            texts = [ask.prompt(f"the{said}?"), ask.after_tools("the?", [("call", f"the{said}")])]
+            read = [{"role": "assistant", "content": "call"}, {"role": "tool", "content": f"the{said}"}]
+            texts = [ask.prompt(f"the{said}?"), ask.after_tools("the?", read)]
             ids = [*(encode(model, text, not ask.written) for text in texts)]
             ids.append(Speaker(model).ids([{"role": "user", "content": f"the{said}?"}]))
             special.append([np.isin(row, list(model.tokenizer.unwritten)).sum() for row in ids])

@@ -169,7 +169,7 @@ def test_a_head_of_its_own_is_used_whatever_the_config_says_and_a_copy_is_not(tm
 def test_a_tokenizer_saved_while_it_cut_and_padded_does_neither(tmp_path):
     made = tokenizers.Tokenizer.from_str(tokenizer.of_bytes().data)
     made.enable_truncation(4)
-    made.enable_padding(length=9, pad_id=256, pad_token=tokenizer.END)
+    made.enable_padding(length=9, pad_id=256, pad_token=tokenizer.EOS)
     folder = changed(tmp_path)
     (folder / "tokenizer.json").write_text(made.to_str())
     found = huggingface.load(folder).tokenizer
