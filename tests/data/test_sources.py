@@ -13,7 +13,7 @@ def example(after: str) -> str:
 
 
 def test_the_source_in_the_documentation_works():
-    names = vars(sources) | {"np": np}
+    names = vars(sources) | {"np": np, "__name__": "documentation"}
     exec("from typing import ClassVar\n" + example("one config"), names)
     config = names["SquaresConfig"](batch_size=3)
     check(config)
