@@ -183,10 +183,14 @@ class Generation(Task, kind="generation"):
 
 @dataclasses.dataclass(frozen=True)
 class Documents(Task, kind="documents"):
-    """Bits per byte of whole texts, or of their first `longest` characters, each from its beginning."""
+    """Bits per byte of whole texts, each from its beginning.
+
+    longest: only so many characters of each, at up to `windows` places that lie evenly over it.
+    """
 
     text: str = "text"
     longest: int = 0
+    windows: int = 1
 
     metrics: ClassVar = {"bits_per_byte": LOWEST, "nats_per_token": LOWEST}
 
@@ -195,18 +199,22 @@ class Documents(Task, kind="documents"):
             raise ValueError(f"the field {self.text!r} is no text")
 
     def requests(self, item: Item, ask: Asker) -> list[Request]:
-        return [Rolling(self._text(item))]
+        return [Rolling(text) for text in self._texts(item)]
 
     def scores(self, item: Item, answers: Sequence[Answered]) -> dict[str, Score]:
-        answer = answers[0]
-        size = float(len(self._text(item).encode()))
+        nats = sum(answer.nats for answer in answers)
+        size = float(sum(len(text.encode()) for text in self._texts(item)))
         return {
-            "bits_per_byte": (answer.nats / math.log(2), size),
-            "nats_per_token": (answer.nats, float(answer.tokens)),
+            "bits_per_byte": (nats / math.log(2), size),
+            "nats_per_token": (nats, float(sum(answer.tokens for answer in answers))),
         }
 
-    def _text(self, item: Item) -> str:
-        return item.record[self.text][: self.longest or None]
+    def _texts(self, item: Item) -> list[str]:
+        text = item.record[self.text]
+        size = self.longest or len(text)
+        count, room = max(1, min(self.windows, len(text) // size)), max(0, len(text) - size)
+        starts = [room * number // max(1, count - 1) for number in range(count)]
+        return [text[start : start + size] for start in starts]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,13 +6,15 @@ Each is asked directly, to "think step by step" (NAME:steps), or with tools to c
 would help), and scored by size.
 """
 
+import collections
 import dataclasses
 import datetime
+import itertools
 import pathlib
 import random
 import re
 from collections.abc import Callable, Sequence
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from llm_jax.config import UserError, nearest
 from llm_jax.evaluation import checks
@@ -135,7 +137,11 @@ _ASKED = {
 
 @dataclasses.dataclass(frozen=True)
 class Probing(Task, kind="probe"):
-    """`count` items of a probe at each of its sizes; way: how they are asked. facts: the model's own."""
+    """`count` items of a probe at each of its sizes; way: how they are asked. facts: the model's own.
+
+    commonest: what is right by always giving the answer that is the most common one at a size. A question
+    that is made twice is one draw.
+    """
 
     name: str = "letters"
     way: Literal["direct", "steps", "tool"] = "direct"
@@ -143,8 +149,14 @@ class Probing(Task, kind="probe"):
     seed: int = 0
     facts: tuple[tuple[str, int], ...] = ()
     group: str = "size"
+    together: str = "pairs"
 
-    metrics: ClassVar = {"accuracy": HIGHEST, "both_orders": HIGHEST, "called": NEITHER}
+    metrics: ClassVar = {
+        "accuracy": HIGHEST,
+        "both_orders": HIGHEST,
+        "called": NEITHER,
+        "commonest": NEITHER,
+    }
 
     def about(self, opened: Opened) -> "Probing":
         if self.name != SELF:
@@ -177,7 +189,10 @@ class Probing(Task, kind="probe"):
             {"pairs": self.probe.make(random.Random(f"{self.name} example {number}"), size)}
             for number, size in enumerate((self.probe.sizes * few_shot)[:few_shot])
         ]
-        return [Item(f"{self.name} {i}", record, tuple(shots)) for i, record in enumerate(made[:limit])]
+        return [
+            Item(f"{self.name} {i}", record, tuple(shots))
+            for i, record in enumerate(_with_commonest(made[:limit]))
+        ]
 
     def requests(self, item: Item, ask: Asker) -> list[Request]:
         stops = ask.stops(("\n",) if self.way == "direct" else ("\n\n", "Question:"))
@@ -202,17 +217,16 @@ class Probing(Task, kind="probe"):
         return [Generate(ask.after_tools(question, turns), stops, 256, written=ask.written)]
 
     def scores(self, item: Item, answers: Sequence[Answered]) -> dict[str, Score]:
+        wanted = [answer for _, answer in item.record["pairs"]]
         if self.way == "tool":
-            called = {"called": (float(tools.call_of(answers[0]) is not None), 1.0)}
-            return {
-                "accuracy": (float(self._right(answers[-1].text, item.record["pairs"][0][1])), 1.0)
-            } | called
-        right = [
-            self._right(answer.text, wanted)
-            for (_, wanted), answer in zip(item.record["pairs"], answers, strict=True)
-        ]
-        both = {"both_orders": (float(all(right)), 1.0)} if len(right) > 1 else {}
-        return {"accuracy": (float(sum(right)), float(len(right)))} | both
+            right = [self._right(answers[-1].text, wanted[0])]
+            more = {"called": (float(tools.call_of(answers[0]) is not None), 1.0)}
+        else:
+            right = [self._right(answer.text, one) for one, answer in zip(wanted, answers, strict=True)]
+            more = {"both_orders": (float(all(right)), 1.0)} if len(right) > 1 else {}
+        if "commonest" in item.record:
+            more["commonest"] = (float(wanted.count(item.record["commonest"])), float(len(wanted)))
+        return {"accuracy": (float(sum(right)), float(len(right)))} | more
 
     def _asked(self, question: str, ask: Asker) -> str:
         how = {
@@ -233,6 +247,22 @@ class Probing(Task, kind="probe"):
             named = [word for word in checks.plain(said).split() if word in PEOPLE]
             return named[:1] == [wanted]
         return checks.CHECKS[self.probe.check](said, wanted, "")["accuracy"][0] == 1.0
+
+
+def _with_commonest(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each record with the answer that is the most common one at its size, where there are several items."""
+    answers = collections.defaultdict(list)
+    for record in records:
+        answers[record["size"]].append([answer for _, answer in record["pairs"]])
+    commonest = {
+        size: collections.Counter(itertools.chain(*of)).most_common(1)[0][0]
+        for size, of in answers.items()
+        if len(of) > 1
+    }
+    return [
+        record | ({"commonest": commonest[record["size"]]} if record["size"] in commonest else {})
+        for record in records
+    ]
 
 
 def ways(name: str) -> list[str]:

@@ -129,7 +129,9 @@ def encode(opened: Opened, text: str, special: bool = True) -> np.ndarray:
 
 
 def beginning(opened: Opened) -> np.ndarray:
-    """The token that stands before a text: bos, or the end of the one before."""
+    """The token that stands before a text: the one that was set, bos, or the end of the one before."""
+    if opened.first is not None:
+        return np.int32(opened.first)
     roles = [opened.tokenizer.id_of(role) for role in ("bos_token", "eos_token")] if opened.tokenizer else []
     found = [token for token in (*roles, *opened.stop_ids) if token is not None]
     if not found:

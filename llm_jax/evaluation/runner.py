@@ -220,7 +220,7 @@ class _Kept(dict):
 
 
 def content(opened: Opened) -> str:
-    """A hash of all that decides a model's answers: its parameters, config, tokenizer and context."""
+    """A hash of all that decides a model's answers: its parameters, config, tokenizer, context, first token."""
     sha = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(opened.params):
         array = np.asarray(leaf)
@@ -229,6 +229,7 @@ def content(opened: Opened) -> str:
     tokenizer = opened.tokenizer
     told = tokenizer and [tokenizer.data, dict(tokenizer.special), list(tokenizer.stops)]
     facts = [MEANING, configs.to_json(opened.config), told, opened.context, sha.hexdigest()]
+    facts += [opened.first] if opened.first is not None else []
     return digest(facts)
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import itertools
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,10 +13,11 @@ import numpy as np
 from llm_jax.evaluation.requests import ASSUMED_CONTEXT, Answered
 from llm_jax.evaluation.runner import Evaluator
 from llm_jax.evaluation.tasks import Asker, Format, Item, Score, Task
+from llm_jax.interop.tokenizer import Portable
 
 
 class Metric(NamedTuple):
-    """A ratio of sums over `count` items with its standard error (nan for one item alone)."""
+    """A ratio of sums over `count` items with its standard error (nan for one alone, or one group of them)."""
 
     value: float
     standard_error: float
@@ -45,6 +46,12 @@ class Outcome:
     def cut(self) -> int:
         return sum(any(answer.cut for answer in answers) for answers in self.answers)
 
+    @property
+    def shared(self) -> list[Hashable]:
+        """What each item shares with others, if it does, so that they are no independent draws."""
+        name = self.task.together
+        return [str(item.record[name]) if name else number for number, item in enumerate(self.items)]
+
     def left_out(self, context: int | None) -> list[str]:
         """In words, what of it was left out and what cut; context: of the model in tokens."""
         what = f"{self.name}, {self.form}"
@@ -54,15 +61,16 @@ class Outcome:
 
     def metrics(self) -> dict[str, Metric]:
         """All metrics, by name; of a task with groups also `metric/GROUP` of the one that stands for it."""
-        columns = collections.defaultdict(list)
-        for item, scores in zip(self.items, self.scores, strict=True):
+        columns, shared = collections.defaultdict(list), collections.defaultdict(list)
+        for item, scores, group in zip(self.items, self.scores, self.shared, strict=True):
             for name, score in scores.items():
-                columns[name].append(score)
-                if self.task.group:
-                    columns[f"{name}/{item.record[self.task.group]}"].append(score)
+                of = f"{name}/{item.record[self.task.group]}" if self.task.group else name
+                for column in {name, of}:
+                    columns[column].append(score)
+                    shared[column].append(group)
         first = [name for name in columns if "/" not in name]
         grouped = [name for name in columns if name.startswith(f"{next(iter(first), '')}/")]
-        return {name: metric(columns[name]) for name in (*first, *grouped)}
+        return {name: metric(columns[name], shared[name]) for name in (*first, *grouped)}
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -82,16 +90,31 @@ class Outcome:
         ]
 
 
-def metric(scores: Sequence[Score]) -> Metric:
-    """The ratio of sums, with its standard error over independent items by linearisation (Cochran, Sampling
-    Techniques, 3rd edition, equation 2.45).
+def metric(scores: Sequence[Score], groups: Sequence[Hashable] | None = None) -> Metric:
+    """The ratio of sums, with its standard error over independent items, or groups of them."""
+    sums = together(np.array(scores, np.float64), groups)
+    value, units = sums[:, 0].sum() / sums[:, 1].sum(), len(sums)
+    error = math.sqrt(np.square(pulls(sums)).sum() * units / (units - 1)) if units > 1 else math.nan
+    return Metric(float(value), error, len(scores))
+
+
+def together(scores: np.ndarray, groups: Sequence[Hashable] | None) -> np.ndarray:
+    """Scores [items, …] summed over items of the same group [units, …], in the order of the first of each."""
+    if groups is None:
+        return scores
+    numbers: dict[Hashable, int] = {}
+    at = [numbers.setdefault(group, len(numbers)) for group in groups]
+    sums = np.zeros((len(numbers), *scores.shape[1:]))
+    np.add.at(sums, at, scores)
+    return sums
+
+
+def pulls(sums: np.ndarray) -> np.ndarray:
+    """By how much each unit of [units, (sum, count)] moves their ratio, by linearisation (Cochran, Sampling
+    Techniques, 3rd edition, equation 2.45); their squares add up to its variance.
     """
-    sums, counts = np.array(scores, np.float64).T
-    value, count = sums.sum() / counts.sum(), len(sums)
-    if count < 2:
-        return Metric(float(value), math.nan, count)
-    variance = np.square(sums - value * counts).sum() / (count - 1) * count / counts.sum() ** 2
-    return Metric(float(value), float(math.sqrt(variance)), count)
+    total, count = sums.sum(0)
+    return (sums[:, 0] - total / count * sums[:, 1]) / count
 
 
 def evaluate(
@@ -101,9 +124,14 @@ def evaluate(
     folder: pathlib.Path,
     form: Format = Format(),
     limit: int | None = None,
+    turns: Portable | None = None,
 ) -> Outcome:
-    """Asks a model about all items of a task, or a fair sample of `limit`."""
-    ask, task = Asker(form, evaluator.opened.tokenizer), task.about(evaluator.opened)
+    """Asks a model about all items of a task, or a fair sample of `limit`.
+
+    turns: whose chat template writes them, if that isn't the model's own.
+    """
+    own = evaluator.opened.tokenizer
+    ask, task = Asker(form, turns or own, turns not in (None, own)), task.about(evaluator.opened)
     items, what = task.items(folder, form.few_shot, limit), f"{name}, {form}"
     asked = [task.requests(item, ask) for item in items]
     given: list[list[Answered]] = [[] for _ in items]

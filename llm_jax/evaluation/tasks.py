@@ -54,7 +54,8 @@ class Task(Tagged):
     """file: beside the task's own file, or in the folder of task data. within: where in a .json the list is.
 
     reader: one of READERS, for files that aren't made of plain fields. examples: another file for those of
-    few-shot prompts. group: a field by whose values the scores are told too.
+    few-shot prompts. group: a field by whose values the scores are told too. together: a field; items that
+    have its value in common are no independent draws, and intervals say so.
     """
 
     file: str = ""
@@ -62,6 +63,7 @@ class Task(Tagged):
     within: str = ""
     examples: str = ""
     group: str = ""
+    together: str = ""
 
     metrics: ClassVar[Mapping[str, str]] = {}  # that it scores, by which value is best
 
@@ -111,8 +113,7 @@ class Task(Tagged):
             try:
                 record = READERS[self.reader](record)
                 self.check(record)
-                if self.group:
-                    _ = record[self.group]
+                _ = [record[name] for name in (self.group, self.together) if name]
             except KeyError as error:
                 raise UserError(f"{place} has no field {error}; it has {', '.join(record)}") from None
             except ValueError as error:
@@ -125,10 +126,14 @@ class Task(Tagged):
 
 @dataclasses.dataclass(frozen=True)
 class Asker:
-    """Writes prompts in a format for a tokenizer. One without a chat template is asked in a transcript."""
+    """Writes prompts in a format for a tokenizer. One without a chat template is asked in a transcript.
+
+    borrowed: who is asked has another tokenizer, for which what ends a turn may be text.
+    """
 
     form: Format
     tokenizer: Portable | None
+    borrowed: bool = False
 
     @property
     def written(self) -> bool:
@@ -170,10 +175,12 @@ class Asker:
         return LogLikelihood(prompt, said, written=True, apart=True)
 
     def stops(self, of_text: tuple[str, ...]) -> tuple[str, ...]:
-        """What ends a written answer: a turn ends itself, but for those of a transcript."""
+        """What ends a written answer: a turn ends itself, but for those of a transcript or a borrowed one."""
         if not self.form.chat:
             return of_text
-        return () if self.written else TRANSCRIPT_STOPS
+        if not self.written:
+            return TRANSCRIPT_STOPS
+        return tuple(filter(None, [self.tokenizer.template.end])) if self.borrowed else ()
 
 
 def joined(question: str, answer: str) -> str:

@@ -37,7 +37,8 @@ class Opened(NamedTuple):
     """A model to be talked to.
 
     tokenizer: None where the files have none. context: the longest text it is made for, if that is known.
-    mesh: where its parameters lie, if not on one device.
+    mesh: where its parameters lie, if not on one device. first: the token that stands before a text in an
+    evaluation, where that isn't the tokenizer's to say.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Opened(NamedTuple):
     tokenizer: Portable | None
     context: int | None
     mesh: Mesh | None = None
+    first: int | None = None
 
     def encode(self, text: str) -> np.ndarray:
         """The ids of a text from its beginning; raises UserError without a tokenizer."""
