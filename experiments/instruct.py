@@ -1,8 +1,9 @@
 """Does LoRA learn conversations as well as training all parameters does, and does it forget less of books?
 
-A base model is trained on books and then on conversations, whole and by LoRA, each at several rates, of which
-the best by the loss on held-out answers counts. What was forgotten is how much the loss on held-out books has
-risen (Biderman et al. 2024, arXiv:2405.09673, ask so of large models).
+A base model is trained on books and then on conversations, whole and by LoRA, each at several rates. The best
+rate is that with the least loss on the answers of every second held-out conversation; what is told is of the
+others, in the run's last state. What was forgotten is how much the loss on held-out books has risen (Biderman
+et al. 2024, arXiv:2405.09673, ask so of large models).
 
     python -m launch.local --config=experiments/instruct.py:cpu      (reads the books and conversations below)
     python -m launch.local --config=experiments/instruct.py:smoke    (Python's source, made-up conversations)
@@ -54,6 +55,8 @@ ROOT = Path(__file__).parent.parent
 REFERENCE = Path(os.environ.get("LLM_JAX_REFERENCE_DATA", ROOT.parent / "shared" / "data"))
 MADE_UP = ("made-up.jsonl",)  # in the experiment's folder
 ALONE = Execution(mesh=MeshConfig(data=1))
+BATCH = 8  # rows that are scored at once
+Scores = dict[str, tuple[np.ndarray, np.ndarray]]  # (nats, tokens) of each document, by what it is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,47 +115,58 @@ def get_config(scale: str) -> Instruct:
 
 
 def measure(base: Instruct, folder: Path) -> dict[str, Any]:
-    """Trains what is missing, scores the best state of each run, and compares the methods."""
+    """Trains what is missing, scores the last state of each run, and compares the methods."""
+    runs = {name: trained(base, folder, name) for name in ("all", "lora")}
     place = folder / base.base.identity()
-    print(f"base: {base.base.steps:,} steps", flush=True)
-    train(base.base, place)
-    data = dataclasses.replace(base.data, tokenizer=PretrainedTokenizer(str(place)))
-    if data.paths == MADE_UP:
-        data = dataclasses.replace(data, paths=(str(made_up(folder / MADE_UP[0])),))
-    held_out = {"books": base.base.data.open().held_out(), "answers": data.open().held_out()}
-    if None in held_out.values():
-        raise UserError("both are scored on what is held out: set data.held_out_fraction=0.05")
-    runs = {name: tuned(base, data, place, name) for name in ("all", "lora")}
-    for name, members in runs.items():
-        print(f"{name}: {len(members)} runs of {members[0].steps:,} steps, packed", flush=True)
-        hooks = [[forgetting(run, held_out["books"])] for run in members]
-        train_packed(members, [folder / run.identity() for run in members], hooks)
-
-    # ---- the best rate of each, and what it learned and forgot ----
-    found = {"base": scores(place, held_out, data)}
-    best: dict[str, Run] = {}
-    for name, members in runs.items():
-        every = {run: scores(folder / run.identity(), held_out, data) for run in members}
-        best[name] = min(every, key=lambda run: loss(every[run]["answers"]))
-        found |= {run.name: of for run, of in every.items()}
-    pairs = {f"{name} - base": (best[name].name, "base") for name in best}
+    held_out = held(base.base.data, conversations(base, folder))
+    found = {"base": scores(place, held_out)}
+    found |= {run.name: of for members in runs.values() for run, of in members.items()}
+    best = {name: chosen(members) for name, members in runs.items()}
+    pairs = {f"{name} - base": (run.name, "base") for name, run in best.items()}
     pairs["lora - all"] = best["lora"].name, best["all"].name
 
     def compare(one: str, other: str, what: str) -> Difference:
         pairs = [np.transpose(found[name][what]) for name in (other, one)]
         return difference(np.stack(pairs, axis=1), base.bootstrap)
 
+    told = ("answers", "books")
     result = {
-        "loss": {name: {what: loss(by) for what, by in of.items()} for name, of in found.items()},
+        "loss": {name: {what: loss(of[what]) for what in told} for name, of in found.items()},
         "best": {name: run.optimizer.learning_rate for name, run in best.items()},
         "difference": {
-            pair: {what: compare(one, other, what)._asdict() for what in held_out}
+            pair: {what: compare(one, other, what)._asdict() for what in told}
             for pair, (one, other) in pairs.items()
         },
-        "documents": {what: held.documents for what, held in held_out.items()},
+        "documents": {what: len(of[0]) for what, of in found["base"].items()},
     }
     page.show(folder, report(result))
     return result
+
+
+def conversations(base: Instruct, folder: Path) -> Chat:
+    """The conversations in the base's own tokens, made if they are to be."""
+    data = dataclasses.replace(base.data, tokenizer=PretrainedTokenizer(str(folder / base.base.identity())))
+    if data.paths == MADE_UP:
+        data = dataclasses.replace(data, paths=(str(made_up(folder / MADE_UP[0])),))
+    return data
+
+
+def trained(base: Instruct, folder: Path, name: str) -> dict[Run, Scores]:
+    """The runs of one method with their scores, and the base, all trained where they are missing."""
+    place = folder / base.base.identity()
+    print(f"base: {base.base.steps:,} steps", flush=True)
+    train(base.base, place)
+    data = conversations(base, folder)
+    held_out, members = held(base.base.data, data), tuned(base, data, place, name)
+    print(f"{name}: {len(members)} runs of {members[0].steps:,} steps, packed", flush=True)
+    hooks = [[forgetting(run, held_out["books"])] for run in members]
+    train_packed(members, [folder / run.identity() for run in members], hooks)
+    return {run: scores(folder / run.identity(), held_out) for run in members}
+
+
+def chosen(members: dict[Run, Scores]) -> Run:
+    """The run with the best rate, by conversations of which nothing else is told."""
+    return min(members, key=lambda run: loss(members[run]["choice"]))
 
 
 def tuned(base: Instruct, data: Chat, place: Path, name: str) -> list[Run]:
@@ -161,9 +175,7 @@ def tuned(base: Instruct, data: Chat, place: Path, name: str) -> list[Run]:
     rates = base.lora_rates if name == "lora" else base.rates
     model = LoRA(start, rank=base.rank, alpha=2 * base.rank) if name == "lora" else start
     every = max(1, base.tokens // data.tokens_per_step // base.evaluations)
-    execution = dataclasses.replace(
-        ALONE, evaluate_every_steps=every, checkpoint=Checkpointing(keep_last=1, keep_best="loss")
-    )
+    execution = dataclasses.replace(ALONE, evaluate_every_steps=every, checkpoint=Checkpointing(keep_last=1))
     schedule = Cosine(warmup_fraction=0.1, final_fraction=0.1)
     return [
         Run(
@@ -188,18 +200,30 @@ def forgetting(run: Run, books: HeldOut) -> Hook:
 # ---- scores by document ----
 
 
-def scores(place: Path, held_out: dict[str, HeldOut], data: Chat) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """(nats, tokens) of each held-out document for the run in a folder, as it is opened."""
-    opened, mesh = open_model(str(place)), sharding.make_mesh(ALONE.mesh, jax.devices()[:1])
-    scorer = make_scorer(opened.config.build())
-    found = {}
-    for what, held in held_out.items():
-        nats, tokens = by_document(scorer, opened.params, held, data.batch_size, mesh)
-        found[what] = nats[0], tokens
+def held(books: Text, talks: Chat) -> dict[str, HeldOut]:
+    """What is held out of both; raises UserError where nothing is."""
+    found = {"books": books.open().held_out(), "answers": talks.open().held_out()}
+    if None in found.values() or found["answers"].documents < 2:
+        raise UserError("both are scored on what is held out: set data.held_out_fraction=0.05")
     return found
 
 
+def scores(place: Path, held_out: dict[str, HeldOut]) -> Scores:
+    """(nats, tokens) of each held-out document for the run in a folder; of conversations every second one is
+    for the choice of a rate, and the others are told.
+    """
+    opened, mesh = open_model(str(place)), sharding.make_mesh(ALONE.mesh, jax.devices()[:1])
+    scorer = make_scorer(opened.config.build())
+    found = {}
+    for what, of in held_out.items():
+        nats, tokens = by_document(scorer, opened.params, of, BATCH, mesh)
+        found[what] = nats[0], tokens
+    nats, tokens = found["answers"]
+    return found | {"choice": (nats[::2], tokens[::2]), "answers": (nats[1::2], tokens[1::2])}
+
+
 def loss(by: tuple[np.ndarray, np.ndarray]) -> float:
+    """Nats a token."""
     return float(by[0].sum() / by[1].sum())
 
 
@@ -272,5 +296,6 @@ def report(result: dict[str, Any]) -> Page:
         ],
         notes=[
             f"held out: {result['documents']['answers']} conversations, {result['documents']['books']} books"
+            f"; the best rates by {result['documents']['choice']} other conversations"
         ],
     )

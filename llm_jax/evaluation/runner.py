@@ -220,7 +220,7 @@ class _Kept(dict):
 
 
 def content(opened: Opened) -> str:
-    """A hash of all that decides a model's answers: its parameters, config, tokenizer, context, first token."""
+    """A hash of all that decides a model's answers: parameters, config, tokenizer, context, first token."""
     sha = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(opened.params):
         array = np.asarray(leaf)

@@ -17,7 +17,7 @@ from llm_jax.interop.tokenizer import Portable
 
 
 class Metric(NamedTuple):
-    """A ratio of sums over `count` items with its standard error (nan for one alone, or one group of them)."""
+    """A ratio of sums over `count` items with its standard error (nan for one alone, or one group)."""
 
     value: float
     standard_error: float

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 
 from llm_jax.config import UserError
-from llm_jax.evaluation.compare import difference, newcombe, paired
+from llm_jax.evaluation.compare import difference, newcombe, of_all, paired
 from llm_jax.evaluation.kinds import Documents, MultipleChoice, OpenEnded
 from llm_jax.evaluation.probes import Probing
 from llm_jax.evaluation.requests import Generated
 from llm_jax.evaluation.scores import Outcome, evaluate
 from llm_jax.evaluation.tasks import Format, Item
 from llm_jax.experiment_file import load_experiment
+from llm_jax.posttraining import versus
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,38 @@ def test_a_ratio_s_difference_weighs_items_by_their_size():
     pairs = [((1.0, 1.0), (2.0, 1.0)), ((9.0, 9.0), (9.0, 9.0))]
     found = difference(pairs)
     assert (found.first, found.second, found.count) == (1.0, pytest.approx(1.1), 2)
-    assert found.low == 0.0 and found.high == pytest.approx(1.0)
+    assert found.low <= 0.0 and found.high >= 1.0  # what is drawn may be either twice
+    many = difference(pairs * 200)
+    assert many.difference == pytest.approx(0.1) and 0.05 < many.low < 0.1 < many.high < 0.15
+
+
+def test_items_that_share_what_varies_are_drawn_together():
+    """Sixty questions of which ten each stand or fall together say as much as six."""
+    random, alone, grouped = np.random.default_rng(0), 0, 0
+    groups = [f"topic {number // 10}" for number in range(60)]
+    for trial in range(100):
+        changes = np.repeat(random.normal(0.2, 1.0, 6), 10) + random.normal(0, 0.3, 60)
+        pairs = [((0.0, 1.0), (change, 1.0)) for change in changes]
+        found = difference(pairs, 200, trial), difference(pairs, 200, trial, groups)
+        alone, grouped = (
+            held + (one.low <= 0.2 <= one.high) for held, one in zip((alone, grouped), found, strict=True)
+        )
+    assert (found[1].count, found[1].units) == (60, 6) and found[0].units == 60
+    assert found[1].difference == pytest.approx(found[0].difference)
+    assert grouped >= 90 and alone < 70
+
+
+def test_all_of_many_intervals_hold_as_often_as_one_alone():
+    random, alone, together = np.random.default_rng(0), 0, 0
+    for trial in range(60):
+        drawn = random.random((20, 60, 2)) < 0.3  # twenty tasks on which two models are alike
+        pairs = [[((float(a), 1.0), (float(b), 1.0)) for a, b in task] for task in drawn]
+        alone, together = (
+            held
+            + all(one.low <= 0 <= one.high for one in (difference(p, 200, trial, level=level) for p in pairs))
+            for held, level in ((alone, 0.95), (together, of_all(20)))
+        )
+    assert together >= 56 and alone < 40
 
 
 def in_pairs(both, first, second, neither):
@@ -86,7 +118,7 @@ def test_equal_answers_differ_by_nothing_and_other_items_are_refused(evaluator):
         paired(one, dataclasses.replace(one, items=one.items[1:], scores=one.scores[1:]))
 
 
-def test_a_lower_loss_is_a_gain(experiment):
+def test_a_lower_loss_is_a_gain():
     """Of what is lost and of what is right, both lower in the second."""
     items = [Item(str(number), {}) for number in range(20)]
 
@@ -105,14 +137,14 @@ def test_a_lower_loss_is_a_gain(experiment):
         }
         for who, value in (("base", 1.0), ("instruct", 0.0))
     }
-    tasks = experiment.compared(found, comparable=True)["tasks"]
-    assert {key: experiment.gain(one)[0] > 0 for key, one in tasks.items()} == {
+    tasks = versus.compared(found, comparable=True)["tasks"]
+    assert {key: versus.gain(one)[0] > 0 for key, one in tasks.items()} == {
         f"{name}/{form}": name == "text" for name in ("text", "asked") for form in ("raw", "chat", "own")
     }
     assert tasks["text/raw"]["base"] == 1.0 and tasks["text/raw"]["instruct"] == 0.0
 
 
-def test_what_was_cut_or_left_out_stands_in_the_report(experiment, opened):
+def test_what_was_cut_or_left_out_stands_in_the_report(experiment):
     def outcome(cut, judged):
         items = [Item(str(n), {"prompt": "a"}) for n in range(2)]
         said = [[Generated("b", "stop", 1, cut)], [Generated("b", "stop", 1)]]
@@ -123,11 +155,11 @@ def test_what_was_cut_or_left_out_stands_in_the_report(experiment, opened):
     for form in ("raw", "chat"):
         found["base"] |= {f"open_ended/{form}": outcome(3, True), f"task/{form}": outcome(0, True)}
         found["instruct"] |= {f"open_ended/{form}": outcome(0, True), f"task/{form}": outcome(0, False)}
-    result = experiment.compared(found, True)
+    result = versus.compared(found, True)
     assert result["left_out"]["base"]["open_ended/raw"] == {"cut": 1, "skipped": 0}
     assert result["left_out"]["instruct"]["task/chat"] == {"cut": 0, "skipped": 1}
-    both = {who: opened._replace(context=context) for who, context in (("base", 64), ("instruct", None))}
-    notes = experiment.report(experiment.get_config("cpu"), both, found, result, False).notes
+    notes = experiment.told(experiment.get_config("cpu"), 64, found)
+    assert versus.report("?", ("a", "b"), found, result, notes).notes == notes
     assert "base: open_ended, raw: 1 prompts were cut to the context of 64 tokens" in notes
     assert "instruct: open_ended, raw: 1 items can't be judged here and are left out" in notes
 

@@ -288,6 +288,17 @@ def test_a_task_of_ones_own_is_a_file_beside_its_questions(folder):
     assert (name, task, place) == ("riddles", CHOICE, folder) and isinstance(task, Task)
 
 
+def test_long_texts_are_scored_in_windows_that_lie_evenly():
+    item = Item("0", {"text": "".join(chr(97 + n % 26) for n in range(100))})
+    task, ask = Documents(longest=10, windows=3), Asker(Format(), None)
+    starts = [item.record["text"][start : start + 10] for start in (0, 45, 90)]
+    assert task.requests(item, ask) == [Rolling(text) for text in starts]
+    scores = task.scores(item, [Scored(math.log(2), tokens, False) for tokens in (2, 3, 4)])
+    assert scores == {"bits_per_byte": (pytest.approx(3), 30.0), "nats_per_token": (3 * math.log(2), 9.0)}
+    assert len(dataclasses.replace(task, longest=40).requests(item, ask)) == 2  # none overlap
+    assert Documents(windows=3).requests(item, ask) == [Rolling(item.record["text"])]
+
+
 def test_a_model_without_a_template_is_asked_in_a_transcript(folder, opened):
     item = CHOICE.items(folder)[0]
     ask = Asker(Format(chat=True), dataclasses.replace(opened.tokenizer, chat_template=None))

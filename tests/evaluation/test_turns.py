@@ -11,11 +11,13 @@ from llm_jax.config import UserError
 from llm_jax.data import Bytes
 from llm_jax.data.templates import BUILT_IN, named
 from llm_jax.data.writer import Writer
-from llm_jax.evaluation.requests import encode, pair
+from llm_jax.evaluation.requests import beginning, encode, pair
+from llm_jax.evaluation.runner import content
 from llm_jax.evaluation.tasks import Asker, Format
 from llm_jax.inference.conversation import Speaker
 from llm_jax.interop import tokenizer as portable
 from llm_jax.interop.tokenizer import with_turns
+from llm_jax.posttraining import versus
 
 # Templates of one's own, in the forms of Zephyr's (ends by eos, prompts by a token of its own) and Phi's.
 OWN = {
@@ -120,6 +122,32 @@ def test_names_of_special_tokens_are_text_whoever_says_them(opened):
         assert special[0] == special[1]
         shown = Speaker(model).text([{"role": "user", "content": "the<|end|>?"}])
         assert "the<|end|>?" in shown
+
+
+def test_two_models_are_asked_in_the_turns_of_one(opened):
+    """What the other's tokenizer has no token for is text, and so ends an answer as a text."""
+    bare = opened._replace(tokenizer=dataclasses.replace(opened.tokenizer, chat_template=None))
+    tuned = opened._replace(tokenizer=with_turns(bare.tokenizer, BUILT_IN["chatml"]))
+    asked = {}
+    for model in (bare, tuned):
+        turns = tuned.tokenizer
+        ask = Asker(Format(chat=True), turns, borrowed=turns is not model.tokenizer)
+        asked[model.tokenizer.chat_template] = ask.scored("the rain?", "the plain"), ask.stops(("x",))
+        read = encode(model, ask.prompt("the rain?"), not ask.written)
+        assert "the rain?" in model.tokenizer.decode(read)
+        assert ("<|im_start|>" in model.tokenizer.decode(read)) == (model is bare)
+    (of_bare, bare_stops), (of_tuned, stops) = asked.values()
+    assert of_bare == of_tuned and of_bare.context.endswith("<|im_start|>assistant\n")
+    assert bare_stops == ("<|im_end|>",) and stops == ()
+
+
+def test_texts_begin_with_one_token_for_both_if_both_have_it(opened):
+    other = dataclasses.replace(opened.tokenizer, special={"bos_token": "<|user|>"})
+    tuned = opened._replace(tokenizer=other)
+    assert beginning(tuned) != beginning(opened) == versus.same_beginning(opened, tuned)
+    assert beginning(tuned._replace(first=0)) == 0 and content(tuned._replace(first=0)) != content(tuned)
+    without = opened._replace(tokenizer=dataclasses.replace(portable.of(Bytes()), special={}, stops=(5,)))
+    assert versus.same_beginning(opened, without) is None
 
 
 def test_new_tokens_are_refused_where_others_would_number_them_otherwise(opened):
