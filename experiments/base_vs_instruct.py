@@ -4,18 +4,21 @@
         --config.base=runs/mine --config.instruct=runs/taught     (without these two: a pair that it makes)
     python -m launch.local --config=experiments/base_vs_instruct.py:smoke     (seconds; two tiny models)
 
-Both checkpoints answer the same items of the same tasks, as plain text and as turns (each by its own chat
-template; one without any in a transcript, "User: … Assistant:"). Differences are taken item by item, with
-95% intervals from 2,000 draws of items (of what is right or wrong no narrower than Newcombe's); "own"
-compares the base on text with the instruct model in turns, each as it is meant to be asked. The alignment
-tax is what held-out pretraining text costs both, in bits per byte, and in nats per token where the
-tokenizers are the same. Degenerate answers are counted on open prompts that nothing but the model ends: it
-never stops, repeats itself, or goes on as the user.
+Both checkpoints answer the same items of the same tasks in the same window (the shorter context of the two),
+as plain text and as turns: of the instruct model's chat template for both, its special tokens as text where
+the base has none such ("User: … Assistant:" without a template). "own" compares the base on text with the
+instruct model in turns, each as it is meant to be asked. Differences are taken item by item, with 95%
+intervals from 2,000 draws of items, of which those that share a question, or an author, are drawn together
+(no narrower than Student's t, and of what is right or wrong than Newcombe's). What counts as better or worse
+is told by intervals that hold for all tasks and formats together. The alignment tax is what held-out
+pretraining text costs both, in bits per byte, and in nats per token where the tokenizers are the same.
+Degenerate answers are counted on open prompts that nothing but the model ends: it never stops, repeats
+itself, or goes on as the user.
 
 A pair that is made is pretrained on books and then tuned, all parameters, on conversations, as the scale cpu
-of experiments/instruct.py says; it and the tasks are read from the folder LLM_JAX_REFERENCE_DATA (by default
-../shared/data). At the smoke scale two tiny models are made on the spot, 40 steps each: its table has no
-meaning, only a form.
+of experiments/instruct.py says, at the best of its rates; its held-out text is six others by authors of its
+books. It, the text and the tasks are read from the folder LLM_JAX_REFERENCE_DATA (by default ../shared/data).
+At the smoke scale two tiny models are made on the spot, 40 steps each: its table has no meaning, only a form.
 
 Made at 345 thousand parameters, the pair differs on none of five tasks of 100 items beyond the 95% interval,
 and both answer none of 24 items of any probe; books cost 0.043 (0.036 to 0.050) bits per byte more. About 10
