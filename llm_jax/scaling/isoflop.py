@@ -88,7 +88,7 @@ class IsoflopFit(PowerLaws):
         ends = projection.solve(projected, data)
         best = ends.free[[ends.objective.argmin()]]
         drawn = self.minima[:, [not curve.refused for curve in self.curves], 2]
-        if not len(drawn):
+        if not np.isfinite(drawn).any():
             return law, problem.theta(best), problem.theta(best)[:0]
         drawn = _centred(drawn, data.y[0])
         refits = projection.solve(projected, Data(drawn, data.weights), np.repeat(best, len(drawn), axis=0))
@@ -277,8 +277,8 @@ def fit_isoflop(
         warnings.append(f"minima not corrected for the law's skew, at C = {why}")
     if method.startswith("akima") and bootstrap:
         warnings.append(
-            "the lowest point of a spline through noisy losses lies too low: 90% intervals of L_opt at 30 "
-            "times the largest budget held in 73% of 40 simulated sets; N_opt, a and b hold"
+            "the lowest point of a spline through noisy losses is too low: no intervals of losses (at 30 "
+            "times the largest budget 90% ones held in 73% of 40 simulated sets); of N, a and b they hold"
         )
     if method == "full" and _misfit(accepted, window) > 3:
         warnings.append("these isoFLOP curves are no parabolas over their full range; use the local one")
@@ -303,6 +303,8 @@ def fit_isoflop(
     draws = draws[np.isfinite(draws).all((1, 2))]
     if len(draws):
         draws = _centred(draws, lines)
+    if method.startswith("akima"):
+        draws[:, 2] = minima[:, :, 2] = np.nan
     spread = float(np.sqrt(np.mean(noise**2))) if len(noise) else 0.0
     return IsoflopFit(
         lines,

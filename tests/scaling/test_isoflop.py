@@ -114,6 +114,15 @@ def test_an_exact_minimum_of_a_spline_is_none_of_the_points_it_is_looked_up_at()
         assert 0.003 < abs(rough.N / fine.N - 1) < 0.01
 
 
+def test_a_splines_lowest_points_lie_too_low_so_no_loss_has_an_interval():
+    found = fit_isoflop(sweep(noise=0.01), method="akima", bootstrap=50)
+    best = found.optimum(1e23)
+    assert np.isfinite(best.N).all() and np.isfinite(found.parameters["a"]).all()
+    without = best.loss, found.parameters["c"], found.parameters["k_L"], *(o["loss"] for o in found.optima)
+    assert all(np.isfinite(e.value) and np.isnan([e.low, e.high]).all() for e in without)
+    assert any("no intervals of losses" in warning for warning in found.warnings)
+
+
 # How far each method is off N_opt on noise-free points of Kaplan's law (their constants), told as reached:
 # the default's correction supposes Chinchilla's form, and helps little where that doesn't hold.
 KAPLAN = {"local": 0.0181, "parabola": 0.0213, "akima-exact": 0.0116, "full": 0.0394}
