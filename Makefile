@@ -29,13 +29,12 @@ quickstart: $(call installed,$(QUICK))  ## a scaling sweep on real text, the law
 test: $(STAMP)  ## the test suite
 	$(BIN)/python -m pytest -n $(JOBS) --dist=worksteal --durations=15 $(TESTS)
 
-smoke: $(STAMP)  ## every experiment at its smoke scale, anew
-	@rm -rf .cache/smoke
-	@for file in experiments/*.py; do \
-	  echo "== $$file:smoke"; start=$$(date +%s); \
-	  $(BIN)/python -m launch.local --config=$$file:smoke --folder=.cache/smoke/$$(basename $$file .py) || exit; \
-	  took="$$took$$file:smoke took $$(($$(date +%s) - start)) s\n"; \
-	done; printf "\n$$took"
+smoke: $(STAMP)  ## every experiment at its smoke scale, anew, $(JOBS) at once
+	@rm -rf .cache/smoke && mkdir -p .cache/smoke
+	@printf '%s\n' experiments/*.py | xargs -P $(JOBS) -I{} sh -c '\
+	  folder=.cache/smoke/$$(basename {} .py) start=$$(date +%s) code=0; \
+	  $(BIN)/python -m launch.local --config={}:smoke --folder=$$folder > $$folder.log 2>&1 || code=255; \
+	  cat $$folder.log; echo "== {}:smoke took $$(($$(date +%s) - start)) s"; exit $$code'
 
 coverage: $(STAMP)  ## how often 90% intervals hold the truth, 200 sets of every kind (minutes)
 	PYTHONPATH=tests/scaling $(BIN)/python tests/scaling/interval_coverage.py 200
