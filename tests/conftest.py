@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Most of a test's time is compiling, so LLVM optimizes little here; smoke scales run as users do.
+# Most of a test's time is compiling, so LLVM optimizes little here.
 os.environ.setdefault(
     "XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 )

@@ -31,12 +31,12 @@ def taught(request, tmp_path_factory):
                 turns.append({"role": "user", "content": str(question)})
                 turns.append({"role": "assistant", "content": ANSWERS[question]})
             file.write(json.dumps({"messages": turns}) + "\n")
-    data = Chat((str(place / "talks.jsonl"),), template=request.param, sequence_length=256, repeat=True)
+    data = Chat((str(place / "talks.jsonl"),), template=request.param, sequence_length=128, repeat=True)
     run = Run(
         Transformer(layers=2, width=32, heads=4),
         data,
         AdamW(learning_rate=1e-2),
-        tokens=120 * data.tokens_per_step,
+        tokens=100 * data.tokens_per_step,
         execution=Execution(mesh=MeshConfig(data=1)),
     )
     result = train(run, place / "run")
