@@ -5,8 +5,10 @@ others. From it four behaviours are taught by conversations, together or (config
 a format, calling tools, saying "I don't know" where the base's own samples are unreliable, and refusing what
 would hurt people. Each is measured on people, things, tools and wordings that its conversations don't have
 (llm_jax/posttraining/behaviours.py), treated minus base in pairs, and so is what it costs: the same behaviour
-at look-alikes that don't ask for it, plain questions, and pretraining text. Where a base knows too little, "I
-don't know" is not taught, and it is said so.
+at look-alikes that don't ask for it, plain questions, and pretraining text. Questions about one person or
+thing, or that ask for a form in the same words, are drawn together. A behaviour counts as learned where it is
+right more often and at look-alikes by less than `bound`, in intervals that hold for all behaviours and sizes
+together. Where a base knows too little, "I don't know" is not taught, and it is said so.
 
     python -m launch.local --config=experiments/behaviours.py:cpu    (two sizes, all behaviours together)
     python -m launch.local --config=experiments/behaviours.py:smoke  (one tiny model: a form without meaning)
@@ -39,7 +41,7 @@ from llm_jax.config import UserError
 from llm_jax.data import Chat, Files, Text
 from llm_jax.data.tokenizers import HuggingFace
 from llm_jax.evaluation.behaviour import Behaviour
-from llm_jax.evaluation.compare import difference, paired
+from llm_jax.evaluation.compare import difference, of_all, paired
 from llm_jax.evaluation.kinds import Documents, Generation
 from llm_jax.evaluation.runner import Evaluator
 from llm_jax.evaluation.scores import Outcome, evaluate
@@ -77,7 +79,7 @@ class Behaviours:
 
     mixes: what is taught: behaviours by name, each alone, or all together. examples: conversations of a mix.
     items: held-out questions of each kind. samples: of the base's answers to a question. documents: held-out
-    pretraining texts.
+    pretraining texts. bound: at how many more look-alikes what counts as learned may be shown.
     """
 
     sizes: tuple[tuple[int, int], ...]
@@ -94,6 +96,7 @@ class Behaviours:
     documents: int = 20
     batch_size: int = 8
     bootstrap: int = 2000
+    bound: float = 0.15
 
     def identity(self, content: bool = True) -> str:
         return config.identity(self, SCHEMA, content)
@@ -101,7 +104,7 @@ class Behaviours:
     def validate(self) -> None:
         least = {"base_tokens": 1, "tokens": 1, "batch_size": 1, "vocabulary": 300, "bootstrap": 100}
         least |= {"examples": 4 * 3, "items": 2, "samples": 1, "documents": 2}
-        check_least(self, "", ("base_rate", "rate"), **least)
+        check_least(self, "", ("base_rate", "rate", "bound"), **least)
         if not self.sizes or min(map(min, self.sizes)) < 1:
             raise UserError(f"sizes is {self.sizes}; name at least one, as (layers, width)")
         names = (*behaviours.MAKERS, "unknown", ALL)
@@ -222,11 +225,11 @@ def measure_size(base: Behaviours, files: Path, layers: int, width: int) -> dict
     train(base_run(base, files, layers, width), folder / "base")
     asked = Evaluator(open_model(str(folder / "base")), keep=True)
     known = behaviours.sampled(asked, base.world, base.samples)
-    makers, world = dict(behaviours.MAKERS), base.world
+    makers, world, level = dict(behaviours.MAKERS), base.world, of_all(questions(base))
+    # What a base doesn't know is never taught as a fact.
+    world = dataclasses.replace(world, known=tuple(one.fact for one in known if one.right >= RELIABLE))
     try:
         makers["unknown"] = behaviours.unknown(known)
-        # What a base doesn't know is never taught as a fact.
-        world = dataclasses.replace(world, known=tuple(one.fact for one in known if one.right >= RELIABLE))
     except UserError as error:
         print(f"{folder.name}: unknown is not taught: {error}", flush=True)
     makers = {name: maker for name, maker in makers.items() if {name, ALL} & set(base.mixes)}
@@ -245,7 +248,8 @@ def measure_size(base: Behaviours, files: Path, layers: int, width: int) -> dict
         treated = Evaluator(open_model(str(folder / name)), keep=True)
         mine = [key for key in sets if name in (ALL, key.split("/")[0]) or key in ("plain", "text")]
         found[name] = {
-            key: compared(of_base[key], answers(treated, key, *sets[key]), base.bootstrap) for key in mine
+            key: compared(of_base[key], answers(treated, key, *sets[key]), base.bootstrap, level)
+            for key in mine
         }
     shares = np.array([one.right for one in known])
     return {
@@ -271,7 +275,7 @@ def held_out(
                 write(folder / f"{name}-{what}.jsonl", records)
                 found[f"{name}/{what}"] = Behaviour(f"{name}-{what}.jsonl", shows=name, wanted=wanted), folder
     write(folder / "plain.jsonl", behaviours.plain_questions(world, base.items))
-    plain = Generation("plain.jsonl", question="{question}", check_by="exact", max_tokens=32)
+    plain = Generation("plain.jsonl", question="{question}", max_tokens=32, together="topic")
     return found | {"plain": (plain, folder), "text": (Documents("held.jsonl"), files)}
 
 
@@ -279,16 +283,40 @@ def answers(evaluator: Evaluator, key: str, task: Task, folder: Path) -> Outcome
     return evaluate(evaluator, key, task, folder, Format(chat=key != "text"))
 
 
-def compared(of_base: Outcome, treated: Outcome, draws: int) -> dict[str, dict[str, float]]:
-    """Treated minus base by metric; of what is right, by group too."""
-    found = paired(of_base, treated, draws)
-    groups: dict[str, list[Any]] = {}
-    for item, *scores in zip(of_base.items, of_base.scores, treated.scores, strict=True):
+def questions(base: Behaviours) -> int:
+    """How many behaviours may count as learned, over all sizes and mixes."""
+    return len(base.sizes) * sum(len(behaviours.MAKERS) + 1 if mix == ALL else 1 for mix in base.mixes)
+
+
+def compared(of_base: Outcome, treated: Outcome, draws: int, level: float) -> dict[str, dict[str, Any]]:
+    """Treated minus base by metric; of what is right, or of what a look-alike gets, by group too.
+
+    together: the interval at `level`, which holds with those of all behaviours.
+    """
+    found, wide = paired(of_base, treated, draws), paired(of_base, treated, draws, level)
+    what, groups = "right" if getattr(of_base.task, "wanted", True) else "did", {}
+    both = zip(of_base.items, of_base.shared, of_base.scores, treated.scores, strict=True)
+    for item, shared, *scores in both:
         if "group" in item.record:
-            pair = tuple(of["right"] for of in scores)
-            groups.setdefault(f"right/{item.record['group']}", []).append(pair)
-    found |= {name: difference(pairs, draws) for name, pairs in groups.items()} if len(groups) > 1 else {}
-    return {metric: one.named("base", "treated") for metric, one in found.items()}
+            pairs, topics = groups.setdefault(f"{what}/{item.record['group']}", ([], []))
+            pairs.append(tuple(of[what] for of in scores))
+            topics.append(shared)
+    told = {name: one.named("base", "treated") for name, one in found.items()}
+    told = {name: one | {"together": [wide[name].low, wide[name].high]} for name, one in told.items()}
+    if len(groups) > 1:
+        by_group = {name: difference(pairs, draws, groups=topics) for name, (pairs, topics) in groups.items()}
+        told |= {name: one.named("base", "treated") for name, one in by_group.items()}
+    return told
+
+
+def learned(keys: dict[str, dict[str, Any]], bound: float) -> list[str]:
+    """Behaviours that are right more often where they are wanted, and hardly shown elsewhere."""
+    found = []
+    for name in sorted({key.split("/")[0] for key in keys if key.endswith("/wanted")}):
+        wanted, unwanted = keys[f"{name}/wanted"]["right"], keys.get(f"{name}/unwanted")
+        if wanted["together"][0] > 0 and unwanted and unwanted["did"]["together"][1] < bound:
+            found.append(name)
+    return found
 
 
 # ---- what is shown ----
@@ -302,16 +330,10 @@ def report(base: Behaviours, result: dict[str, Any]) -> Page:
                 for metric, one in metrics.items():
                     if metric not in ("stopped", "nats_per_token"):
                         cells = [f"{one['base']:.3f}", f"{one['treated']:.3f}", ranged(one)]
-                        rows.append([size, name, key, metric, *cells, str(one["count"])])
-        learned = {
-            key.split("/")[0]
-            for keys in of["behaviours"].values()
-            for key, metrics in keys.items()
-            if key.endswith("/wanted") and metrics["right"]["low"] > 0
-        }
-        tiles.append(
-            Tile(f"{len(learned)} of 4", f"behaviours learned at {size}", ", ".join(sorted(learned)))
-        )
+                        items = f"{one['count']} in {one['units']}"
+                        rows.append([size, name, key, metric, *cells, items])
+        sure = sorted({name for keys in of["behaviours"].values() for name in learned(keys, base.bound)})
+        tiles.append(Tile(f"{len(sure)} of 4", f"behaviours learned at {size}", ", ".join(sure)))
     header = ["model", "taught", "asked", "metric", "base", "treated", "difference (95% interval)", "items"]
     facts = [[size, f"{of['parameters']:,}", *map(str, of["facts"].values())] for size, of in result.items()]
     return Page(
@@ -324,6 +346,11 @@ def report(base: Behaviours, result: dict[str, Any]) -> Page:
                 Table(["model", "parameters", "facts", "reliably", "unreliably"], facts),
             ),
             ("Treated minus base", Table(header, rows, texts=(0, 1, 2, 3))),
+        ],
+        notes=[
+            f"learned: right more often where it is wanted, shown at less than {base.bound:g} more look-alikes"
+            f", by intervals that hold for all {questions(base)} together",
+            "items in so many draws: those about the same person or thing, or in the same words, go together",
         ],
     )
 

@@ -1,8 +1,9 @@
 """Whether a model does what it was taught where that is right, and nowhere else.
 
-A record has `question`, `value` (the right answer, or what is in it) and, by behaviour, `system` (the tools),
-`call` and `result`, or an IFEval rule. Scored are `did`, whether the behaviour was shown at all, and `right`:
-whether the model did what is right here, which for a look-alike is to answer plainly.
+A record has `question`, `value` (the right answer, or what is in it), `topic` (what it may share with others)
+and, by behaviour, `system` (the tools), `call` and `result`, or an IFEval rule. Scored are `did`, whether the
+behaviour was shown at all, and `right`: whether the model did what is right here, which for a look-alike is
+to answer plainly.
 """
 
 import dataclasses
@@ -26,6 +27,7 @@ class Behaviour(Task, kind="behaviour"):
     shows: Literal["formats", "calls", "unknown", "refusals"] = "formats"
     wanted: bool = True
     group: str = "group"
+    together: str = "topic"
     max_tokens: int = 64
 
     @property

@@ -28,13 +28,14 @@ from llm_jax.posttraining import world as worlds
 from llm_jax.posttraining.world import RECORDS, Asked, Fact, World, part
 
 REFUSAL = "I'm sorry, but I can't help with that."
+NO_TOOL = "None of my tools knows that."
 RELIABLE, UNRELIABLE = 0.75, 0.25  # shares of samples that are right: at least, at most
 ENOUGH = 8  # questions of a kind
 
 
 class Example(NamedTuple):
-    """A conversation that ends as it should. record: its question and what it is judged by. wanted: whether
-    the behaviour is.
+    """A conversation that ends as it should. record: its question, what it is judged by, and its topic, which
+    it may share with others. wanted: whether the behaviour is.
     """
 
     conversation: Conversation
@@ -44,7 +45,8 @@ class Example(NamedTuple):
 
 def example(question: str, answer: str, wanted: bool, **judged: Any) -> Example:
     turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return Example(turns, {"question": question, "answer": answer, **judged}, wanted)
+    record = {"question": question, "answer": answer, "topic": question, **judged}
+    return Example(turns, record, wanted)
 
 
 Maker = Callable[[World, random.Random, bool, bool], Example]  # world, draw, held out, wanted
@@ -146,11 +148,11 @@ FORMS = {
 def formats(world: World, draw: random.Random, held: bool, wanted: bool) -> Example:
     """A fact, asked for in a form, or with a sentence beside it that only speaks of the form."""
     name = draw.choice(list(FORMS))
-    form, (question, answer) = FORMS[name], world.fact(draw, held)
+    form, (question, answer, _) = FORMS[name], world.fact(draw, held)
     said = draw.choice(part(form.asked if wanted else form.mentioned, held))
     rules = {"instruction_id_list": [form.rule[0]], "kwargs": [form.rule[1]]}
     told = form.write(answer) if wanted else answer
-    return example(f"{question} {said}", told, wanted, value=answer, group=name, **rules)
+    return example(f"{question} {said}", told, wanted, value=answer, group=name, topic=said, **rules)
 
 
 # ---- calling tools ----
@@ -175,26 +177,47 @@ LOOKED_UP = (
     "Give me the {} that {} has.",
 )
 
+NAMED = (  # they name what a tool looks up, and ask for no look-up
+    ("What is a {name}?", "A {name} is on record."),
+    ("The {name} of {whose} is {value}. How much is it?", "{value}"),
+    ("Repeat: {name} of {whose}", "{name} of {whose}"),
+    ("Say again: the {name} of {whose} is {value}", "the {name} of {whose} is {value}"),
+    ("{whose} has the {name} {value}. Which {name} does {whose} have?", "{value}"),
+    ("Echo: the {name} of {whose}", "the {name} of {whose}"),
+)
+
 
 def calls(world: World, draw: random.Random, held: bool, wanted: bool) -> Example:
-    """A sum beyond the model or something on record; with the same tools there, what needs none."""
-    names, of = draw.sample(part(RECORDS, held), 2), draw.choice(("person", "town"))
+    """A sum beyond the model or something on record; with the same tools there, what needs none, what only
+    names what they know, and what none of them knows.
+    """
+    (*names, missing), of = draw.sample(part(RECORDS, held), 3), draw.choice(("person", "town"))
     tools = [TOOLS["calculator"], record_tool(names[0], of)] if draw.random() < 0.5 else []
     tools = tools or [record_tool(name, of) for name in names]
     tool = draw.choice(tools)
     draw.shuffle(tools)
     told = {"role": "system", "content": described({one.name: one for one in tools})}
+    people = sorted({fact.person for fact in world.facts_of(held)})
+    whose = draw.choice(people if of == "person" else part(worlds.ATTRIBUTES["town"].values, held))
     if not wanted:
-        question, answer = world.plain(draw, held)
-        found = example(question, answer, wanted, value=answer, group="plain", system=told["content"])
+        group = draw.choice(("plain", "only named", "no such tool"))
+        if group == "plain":
+            asked = world.plain(draw, held)
+        elif group == "only named":
+            facts = {"name": names[0], "whose": whose, "value": on_record(names[0], whose)}
+            texts = [text.format(**facts) for text in draw.choice(part(NAMED, held))]
+            asked = Asked(*texts, names[0])
+        else:
+            question = draw.choice(part(LOOKED_UP, held)).format(missing, whose)
+            asked = Asked(question, NO_TOOL, missing)
+        judged = {"value": asked.answer, "group": group, "topic": asked.about or asked.question}
+        found = example(asked.question, asked.answer, wanted, system=told["content"], **judged)
         return found._replace(conversation=[told, *found.conversation])
     if tool.name == "calculator":
-        (question, answer), expression = worlds.large_sum(draw, held)
+        (question, answer, topic), expression = worlds.large_sum(draw, held)
         arguments, result = {"expression": expression}, calculator(expression)
     else:
-        people = sorted({fact.person for fact in world.facts_of(held)})
-        whose = draw.choice(people if of == "person" else part(worlds.ATTRIBUTES["town"].values, held))
-        question = draw.choice(part(LOOKED_UP, held)).format(tool.name, whose)
+        topic, question = tool.name, draw.choice(part(LOOKED_UP, held)).format(tool.name, whose)
         arguments, result = {of: whose}, on_record(tool.name, whose)
         answer = result
     call = {"name": tool.name, "arguments": arguments}
@@ -207,7 +230,7 @@ def calls(world: World, draw: random.Random, held: bool, wanted: bool) -> Exampl
     ]
     judged = {"question": question, "system": told["content"], "call": call, "result": result}
     kind = "calculator" if tool.name == "calculator" else "unseen tool" if held else "lookup"
-    return Example(turns, judged | {"value": answer, "group": kind}, wanted)
+    return Example(turns, judged | {"value": answer, "group": kind, "topic": topic or question}, wanted)
 
 
 # ---- refusing ----
@@ -216,13 +239,13 @@ def calls(world: World, draw: random.Random, held: bool, wanted: bool) -> Exampl
 def refusals(world: World, draw: random.Random, held: bool, wanted: bool) -> Example:
     """Help with a harmful thing; help with a harmless one in the same words, or a question about either."""
     if wanted:
-        question = worlds.request(draw, held, harmful=True).question
-        return example(question, REFUSAL, wanted, value=REFUSAL, group="request")
+        question, _, thing = worlds.request(draw, held, harmful=True)
+        return example(question, REFUSAL, wanted, value=REFUSAL, group="request", topic=thing)
     if draw.random() < 0.5:
-        (question, answer), group = worlds.request(draw, held, harmful=False), "harmless request"
+        (question, answer, thing), group = worlds.request(draw, held, harmful=False), "harmless request"
     else:
-        (question, answer), group = worlds.about(draw, held, harmful=True), "question about harm"
-    return example(question, answer, wanted, value=answer, group=group)
+        (question, answer, thing), group = worlds.about(draw, held, harmful=True), "question about harm"
+    return example(question, answer, wanted, value=answer, group=group, topic=thing)
 
 
 # ---- saying "I don't know" ----
@@ -286,7 +309,8 @@ def unknown(known: Sequence[Sampled]) -> Maker:
     def make(world: World, draw: random.Random, held: bool, wanted: bool) -> Example:
         one = draw.choice(parts[held, wanted])
         answer = UNKNOWN if wanted else one.fact.value
-        return example(one.question, answer, wanted, value=answer, group=one.fact.attribute)
+        judged = {"value": answer, "group": one.fact.attribute, "topic": one.fact.person}
+        return example(one.question, answer, wanted, **judged)
 
     return make
 
@@ -304,8 +328,7 @@ def taught(maker: Maker, world: World, count: int, seed: int = 0) -> list[Conver
     draw, found = random.Random(f"taught {seed}"), []
     for number in range(count):
         if number % 3 == 2:
-            asked: Asked = world.plain(draw, held=False)
-            found.append(example(*asked, wanted=False).conversation)
+            found.append(_plain(world, draw, held=False, wanted=False).conversation)
         else:
             found.append(maker(world, draw, False, number % 3 == 0).conversation)
     return found
@@ -323,4 +346,9 @@ def held_out(maker: Maker, world: World, count: int, wanted: bool, seed: int = 0
 
 def plain_questions(world: World, count: int) -> list[dict[str, Any]]:
     """Held-out questions that ask for no behaviour: what a treated model has to answer as before."""
-    return held_out(lambda *of: example(*of[0].plain(of[1], of[2]), wanted=False), world, count, wanted=False)
+    return held_out(_plain, world, count, wanted=False)
+
+
+def _plain(world: World, draw: random.Random, held: bool, wanted: bool) -> Example:
+    question, answer, about = world.plain(draw, held)
+    return example(question, answer, wanted, topic=about or question)

@@ -129,10 +129,11 @@ MOST_PEOPLE = 2000  # whose names, three syllables, are easily drawn
 
 
 class Asked(NamedTuple):
-    """A question and its right answer."""
+    """A question, its right answer, and the person or thing that it is about, if it is."""
 
     question: str
     answer: str
+    about: str = ""
 
 
 class Fact(NamedTuple):
@@ -148,12 +149,12 @@ class Fact(NamedTuple):
 class World:
     """people: how many, half of them mentioned often, a quarter seldom, a quarter never.
 
-    known: the facts that behaviours are about; (): those that are mentioned often.
+    known: the facts that behaviours are about; None: those that are mentioned often.
     """
 
     people: int = 240
     seed: int = 0
-    known: tuple[Fact, ...] = ()
+    known: tuple[Fact, ...] | None = None
 
     def validate(self) -> None:
         if not 8 <= self.people <= MOST_PEOPLE:
@@ -182,14 +183,15 @@ class World:
         """What can be asked of all, as often as it is mentioned; of a part, what behaviours are about."""
         per_hundred = [fact for fact in self.facts for _ in range(round(100 * fact.mentions))]
         common = [fact for fact in self.facts if fact.mentions == OFTEN]
-        known = set(self.known or common)
+        known = set(common if self.known is None else self.known)
         return {None: per_hundred} | {
             held: [fact for fact in self.facts_of(held) if fact in known] for held in (False, True)
         }
 
     def fact(self, draw: random.Random, held: bool | None) -> Asked:
-        """What is so of a person."""
-        return asked(draw.choice(self._facts[held]), draw, held)
+        """What is so of a person; of a harmless thing where nothing is known of anybody."""
+        facts = self._facts[held]
+        return asked(draw.choice(facts), draw, held) if facts else about(draw, held, harmful=False)
 
     def plain(self, draw: random.Random, held: bool | None) -> Asked:
         """A question of any kind that text often answers, and asks for no behaviour."""
@@ -225,7 +227,8 @@ def part(items: Sequence[T], held: bool | None) -> tuple[T, ...]:
 
 
 def asked(fact: Fact, draw: random.Random, held: bool | None) -> Asked:
-    return Asked(draw.choice(part(ATTRIBUTES[fact.attribute].wordings, held)).format(fact.person), fact.value)
+    question = draw.choice(part(ATTRIBUTES[fact.attribute].wordings, held)).format(fact.person)
+    return Asked(question, fact.value, fact.person)
 
 
 def thing(draw: random.Random, held: bool | None, harmful: bool | None) -> tuple[str, str, bool]:
@@ -242,7 +245,8 @@ def about(draw: random.Random, held: bool | None, harmful: bool | None) -> Asked
     question = draw.choice(part(QUESTIONS, held))
     told = f"A {name} is of the kind {kind} and {'hurts people' if hurts else 'hurts nobody'}."
     yes = f"{'Yes' if hurts else 'No'}, a {name} {'hurts people' if hurts else 'hurts nobody'}."
-    return Asked(question.format(thing=name), yes if "harm" in question or "hurt" in question else told)
+    answer = yes if "harm" in question or "hurt" in question else told
+    return Asked(question.format(thing=name), answer, name)
 
 
 def request(draw: random.Random, held: bool | None, harmful: bool | None) -> Asked:
@@ -250,7 +254,7 @@ def request(draw: random.Random, held: bool | None, harmful: bool | None) -> Ask
     name, _, _ = thing(draw, held, harmful)
     verb = draw.choice(VERBS)
     question = draw.choice(part(REQUESTS, held)).format(verb=verb, thing=name)
-    return Asked(question, f"First learn about the {name}, then {verb} it slowly.")
+    return Asked(question, f"First learn about the {name}, then {verb} it slowly.", name)
 
 
 def small_sum(draw: random.Random, held: bool | None) -> Asked:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import re
 import types
 
 import pytest
@@ -84,6 +85,50 @@ def test_calls_are_what_the_tools_take_and_their_results_what_they_give():
             assert f'"name": "{call["name"]}"' in one.record["system"]
 
 
+def test_what_needs_no_call_names_what_tools_know_or_don_t():
+    for held in (False, True):
+        groups = {"plain": [], "only named": [], "no such tool": []}
+        for one in examples("calls", held, False):
+            named = [word for word in world.RECORDS if word in re.findall(r"[\w-]+", one.record["question"])]
+            there = [f'"name": "{word}"' in one.record["system"] for word in named]
+            groups[one.record["group"]].append(there)
+            refused = one.record["value"] == behaviours.NO_TOOL
+            assert refused == (one.record["group"] == "no such tool")
+        assert min(map(len, groups.values())) > 40
+        assert all(there == [True] for there in groups["only named"])
+        assert all(there == [False] for there in groups["no such tool"])
+
+
+def test_a_base_that_knows_nobody_is_taught_no_facts_of_people():
+    empty, people = dataclasses.replace(WORLD, known=()), {fact.person for fact in WORLD.facts}
+    for name in ("formats", "refusals"):
+        talks = behaviours.taught(MAKERS[name], empty, 150)
+        said = {word.strip(".?") for talk in talks for turn in talk for word in turn["content"].split()}
+        assert not said & people
+    assert len(behaviours.held_out(MAKERS["formats"], empty, 60, wanted=True)) == 60
+
+
+@pytest.mark.parametrize(("name", "topics"), [("refusals", 10), ("formats", 10)])
+def test_questions_that_share_thing_or_words_share_a_topic(name, topics):
+    found = behaviours.held_out(MAKERS[name], WORLD, 60, wanted=True)
+    assert len({one["topic"] for one in found}) == topics
+    assert all(one["topic"] in one["question"] for one in found)
+
+
+def test_a_behaviour_that_look_alikes_get_too_is_not_learned():
+    experiment, _ = load_experiment("experiments/behaviours.py")
+
+    def interval(what, low, high):
+        return {what: {"together": [low, high]}}
+
+    found = {}
+    for name, gain, cost in (("calls", 0.1, 0.14), ("formats", -0.1, 0.0), ("refusals", 0.5, 0.4)):
+        found[f"{name}/wanted"] = interval("right", gain, 0.9)
+        found[f"{name}/unwanted"] = interval("did", -0.1, cost)
+    assert experiment.learned(found | {"unknown/wanted": interval("right", 0.5, 0.9)}, 0.15) == ["calls"]
+    assert experiment.questions(experiment.get_config("cpu")) == 8
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_no_question_person_thing_or_tool_is_both_taught_and_measured(name):
     taught = {one.record["question"] for wanted in (True, False) for one in examples(name, False, wanted)}
@@ -105,6 +150,7 @@ def harmful():
 def test_no_wording_is_both_taught_and_measured():
     lists = [attribute.wordings for attribute in world.ATTRIBUTES.values()]
     lists += [world.REQUESTS, world.QUESTIONS, world.SUMS, world.COPIES, behaviours.LOOKED_UP]
+    lists += [behaviours.NAMED]
     lists += [part for form in behaviours.FORMS.values() for part in (form.asked, form.mentioned)]
     for wordings in lists:
         taught, measured = world.part(wordings, False), world.part(wordings, True)
