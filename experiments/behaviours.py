@@ -348,7 +348,7 @@ def report(base: Behaviours, result: dict[str, Any]) -> Page:
             ("Treated minus base", Table(header, rows, texts=(0, 1, 2, 3))),
         ],
         notes=[
-            f"learned: right more often where it is wanted, shown at less than {base.bound:g} more look-alikes"
+            f"learned: right more often where it is wanted, shown at under {base.bound:g} more look-alikes"
             f", by intervals that hold for all {questions(base)} together",
             "items in so many draws: those about the same person or thing, or in the same words, go together",
         ],
