@@ -52,6 +52,7 @@ from llm_jax.models.transformer import Transformer
 from llm_jax.optimizers import AdamW
 from llm_jax.posttraining import behaviours
 from llm_jax.posttraining.behaviours import RELIABLE, UNRELIABLE, Maker
+from llm_jax.posttraining.versus import ranged
 from llm_jax.posttraining.world import World
 from llm_jax.records import write_atomically
 from llm_jax.run import SCHEMA, Execution, Run
@@ -353,7 +354,3 @@ def report(base: Behaviours, result: dict[str, Any]) -> Page:
             "items in so many draws: those about the same person or thing, or in the same words, go together",
         ],
     )
-
-
-def ranged(one: dict[str, float]) -> str:
-    return f"{one['difference']:+.3f} ({one['low']:+.3f} to {one['high']:+.3f})"
