@@ -19,6 +19,7 @@ from absl import flags
 
 from llm_jax import config, distributed
 from llm_jax.config import UserError
+from llm_jax.values import AGAIN
 
 SECONDS_TO_SPEAK = 30.0  # after one has died the others notice, and say so
 SECONDS_TO_SAVE = 120.0
@@ -56,7 +57,7 @@ def _watch(started: Sequence[subprocess.Popen], asked: threading.Event) -> int:
             deadline = _end(started, SECONDS_TO_SAVE)
         codes = [process.poll() for process in started]
         if first is None and (failed := [i for i, code in enumerate(codes) if code]):
-            first = min(failed, key=lambda i: codes[i] == distributed.AGAIN)  # those only lost another
+            first = min(failed, key=lambda i: codes[i] == AGAIN)  # those only lost another
             if not asked.is_set():
                 deadline = time.monotonic() + SECONDS_TO_SPEAK
         if time.monotonic() > deadline:
@@ -73,7 +74,7 @@ def _watch(started: Sequence[subprocess.Popen], asked: threading.Event) -> int:
             "the same command continues",
             file=sys.stderr,
         )
-    return distributed.AGAIN if code < 0 else code
+    return AGAIN if code < 0 else code
 
 
 def _end(started: Sequence[subprocess.Popen], seconds: float) -> float:

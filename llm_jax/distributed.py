@@ -31,9 +31,8 @@ from jax._src.distributed import global_state as _state  # no public way to tell
 
 from llm_jax.config import UserError
 from llm_jax.sharding import whole
+from llm_jax.values import AGAIN
 
-# Ended for a reason that isn't the run's: launchers start all processes again (EX_TEMPFAIL of sysexits.h).
-AGAIN = 75
 SECONDS_TO_MEET, SECONDS_OF_SILENCE, SECONDS_TO_AGREE = 300, 100, 3600
 TPU_PORT = 8482  # as JAX's own detection has it
 

@@ -6,7 +6,7 @@
     result.json                 written last and atomically: a run is complete exactly if it stands
     tensorboard/                the metrics once more, as TensorBoard events
     checkpoints/                see checkpoints.py
-    lock                        held by the process that writes here; its content means nothing
+    claims/                     which process writes here, and that it lives: see claims.py
 
 A row of step s is what is known when s steps are done: log it before the checkpoint of step s is saved, and
 a killed run loses no row. JSON has no numbers for nan and the infinities: they are written as the strings
@@ -14,19 +14,20 @@ a killed run loses no row. JSON has no numbers for nan and the infinities: they 
 so gets a backslash in front, and loses it on reading.
 """
 
-import fcntl
 import json
 import math
 import os
 import re
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llm_jax import claims
 from llm_jax.config import UserError
 from llm_jax.environment import environment
-from llm_jax.events import Events
+from llm_jax.events import Events, WandB
 
 if TYPE_CHECKING:
     import pandas
@@ -34,15 +35,13 @@ if TYPE_CHECKING:
 NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _LIKE_A_NUMBER = re.compile(r"\\*(NaN|-?Infinity)")
 
-_LOOKS, _SECONDS_BETWEEN_LOOKS = 20, 0.01  # at a lock that is held
-_writing: set[Path] = set()  # the folders that this process writes in
-
 
 class Record:
     """The writing side of one run's folder: start, resume_at, log ..., finish (or close).
 
     One process writes in a folder at a time. Of a run's many processes that is number 0; in the others
     (`writes` False) nothing is done. As a context it closes itself, whatever happens.
+    wandb: the project at Weights & Biases that is told too.
     """
 
     def __init__(
@@ -51,11 +50,14 @@ class Record:
         writes: bool = True,
         rows_per_part: int = 10_000,
         tensorboard: bool = True,
+        wandb: str = "",
     ) -> None:
         self.folder = Path(folder).absolute()
-        self._writes, self._rows_per_part, self._tensorboard = writes, rows_per_part, tensorboard
+        self._writes, self._rows_per_part = writes, rows_per_part
+        self._tensorboard, self._wandb = tensorboard, wandb
         self._facts: dict[str, Any] = {}
-        self._lock = self._part = self._events = None
+        self._claim = self._part = None
+        self._viewers: list[Events | WandB] = []
         self._rows = 0
         self._head: dict[str, Any] = {"resume_at": 0}
 
@@ -69,20 +71,12 @@ class Record:
         self._facts = dict(environment() if facts is None else facts)
         if not self._writes:
             return
+        check_folder(self.folder, config_json)
         place = self.folder / "config.json"
-        if place.exists():
-            _check_identity(self.folder, _read(place), _parsed(plain(config_json)))
-        for name in ("result.json", "checkpoints", "metrics"):
-            if not place.exists() and (self.folder / name).exists():
-                raise UserError(
-                    f"{self.folder} has {name} but no config.json, so nothing says whose it is: put that "
-                    "back or choose another folder"
-                )
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = _take(self.folder)
-        if self._lock is None:
+        self._claim = claims.take(self.folder)
+        if self._claim is None:
             raise UserError(f"{self.folder}: another process is running this run; wait for it or end it")
-        _writing.add(self.folder)
         if not place.exists():
             write_atomically(place, dumps({**config_json, **self._facts}, indent=1) + "\n")
 
@@ -98,19 +92,32 @@ class Record:
             place = os.path.relpath(Path(trunk["folder"]).absolute(), self.folder)
             self._head["trunk"] = {**trunk, "folder": place}
         if self._writes:
+            self._claim.begin(step)
             (self.folder / "result.json").unlink(missing_ok=True)  # of a run that was stopped early
             self._open_part()
 
     def log(self, step: int, row: Mapping[str, float]) -> None:
-        """Adds numbers to the row of `step`; they survive a kill as soon as it returns."""
+        """Adds numbers to the row of `step`; they survive a kill as soon as it returns.
+
+        Raises UserError if this process was still for so long that another one has taken the run over, and
+        FileNotFoundError if the folder has gone.
+        """
         if not self._writes:
             return
+        self.move(step)
         if self._part is None or self._rows >= self._rows_per_part:
             self._open_part()
         self._part.write(dumps({"step": int(step), **row}) + "\n")
         self._rows += 1
-        if self._events is not None:
-            self._events.write(int(step), {name: float(x) for name, x in row.items() if math.isfinite(x)})
+        for viewer in self._viewers:
+            viewer.write(int(step), {name: float(x) for name, x in row.items() if math.isfinite(x)})
+
+    def move(self, step: int) -> None:
+        """Says that `step` steps are done; raises as `log` does."""
+        if self._claim is not None:
+            self._claim.move(step)
+            if self._claim.lost:
+                raise self._claim.lost
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """Writes result.json, whole or not at all, and gives the folder free."""
@@ -120,11 +127,13 @@ class Record:
 
     def close(self) -> None:
         """Gives the folder free; without `finish` before it, the run counts as missing."""
-        for thing in (self._events, self._part, self._lock):
+        for thing in (*self._viewers, self._part):
             if thing is not None:
                 thing.close()
-        self._events = self._part = self._lock = None
-        _writing.discard(self.folder)
+        if self._claim is not None:
+            self._claim.release()
+        self._part = self._claim = None
+        self._viewers = []
 
     def __enter__(self) -> "Record":
         return self
@@ -140,7 +149,9 @@ class Record:
         if self._part is None:
             head |= self._head | {"time": time.time(), "facts": self._facts}
             if self._tensorboard:
-                self._events = Events(self.folder / "tensorboard", number, self._head["resume_at"])
+                self._viewers.append(Events(self.folder / "tensorboard", number, self._head["resume_at"]))
+            if self._wandb:
+                self._viewers.append(WandB(self._wandb, self.folder, _read(self.folder / "config.json")))
         else:
             self._part.close()
         self._part = (folder / f"{number:05d}.jsonl").open("x", buffering=1)
@@ -164,7 +175,7 @@ def load_run(folder: str | Path) -> dict[str, Any]:
     result = _read(folder / "result.json") if (folder / "result.json").exists() else None
     if result is not None and "status" not in result:
         raise UserError(f"{folder / 'result.json'} is no result; delete it, and the run is scored again")
-    status = result.get("status", "done") if result else "running" if _taken(folder) else "missing"
+    status = result.get("status", "done") if result else "running" if claims.held(folder) else "missing"
     return {**_read(folder / "config.json"), "folder": str(folder), "result": result, "status": status}
 
 
@@ -222,8 +233,11 @@ def load_sweep(folder: str | Path) -> "pandas.DataFrame":
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """A reader, and whoever comes after a crash, finds the old content or the new one, never a part of it."""
-    half = path.with_name(f"{path.name}.tmp")
+    """A reader, and whoever comes after a crash, finds the old content or the new one, never a part of it.
+
+    Of several who write at once one is last.
+    """
+    half = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     with half.open("w") as file:
         file.write(text)
         file.flush()
@@ -323,8 +337,17 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     return out
 
 
-def _check_identity(folder: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+def check_folder(folder: Path, config_json: Mapping[str, Any]) -> None:
     """Raises UserError, naming the first field that differs, if the folder's run isn't the one asked for."""
+    if not (folder / "config.json").exists():
+        for name in ("result.json", "checkpoints", "metrics"):
+            if (folder / name).exists():
+                raise UserError(
+                    f"{folder} has {name} but no config.json, so nothing says whose it is: put that back or "
+                    "choose another folder"
+                )
+        return
+    there, here = _read(folder / "config.json"), _parsed(plain(config_json))
     if there.get("identity") == here.get("identity"):
         check_tokenizer(folder, there, here)
         return
@@ -359,34 +382,3 @@ def _first_difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
             before = old.get(name, old_all.get(name))
             return f"{name} is {before!r} there and {new.get(name, new_all.get(name))!r} here"
     return f"schema is {there.get('schema')!r} there and {here.get('schema')!r} here"
-
-
-def _take(folder: Path) -> Any:
-    """The folder's lock file, locked until it is closed or this process ends; None if another has it.
-
-    A record lock: it belongs to the process, so children that outlive it don't hold it. Whoever looks whether
-    it is taken (`_taken`) holds it for a moment, so one refusal isn't taken for an answer.
-    """
-    file = (folder / "lock").open("a")
-    for _ in range(_LOOKS):
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return file
-        except (BlockingIOError, PermissionError):
-            time.sleep(_SECONDS_BETWEEN_LOOKS)
-    file.close()
-    return None
-
-
-def _taken(folder: Path) -> bool:
-    """Whether a process writes in the folder."""
-    if folder.absolute() in _writing:  # closing any handle on the file would drop our own lock
-        return True
-    try:
-        with (folder / "lock").open("rb") as file:
-            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except (BlockingIOError, PermissionError):
-        return True
-    return False

