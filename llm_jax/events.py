@@ -1,13 +1,16 @@
-"""Metrics as TensorBoard events: `tensorboard --logdir runs` draws them. Nothing else reads them."""
+"""Metrics for viewers: TensorBoard's events, and Weights & Biases. Nothing here reads them."""
 
 import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from llm_jax.config import UserError
 
 
 class Events:
-    """One session's event file, in TensorBoard's own format; each row is on disk when `write` returns.
+    """For `tensorboard --logdir runs`: one session's file of events; a row is on disk when `write` returns.
 
     resumed: the step that the session goes on from; viewers drop what earlier files say of later steps.
     """
@@ -35,3 +38,33 @@ class Events:
 
     def _add(self, **content: object) -> None:
         self._writer.write(self._event(wall_time=time.time(), **content).SerializeToString())
+
+
+class WandB:
+    """A run at Weights & Biases, by the name of its identity, so that a continued one goes on there.
+
+    Whether it is sent or kept in `folder` is theirs to say: WANDB_MODE=offline. Raises UserError where their
+    package isn't installed.
+    """
+
+    def __init__(self, project: str, folder: Path, facts: Mapping[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise UserError("execution.wandb needs their package: pip install wandb") from None
+        self._run = wandb.init(
+            project=project,
+            id=facts["identity"],
+            name=facts.get("name") or facts["identity"],
+            config=dict(facts.get("config", {})),
+            dir=str(folder),
+            resume="allow",
+            reinit="create_new",  # the members of a pack are in one process
+        )
+
+    def write(self, step: int, row: Mapping[str, float]) -> None:
+        """The numbers of one step."""
+        self._run.log(dict(row), step=step)
+
+    def close(self) -> None:
+        self._run.finish()

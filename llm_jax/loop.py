@@ -12,10 +12,11 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from llm_jax import facts, optimizers, sharding
+from llm_jax import facts, optimizers, profiling, sharding
 from llm_jax.config import UserError
 from llm_jax.distributed import Votes, agreed, meet
 from llm_jax.held_out import score
+from llm_jax.kernels.advice import explaining
 from llm_jax.member import Member, stop_hopeless
 from llm_jax.models import Batch
 from llm_jax.process import catching_sigterm
@@ -97,6 +98,7 @@ def train_together(members: Sequence[Member], shape: Shape, mesh: jax.sharding.M
         own_rows = len({(member.run.order, member.first) for member in members}) > 1
         parts = program(dataclasses.replace(shape, own_rows=own_rows), mesh)
         step = parts.step
+        folders.enter_context(explaining(one.folder, parts.advice))
         for member in members:
             member.begin(parts)
         state = parts.start([(member.run.seed, member.run.initial_scale) for member in members], restored)
@@ -143,6 +145,10 @@ def train_together(members: Sequence[Member], shape: Shape, mesh: jax.sharding.M
         votes = Votes(mesh)
         meet()
         saved_at, clock = time.perf_counter(), 0
+        profiled = profiling.span(one.run.execution.profile_steps)
+        trace = folders.enter_context(
+            profiling.Trace(one.folder, profiled, in_flight.settle, parts.compiled.as_text)
+        )
 
         def end(member: Member, scores: dict[str, float]) -> None:
             rate = in_flight.stopwatch.tokens_per_second
@@ -150,6 +156,7 @@ def train_together(members: Sequence[Member], shape: Shape, mesh: jax.sharding.M
             member.finish(scores, mesh, **measured, tokens_per_second=rate)
 
         while True:
+            trace.at(one.first + clock)
             running = [member for member in members if member.status == "running"]
             ended = [member for member in running if member.first + clock == member.steps]
             evaluating = [member for member in running if member.evaluates(member.first + clock)]

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from llm_jax import facts, optimizers, records, trunks
+from llm_jax import facts, optimizers, profiling, records, trunks
 from llm_jax.checkpoints import Checkpoints
 from llm_jax.config import UserError, nearest
 from llm_jax.data import Source
@@ -57,12 +57,11 @@ class Member:
         self.tables = optimizers.tables(run.optimizer, run.objective, self.steps)
         self._counts = facts.counts(run, source)
         self._trunk = trunks.find(run, source, self.folder)
-        self._record = Record(self.folder, writes=leads())
+        self._record = Record(self.folder, writes=leads(), wandb=run.execution.wandb)
         keeps = run.execution.checkpoint
         self.checkpoints = Checkpoints(self.folder / "checkpoints", keeps.keep_last, keeps.keep_steps)
         if (self.folder / "result.json").exists():
-            with self._record:
-                self._record.start(facts.described(run, source), {})  # refuses the result of another run
+            records.check_folder(self.folder, facts.described(run, source))
             self.result = self._ended()
         if self.result is None and run.execution.tasks.names:
             self.hooks = [*hooks, Asking(run, source)]
@@ -138,6 +137,8 @@ class Member:
         try:
             self._record.start(facts.described(self.run, self.source), facts.execution_facts(self.run, parts))
         except OSError as error:
+            if (self.folder / "config.json").exists():  # it has been one
+                raise
             raise UserError(
                 f"{self.folder} can't be a run's folder: {error.strerror}; name another by --folder"
             ) from None
@@ -183,7 +184,8 @@ class Member:
         """How many steps after `step` something is due, the end at last."""
         keeps, execution = self.run.execution.checkpoint, self.run.execution
         intervals = (execution.evaluate_every_steps, keeps.every_steps)
-        stops = [kept for kept in keeps.keep_steps if kept > step]
+        profiled = profiling.span(execution.profile_steps)
+        stops = [kept for kept in (*keeps.keep_steps, *profiled) if kept > step]
         return min([(step // n + 1) * n for n in intervals if n] + stops + [self.steps]) - step
 
     def evaluates(self, step: int) -> bool:
@@ -200,6 +202,7 @@ class Member:
     def settle(self, step: int, row: Mapping[str, float], tokens_per_second: float) -> None:
         """Takes the metrics of its step number `step`, which may say that it has diverged."""
         loss, self.done = row["loss"], step
+        self._record.move(step)
         logged = step in (1, self.steps) or _every(self.run.execution.log_every_steps, step)
         if logged:  # what a continued run finds, and so what it is judged by
             self._recent.append(loss)

@@ -21,6 +21,7 @@ from llm_jax.data import DataConfig, Source
 from llm_jax.distributed import meet
 from llm_jax.held_out import make_scorer
 from llm_jax.kernels import memory
+from llm_jax.kernels.advice import advice
 from llm_jax.losses import Objective
 from llm_jax.models import Layout, ModelConfig, Params
 from llm_jax.optimizers import Optimizer
@@ -162,19 +163,28 @@ class Program:
             return self.compiled
         needs = f"needs {self.memory_bytes / 1e9:,.2f} GB of each device, which has {room / 1e9:,.2f} GB"
         if self.shape.members is None:
-            raise UserError(
-                f"a step {needs}; a smaller data.batch_size or execution.layout.remat=full takes less"
-            )
+            raise UserError(f"a step {needs}: {self.advice(room)}")
         most = widest(self.shape, self.mesh, room)
         fits = f"the largest that fits is one of {most}" if most else "not even one member fits"
         raise UserError(f"a pack of {self.shape.members} {needs}; {fits}")
 
     @functools.cached_property
-    def memory_bytes(self) -> int:
-        """What the compiled step needs of each device: arguments, results, and what lies between."""
+    def memory_parts(self) -> tuple[int, int]:
+        """Bytes that the compiled step needs of each device: arguments and results, and what lies between."""
         plan = self.compiled.memory_analysis()
         results = plan.output_size_in_bytes - plan.alias_size_in_bytes
-        return plan.argument_size_in_bytes + results + plan.temp_size_in_bytes
+        return plan.argument_size_in_bytes + results, plan.temp_size_in_bytes
+
+    @property
+    def memory_bytes(self) -> int:
+        """What the compiled step needs of each device."""
+        return sum(self.memory_parts)
+
+    def advice(self, room: float | None = None) -> str:
+        """How a step would take less: `room` bytes of a device, or four fifths of now."""
+        rows = self.shape.spec[0][1].shape[0]
+        room = room or 0.8 * self.memory_bytes
+        return advice(*self.memory_parts, room, rows, self.shape.micro_batches, self.shape.layout.remat)
 
     def charge(self) -> float:
         """The seconds of compiling that nobody was charged for yet: the first run has to pay."""

@@ -8,7 +8,7 @@ import dataclasses
 import math
 from typing import Literal
 
-from llm_jax import config
+from llm_jax import config, profiling
 from llm_jax.config import Tagged, UserError, outside_identity
 from llm_jax.data import DataConfig, Source, Text
 from llm_jax.inference import pretrained  # noqa: F401 (kinds of models and tokenizers)
@@ -103,6 +103,8 @@ class Execution:
 
     trunk: the folder of a run whose first steps are this one's too; they are taken from there (trunks.py).
     block_steps: steps that are dispatched as one; more than one pays where a step takes about a millisecond.
+    profile_steps: 10:15, say, traces these steps and says where their time went (profiling.py).
+    wandb: the project at Weights & Biases that metrics go to as well.
     """
 
     mesh: MeshConfig = MeshConfig()
@@ -116,8 +118,11 @@ class Execution:
     tasks: Tasks = Tasks()
     log_every_steps: int = 1
     deterministic: bool = False
+    profile_steps: str = ""
+    wandb: str = ""
 
     def validate(self) -> None:
+        profiling.span(self.profile_steps)
         check_least(
             self, "execution.", micro_batches=1, block_steps=1, log_every_steps=1, evaluate_every_steps=0
         )

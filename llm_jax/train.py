@@ -68,6 +68,8 @@ def main() -> None:
         raise UserError(f"{picked.module.__file__} measures, it trains no single run: use launch.local")
     if flags.FLAGS.deterministic:
         run = config.replace(run, "execution.deterministic", True)
+    if flags.FLAGS.profile_steps:
+        run = config.replace(run, "execution.profile_steps", flags.FLAGS.profile_steps)
     # Not among the runs of a sweep, runs/<experiment>-<scale>: it belongs to none.
     place = Path("runs") / Path(picked.module.__file__).stem
     folder = Path(flags.FLAGS.folder or place / run.identity())
@@ -117,6 +119,7 @@ if __name__ == "__main__":
     flags.adopt_module_key_flags(config)
     distributed.define_flags()
     flags.DEFINE_string("folder", None, "the run's folder; runs/<experiment>/<identity> if not given")
+    flags.DEFINE_string("profile_steps", "", "10:15, say: traces these steps and says where their time goes")
     flags.DEFINE_bool("deterministic", False, "repeat bit for bit on a GPU too, at some cost in speed")
     config.run_main(
         main, dict.fromkeys(("workers", "dry_run", "pack"), "python -m launch.local, which runs a sweep")
