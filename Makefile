@@ -14,7 +14,7 @@ installed = $(VENV)/.installed-$(subst $(comma),-,$(1))
 STAMP := $(call installed,$(EXTRAS))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test lint format smoke coverage clean
+.PHONY: help setup quickstart test lint format smoke coverage faults clean
 
 help:  ## what there is
 	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## /  make \1\t/'
@@ -38,6 +38,9 @@ smoke: $(STAMP)  ## every experiment at its smoke scale, anew, $(JOBS) at once
 
 coverage: $(STAMP)  ## how often 90% intervals hold the truth, 200 sets of every kind (minutes)
 	PYTHONPATH=tests/scaling $(BIN)/python tests/scaling/interval_coverage.py 200
+
+faults: $(STAMP)  ## sweeps under KILLS=100 kills at random moments: nothing lost, nothing changed (half an hour)
+	$(BIN)/python tests/launch/faults.py --kills=$(or $(KILLS),100)
 
 lint: $(STAMP)  ## style: ruff's rules and its format
 	$(BIN)/ruff check .

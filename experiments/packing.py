@@ -31,7 +31,7 @@ from typing import Any
 
 from experiments.baselines.process import Process
 from experiments.throughput import Shape
-from launch.pool import Share, gpus, inheriting, shares
+from launch.processes import Share, gpus, inheriting, shares
 from llm_jax import config
 from llm_jax.config import UserError
 from llm_jax.models import counting

@@ -8,26 +8,23 @@ failed, or there is no forecast or report, for the reasons printed; 2: something
 said in one line; 130: stopped by Ctrl-C; 143: by SIGTERM.
 """
 
-import shlex
-import signal
 import subprocess
-import sys
-import threading
 import time
 import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 from absl import flags
 
+from launch import engine as engines
 from launch import order, packs, sweep
-from launch.pool import Pool, gpus, one_core_each, shares
+from launch.pool import Pool
+from launch.processes import gpus, one_core_each, shares
 from launch.sweep import Plan, Planned
 from llm_jax import config, placement, records
-from llm_jax.config import Chosen, UserError
+from llm_jax.config import Chosen
 from llm_jax.kernels import devices
 from llm_jax.pack import pack as pack_of
 from llm_jax.placement import mesh_of
@@ -40,25 +37,9 @@ CPU_EFFICIENCY, GPU_EFFICIENCY, SECONDS_PER_RUN = 0.25, 0.1, 3.0
 def main() -> int:
     experiment = config.chosen()
     order.check(experiment)
-    folder = Path(flags.FLAGS.folder or sweep.folder_of(experiment))
-    if (folder / "config.json").exists():
-        raise UserError(f"{folder} is the folder of a single run; name another by --folder")
-    terminated = threading.Event()
-
-    def terminate(*_: Any) -> None:
-        terminated.set()
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, terminate)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin without it
-    try:
-        if hasattr(experiment.module, "measure"):
-            return measure(experiment, folder)
-        return launch(experiment, folder)
-    except KeyboardInterrupt:
-        command = [sys.executable, "-m", "launch.local", *sys.argv[1:]]
-        print(f"\nstopped; to continue: {shlex.join(command)}")
-        return 143 if terminated.is_set() else 130
+    folder = engines.folder_of(experiment)
+    does = measure if hasattr(experiment.module, "measure") else launch
+    return engines.stoppable("local", lambda: does(experiment, folder))
 
 
 def measure(experiment: Chosen, folder: Path) -> int:
@@ -86,10 +67,12 @@ def launch(experiment: Chosen, folder: Path) -> int:
     notes = getattr(experiment.module, "plan_notes", lambda base: [])(experiment.config)
     if idle := sweep.without_effect(plan):
         notes.append(f"without effect, since the sweep sets these fields in every run: {' '.join(idle)}")
+    stop, joins = folder / engines.STOP, flags.FLAGS.join
     if flags.FLAGS.dry_run:
         notes += placed(planned)
-    else:
+    elif not joins:
         plan.write()
+        stop.unlink(missing_ok=True)
     print(f"{folder}: the plan of {experiment.module.__file__}:{experiment.scale}")
     notes += filter(None, (packs.summary(planned, ways, width, off), packs.unstopped(planned)))
     print(sweep.summary(plan), expected_time(plan), *notes, sep="\n", flush=True)
@@ -99,9 +82,9 @@ def launch(experiment: Chosen, folder: Path) -> int:
     def engine(runs: Sequence[Planned], planned: int, before: Callable[[], None]) -> Mapping[Planned, str]:
         parts = shares(workers, planned)
         packed = packs.packed(runs, len(parts), width)
-        return Pool(packed, Path(experiment.module.__file__), parts, planned).run(before)
+        return Pool(packed, Path(experiment.module.__file__), parts, planned, joins, stop.exists).run(before)
 
-    return order.carry_out(plan, engine)
+    return order.join(plan, engine) if joins else order.carry_out(plan, engine)
 
 
 def refuse_meshes(planned: Sequence[packs.Pack]) -> None:
@@ -176,5 +159,6 @@ if __name__ == "__main__":
         "pack", "auto", "runs trained as one program: auto, off, or how many at most, such as --pack=8"
     )
     flags.DEFINE_string("folder", None, "where the runs go; runs/<experiment>-<scale> if not given")
+    flags.DEFINE_bool("join", False, "take part in a launch: train what is free, end when nothing is")
     elsewhere = "python -m llm_jax.train; here it is --config.execution.deterministic=true"
     config.run_main(main, {"deterministic": elsewhere})

@@ -78,6 +78,14 @@ def carry_out(plan: Plan, engine: Engine) -> int:
     return 1 if failures or unable else 0
 
 
+def join(plan: Plan, engine: Engine) -> int:
+    """What one of several places does of the order: it trains what it can, and says nothing of the whole."""
+    train_missing(plan.sweep, engine)
+    if plan.holdout and all((item.folder / "forecast.json").exists() for item in plan.holdout):
+        train_missing(plan.holdout, engine)
+    return 0
+
+
 def write_forecasts(plan: Plan) -> dict[str, forecast.Forecast]:
     """Makes the forecast of every hold-out run, or finds it on disk; by the runs' identities."""
     forecasts: dict[str, forecast.Forecast] = {}

@@ -7,155 +7,29 @@ worker has died twice, each of them is tried alone. The biggest come first, so t
 short, and a worker goes on with the program that it has compiled. A branch waits until its trunk's checkpoint
 stands, or will not come any more. A worker that dies is replaced, and its runs go on from their checkpoints.
 Two pools may work on the same runs: each run belongs to the process that writes in its folder, and whoever
-comes second takes another and looks in again.
+comes second takes another and looks in again (llm_jax/claims.py).
 """
 
 import collections
 import contextlib
-import dataclasses
-import json
-import os
 import selectors
-import signal
 import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
 
 from launch.packs import Pack
+from launch.processes import Share, Worker
 from launch.sweep import LOG, Planned
+from llm_jax import claims, manifest
 from llm_jax.config import UserError
 from llm_jax.program import Shape
 from llm_jax.progress import Status, SweepProgress
 
-TRIES = 3
+TRIES = 3  # of a run, from one checkpoint
 SECONDS_BETWEEN_LOOKS = 1.0  # at runs that another launcher has
-MOST_WORKERS = 8  # if nobody says how many: each takes half a gigabyte
+SECONDS_OF_SILENCE = 300.0  # after which a worker is taken for dead; it speaks every ten
 SECONDS_TO_STOP = 120.0  # a worker has to end its step and save its state
-
-
-@dataclasses.dataclass(frozen=True)
-class Share:
-    """What of this machine one worker gets: cores (None: any) and environment variables."""
-
-    cores: frozenset[int] | None = None
-    environment: tuple[tuple[str, str], ...] = ()
-
-
-def shares(workers: int | None, planned: int) -> list[Share]:
-    """The machine divided among `workers` processes (None: as many as suit it), but no more than `planned`.
-
-    planned: the runs of a plan's stage, complete ones included. On CPUs a result depends, in its last bits,
-    on how many cores its process has, so that number must not change as a sweep gets on.
-
-    Without GPUs each has cores of its own, all as many: small models leave a second core idle half the time,
-    and threads that share cores spend 4 to 10% more on the same tokens. With GPUs, workers take turns at
-    them and divide their memory.
-    """
-    devices = gpus()
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    count = max(1, min(workers or len(devices) or min(len(cores), MOST_WORKERS), planned))
-    if devices:
-        if count == 1 and workers == 1:
-            return [Share()]
-        fraction = ("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{0.9 / -(-count // len(devices)):.3f}")
-        return [
-            Share(environment=(("CUDA_VISIBLE_DEVICES", devices[n % len(devices)]), fraction))
-            for n in range(count)
-        ]
-    if count == 1 or count > len(cores):
-        return [Share()] * count
-    size = len(cores) // count
-    return [Share(frozenset(cores[n * size : (n + 1) * size])) for n in range(count)]
-
-
-def one_core_each(parts: Sequence[Share]) -> bool:
-    """Whether a run alone leaves its worker nothing that a pack could fill (analysis/packing.md)."""
-    return all(part.cores is not None and len(part.cores) == 1 for part in parts)
-
-
-def gpus() -> list[str]:
-    """The names that CUDA_VISIBLE_DEVICES knows this machine's NVIDIA GPUs by."""
-    if os.environ.get("JAX_PLATFORMS", "").split(",")[0] == "cpu":
-        return []
-    if (chosen := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return [name for name in chosen.split(",") if name]
-    return [str(n) for n in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]
-
-
-class Worker:
-    """A worker process, the pipe of its messages, its pack, and those of the runs that haven't ended."""
-
-    def __init__(self, experiment: Path, share: Share) -> None:
-        self.share = share
-        self.pack: Pack | None = None
-        self.open: list[Planned] = []
-        self.compiled: set[tuple[int, int]] = set()  # programs
-        self.state: Literal["starting", "taking", "training", "leaving"] = "starting"
-        self.silent = False  # it has closed its pipe
-        self.pipe, write = os.pipe()
-        self._unread = b""
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115
-        command = [sys.executable, "-m", "launch.worker", f"--experiment={experiment}", f"--messages={write}"]
-        with inheriting(share.cores):
-            self.process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=self._errors,
-                stderr=self._errors,
-                pass_fds=(write,),
-                env=os.environ | dict(share.environment),
-                start_new_session=True,  # Ctrl-C reaches the launcher only, which ends its workers itself
-            )
-        os.close(write)
-
-    def give(self, pack: Pack) -> None:
-        self.pack, self.open = pack, list(pack.runs)
-        with contextlib.suppress(BrokenPipeError):  # it has just died: the pool will see
-            self.process.stdin.write(json.dumps(pack.task()).encode() + b"\n")
-            self.process.stdin.flush()
-
-    def messages(self) -> Iterator[dict[str, Any]]:
-        """What it has said since the last call."""
-        data = os.read(self.pipe, 1 << 16)
-        self.silent = not data
-        *lines, self._unread = (self._unread + data).split(b"\n")
-        yield from map(json.loads, lines)
-
-    def printed(self) -> str:
-        """What it printed before its first run."""
-        self._errors.seek(0)
-        return self._errors.read().decode(errors="replace").strip()
-
-    def cause_of_death(self) -> str:
-        code = self.process.wait()
-        if code < 0:
-            guess = " (out of memory?)" if -code == signal.SIGKILL else ""
-            return f"its worker was killed by {signal.Signals(-code).name}{guess}"
-        return f"its worker ended with exit code {code}"
-
-    def close(self) -> None:
-        os.close(self.pipe)
-        self._errors.close()
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.close()
-
-
-@contextlib.contextmanager
-def inheriting(cores: frozenset[int] | None) -> Iterator[None]:
-    """A process started inside may use these cores only; XLA makes its thread pools accordingly."""
-    if cores is None:
-        yield
-        return
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, cores)
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before)
 
 
 def origin(run: Planned, shared: int) -> str:
@@ -168,12 +42,21 @@ def origin(run: Planned, shared: int) -> str:
 class Pool:
     """Trains the runs of `packs`, at most one worker process for each share.
 
-    planned: how many runs the stage has, the complete ones included (0: these are all).
+    planned: how many runs the stage has, the complete ones included (0: these are all). joins: it is one of
+    several that some launcher started, and leaves when there is nothing left that it could begin. stop: it
+    ends as by Ctrl-C once this is true.
     """
 
     def __init__(
-        self, packs: Sequence[Pack], experiment: Path, shares: Sequence[Share], planned: int = 0
+        self,
+        packs: Sequence[Pack],
+        experiment: Path,
+        shares: Sequence[Share],
+        planned: int = 0,
+        joins: bool = False,
+        stop: Callable[[], bool] = lambda: False,
     ) -> None:
+        self._joins, self._asked_to_stop = joins, stop
         self._waiting = collections.deque(sorted(packs, key=lambda pack: -pack.price))
         self._runs = runs = [run for pack in packs for run in pack.runs]
         numbers: dict[Shape, int] = {}  # hashing a shape takes a while
@@ -181,12 +64,12 @@ class Pool:
         self._elsewhere: list[Planned] = []  # other launchers have them
         self._experiment, self._free = experiment, list(shares)
         self._workers: list[Worker] = []
-        self._tries: collections.Counter[Planned] = collections.Counter()
+        self._tries: collections.Counter[tuple[Planned, int]] = collections.Counter()
         self._stillborn = 0
         self._failures: dict[Planned, str] = {}
         self._refusals: list[str] = []  # those among the failures that are UserErrors
         self._said: set[str] = set()  # why packs are as wide as they are
-        self._looked = time.monotonic()
+        self._looked = self._left = time.monotonic()
         self._selector = selectors.DefaultSelector()
         self._display = SweepProgress({run.label: run.price for run in runs}, planned=planned)
 
@@ -198,13 +81,13 @@ class Pool:
         end if all were refused for one and the same reason; damage in the folder of a run is a failure of
         that run. However it ends, no worker is left, and runs in flight have saved their state.
         """
-        for run in self._runs:
+        for run in self._runs if not self._joins else ():
             run.forget_failure()  # all are tried again, and no branch should take its trunk for given up
         try:
             self._occupy()
             before()
-            while self._waiting or self._elsewhere or any(worker.open for worker in self._workers):
-                self._look_elsewhere()
+            while self._goes_on():
+                self._look_around()
                 self._occupy()
                 for key, _ in self._selector.select(timeout=SECONDS_BETWEEN_LOOKS):
                     self._listen(key.data)
@@ -217,6 +100,15 @@ class Pool:
         finally:
             self._display.close()
             self._stop()
+
+    def _goes_on(self) -> bool:
+        if any(worker.open for worker in self._workers):
+            return True
+        if self._joins:
+            # Whether the owners that it found are alive is known after a lease.
+            looks_on = time.monotonic() - self._left < claims.LEASE + 2 * SECONDS_BETWEEN_LOOKS
+            return (looks_on and bool(self._elsewhere)) or any(pack.ready for pack in self._waiting)
+        return bool(self._waiting or self._elsewhere)
 
     # ---- runs ----
 
@@ -232,10 +124,7 @@ class Pool:
                 ready, key=lambda pack: (self._program(pack) not in mine, self._program(pack) in others)
             )
             self._waiting.remove(pack)
-            taken = [run for run in pack.runs if run.status == "running"]
-            for run in taken:
-                self._leave(run)
-            if free := pack.of(set(pack.runs) - set(taken)).runs:
+            if free := [run for run in pack.runs if not self._is_elsewhere(run)]:
                 mine.add(self._program(pack))
                 return pack.of(free)
         return None
@@ -244,28 +133,50 @@ class Pool:
         """Equal for packs that one compiled program serves."""
         return self._shape[pack.runs[0]], len(pack.runs)
 
+    def _is_elsewhere(self, run: Planned) -> bool:
+        """Whether another launcher has it, or has brought it to its end."""
+        if run.status == "running":
+            self._leave(run)
+        elif run.complete:
+            self._end(run, f"{run.status}, by another launcher")
+        elif run.status == "failed":
+            self._failures[run] = run.failure
+            self._end(run, f"failed: {run.failure}")
+        else:
+            return False
+        return True
+
     def _leave(self, run: Planned) -> None:
         self._display.say(f"{run.label}: another process is at it")
         self._elsewhere.append(run)
+        self._left = time.monotonic()
 
-    def _look_elsewhere(self) -> None:
+    def _look_around(self) -> None:
         """What other launchers had is complete by now, or free again because its process has died."""
-        if not self._elsewhere or time.monotonic() - self._looked < SECONDS_BETWEEN_LOOKS:
+        passed = time.monotonic() - self._looked
+        if passed < SECONDS_BETWEEN_LOOKS:
             return
         self._looked = time.monotonic()
+        if self._asked_to_stop():
+            raise KeyboardInterrupt
+        for worker in self._workers:
+            worker.silence += min(passed, 2 * SECONDS_BETWEEN_LOOKS)  # not while this process was stopped
+            if worker.silence > SECONDS_OF_SILENCE:
+                worker.process.kill()
         for run in list(self._elsewhere):
-            if (status := run.status) != "running":
+            if run.status != "running":
                 self._elsewhere.remove(run)
-                if run.complete:
-                    self._end(run, f"{status}, by another launcher")
-                else:
+                if not self._is_elsewhere(run):
                     self._waiting.append(Pack((run,)))
 
     def _end(self, run: Planned, note: str) -> None:
         self._display.end(run.label, note, good=note.startswith("done"))
 
     def _fail(self, run: Planned, reason: str) -> None:
-        run.record_failure(reason)
+        try:
+            run.record_failure(reason)
+        except OSError as error:  # a full disk may be why
+            self._display.say(f"{run.folder}: its failure can't be recorded: {error.strerror}")
         self._failures[run] = reason
         self._end(run, f"failed: {reason}; see {run.folder / LOG}")
 
@@ -313,7 +224,7 @@ class Pool:
                     )
                     self._end(run, note + origin(run, shared))
                     worker.open.remove(run)
-                case {"kind": "failed" | "refused" as kind, "message": reason}:
+                case {"kind": "failed" | "refused" | "broken" as kind, "message": reason}:
                     worker.state, runs = "leaving", worker.open
                     worker.open = []
                     if len(runs) > 1:
@@ -321,9 +232,12 @@ class Pool:
                         self._waiting.extendleft(Pack((run,)) for run in reversed(runs))
                     elif kind == "failed":
                         self._fail(runs[0], reason)
+                    elif kind == "broken":
+                        if self._tries_left(runs[0], reason):
+                            self._waiting.appendleft(Pack((runs[0],)))
                     else:
                         self._refused(worker, runs[0], reason)
-        if worker.silent:
+        if worker.closed:
             self._bury(worker)
 
     def _refused(self, worker: Worker, run: Planned, reason: str) -> None:
@@ -344,14 +258,9 @@ class Pool:
         self._workers.remove(worker)
         self._free.append(worker.share)
         cause = worker.cause_of_death()
-        for run in worker.open:
-            self._tries[run] += 1
-            if self._tries[run] == TRIES:
-                self._fail(run, f"{cause}, {TRIES} times")
-            else:
-                self._display.say(f"{run.label}: {cause}; try {self._tries[run] + 1} of {TRIES} continues it")
-        again = [run for run in worker.open if self._tries[run] < TRIES]
-        if len(again) > 1 and max(self._tries[run] for run in again) == TRIES - 1:
+        left = {run: self._tries_left(run, cause) for run in worker.open}
+        again = [run for run in worker.open if left[run]]
+        if len(again) > 1 and min(left[run] for run in again) == 1:
             # One of them may be the cause, or all together too large.
             self._display.say(f"{worker.pack.label}: each is tried alone")
             self._waiting.extendleft(Pack((run,)) for run in reversed(again))
@@ -362,6 +271,21 @@ class Pool:
             if self._stillborn >= TRIES:
                 raise RuntimeError(f"workers can't start: {cause}\n{worker.printed()}")
         worker.close()
+
+    def _tries_left(self, run: Planned, cause: str) -> int:
+        """How often a run that has died may be tried again from where it stands; at 0 it is given up.
+
+        Deaths elsewhere count too.
+        """
+        place = max(manifest.steps(run.folder / "checkpoints"), default=run.from_step)
+        self._tries[run, place] += 1
+        elsewhere, there = claims.deaths(run.folder)
+        tries = max(self._tries[run, place], elsewhere if there == place else 0)
+        if tries >= TRIES:
+            self._fail(run, f"{cause}, {tries} times at step {place:,}")
+            return 0
+        self._display.say(f"{run.label}: {cause}; try {tries + 1} of {TRIES} continues it")
+        return TRIES - tries
 
     def _stop(self) -> None:
         """Ends all workers: they save what they are at; whoever takes too long, or a second Ctrl-C, kills."""

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import json
 import tempfile
 import time
 import types
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch import branches
-from llm_jax import config, manifest, records
+from llm_jax import claims, config, manifest, records
 from llm_jax.config import Chosen, UserError
 from llm_jax.data import DataConfig, Source
 from llm_jax.models import ModelConfig, counting
@@ -85,7 +86,8 @@ class Planned:
         run = self.run
         if self.trunk is not None and self.trunk.is_there:
             run = config.replace(run, "execution.trunk", str(self.trunk.folder))
-        return {"label": self.label, "folder": str(self.folder), "run": config.to_json(run)}
+        known = {"label": self.label, "folder": str(self.folder), "run": config.to_json(run)}
+        return known | {"stale": claims.stale(self.folder)}
 
     @property
     def is_there(self) -> bool:
@@ -95,14 +97,19 @@ class Planned:
         except UserError:
             return False
 
+    @property
+    def failure(self) -> str:
+        """Why it was given up; "" where it wasn't."""
+        return failure(self.folder).get("reason", "")
+
     def record_failure(self, reason: str) -> None:
-        """Says in the run's folder why it was given up; the next launch tries it again."""
+        """Says in the run's folder why it was given up, with its log's tail; the next launch tries again."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        failure = {"identity": self.identity, "reason": reason, "time": time.time()}
-        records.write_atomically(self.folder / FAILURE, records.dumps(failure, indent=1) + "\n")
+        content = {"identity": self.identity, "reason": reason, "time": time.time(), "log": tail(self.folder)}
+        records.write_atomically(self.folder / FAILURE, records.dumps(content, indent=1) + "\n")
 
     def forget_failure(self) -> None:
-        (self.folder / FAILURE).unlink(missing_ok=True)
+        forget_failure(self.folder)
 
     def clear(self) -> None:
         """Removes what a run leaves that was refused before its first record."""
@@ -134,6 +141,7 @@ class Plan:
             "overrides": dict(self.experiment.overrides),
             "runs": [
                 {"identity": item.identity, "label": item.label, "stage": stage, "flops": item.flops}
+                | {"steps": item.run.steps, "price": item.price}
                 | {"trunk": item.trunk and item.trunk.identity, "from_step": item.from_step}
                 | dataclasses.asdict(item.run.cell)
                 for stage, items in stages.items()
@@ -155,6 +163,28 @@ class Plan:
             role=[run.cell.role for run in planned],
             budget_flops=[run.cell.budget_flops for run in planned],
         )
+
+
+def failure(folder: Path) -> dict[str, Any]:
+    """Why the run in `folder` was given up: {"reason", "time", "log"}; {} where it wasn't."""
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        return json.loads((folder / FAILURE).read_text())
+    return {}
+
+
+def forget_failure(folder: Path) -> None:
+    """Lets the run be tried again, as often as a new one."""
+    if (folder / FAILURE).exists() or claims.deaths(folder)[0]:
+        claims.forgive(folder)
+        (folder / FAILURE).unlink(missing_ok=True)
+
+
+def tail(folder: Path, lines: int = 20) -> list[str]:
+    """The last lines that a run's worker has printed."""
+    with contextlib.suppress(OSError), (folder / LOG).open("rb") as log:
+        log.seek(max(0, log.seek(0, 2) - (1 << 14)))
+        return log.read().decode(errors="replace").splitlines()[-lines:]
+    return []
 
 
 def folder_of(experiment: Chosen) -> Path:

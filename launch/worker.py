@@ -2,16 +2,19 @@
 
     python -m launch.worker --experiment=FILE.py --messages=FD
 
-A task is a JSON line on standard input: {"runs": [{"label", "folder", "run"}, ...]}. When the
-input ends (the launcher is done, or dead) or SIGTERM comes, runs in flight save their state and the process
-ends. Answers are JSON lines on the file descriptor FD; a run is told by its number in the task:
+A task is a JSON line on standard input: {"runs": [{"label", "folder", "run", "stale"}, ...]}. When the input
+ends (the launcher is done, or dead) or SIGTERM comes, runs in flight save their state and the process ends.
+One that makes no step for half an hour ends too, and its log says where it hung. Answers are JSON lines on
+the file descriptor FD; a run is told by its number in the task:
 
     {"kind": "ready"}                       at the start, and when a task is done
+    {"kind": "alive"}                       every ten seconds
     {"kind": "progress", "status": [...]}   progress.Status, a few times a second
     {"kind": "continues", "run", "step"}    from a checkpoint
     {"kind": "packed", "members", "why"}    so many of the runs, the first ones, fit and are trained at once
     {"kind": "finished", "run", "status", "loss", "steps_shared"}
     {"kind": "refused", "message": ...}     a UserError; the process ends
+    {"kind": "broken", "message": ...}      a disk's or a device's error, which may pass; the process ends
     {"kind": "failed", "message": ...}      any other error; the process ends
 
 What is printed, and the traceback of an error, goes to log.txt in the folder of the first run.
@@ -24,16 +27,18 @@ import os
 import queue
 import signal
 import threading
+import time
 import traceback
 import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 from absl import flags
 
 from launch.sweep import LOG
-from llm_jax import config
+from llm_jax import claims, config
 from llm_jax.config import UserError
 from llm_jax.pack import fitting, train_packed
 from llm_jax.progress import Progress
@@ -60,15 +65,17 @@ class Reporter(Progress):
 def attempt(task: dict[str, Any], say: Say, experiment: types.ModuleType) -> bool:
     """Trains the runs of a task and says how they ended; False if this process should take no other."""
     folders = [Path(item["folder"]) for item in task["runs"]]
-    for folder in folders:
-        folder.mkdir(parents=True, exist_ok=True)
-    with (folders[0] / LOG).open("a") as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-    for folder in folders[1:]:
-        with (folder / LOG).open("a") as log:
-            log.write(f"packed with {folders[0]}, whose {LOG} goes on\n")
     try:
+        for folder, item in zip(folders, task["runs"], strict=True):
+            folder.mkdir(parents=True, exist_ok=True)
+            if item["stale"]:
+                claims.bury(folder, *item["stale"])
+        with (folders[0] / LOG).open("a") as log:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+        for folder in folders[1:]:
+            with (folder / LOG).open("a") as log:
+                log.write(f"packed with {folders[0]}, whose {LOG} goes on\n")
         runs = [config.from_json(Run, item["run"]) for item in task["runs"]]
         if len(runs) > 1:
             width, why = fitting(runs)
@@ -83,12 +90,15 @@ def attempt(task: dict[str, Any], say: Say, experiment: types.ModuleType) -> boo
         else:
             results = train_packed(runs, folders[: len(runs)], hooks, reporters)
     except UserError as error:
-        print(f"error: {error}", flush=True)
+        with contextlib.suppress(OSError):  # the log's disk is full, say
+            print(f"error: {error}", flush=True)
         say(kind="refused", message=str(error))
         return False
     except Exception as error:
-        traceback.print_exc()
-        say(kind="failed", message=" ".join(f"{type(error).__name__}: {error}".split())[:300])
+        with contextlib.suppress(OSError):
+            traceback.print_exc()
+        kind = "broken" if isinstance(error, (OSError, jax.errors.JaxRuntimeError)) else "failed"
+        say(kind=kind, message=" ".join(f"{type(error).__name__}: {error}".split())[:300])
         return False
     for number, result in enumerate(results):
         facts = {"loss": result.get("loss"), "steps_shared": result["steps_shared"]}
@@ -119,6 +129,13 @@ def main() -> int:
         with contextlib.suppress(BrokenPipeError):  # the launcher has died: SIGTERM is on its way
             os.write(flags.FLAGS.messages, json.dumps(message).encode() + b"\n")
 
+    def live() -> None:
+        while True:
+            time.sleep(claims.BEAT)
+            say(kind="alive")
+
+    threading.Thread(target=live, daemon=True).start()
+    claims.leave_when_still(flags.FLAGS.patience)
     say(kind="ready")
     while attempt(tasks.get(), say, experiment):
         pass
@@ -128,4 +145,5 @@ def main() -> int:
 if __name__ == "__main__":
     flags.DEFINE_string("experiment", None, "the experiment's file", required=True)
     flags.DEFINE_integer("messages", None, "file descriptor of the pipe for messages", required=True)
+    flags.DEFINE_float("patience", 1800.0, "seconds without a step after which it takes itself for hung")
     config.run_main(main)

@@ -1,7 +1,6 @@
 """Sweeps launched on this machine: nothing lost, nothing done twice, whatever happens to a process."""
 
 import dataclasses
-import json
 import os
 import pathlib
 import re
@@ -16,10 +15,12 @@ import pytest
 
 from launch import order, sweep
 from launch.packs import packed
-from launch.pool import Pool, Share, shares
-from llm_jax import config, records
+from launch.pool import Pool
+from launch.processes import Share, shares
+from llm_jax import claims, config, facts, records
 from llm_jax.config import Chosen, UserError
 from llm_jax.scaling.forecast import Forecast
+from llm_jax.store import store
 from llm_jax.train import train
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -343,11 +344,12 @@ def test_runs_that_fail_are_recorded_and_the_sweep_goes_on(bits, tmp_path):
     failures = {item.run.data.trouble: reason for item, reason in trained(plan, workers=2).items()}
     assert failures == {
         "error": "RuntimeError: these bits are broken",
-        "kill": "its worker was killed by SIGKILL (out of memory?), 3 times",
+        "kill": "its worker was killed by SIGKILL (out of memory?), 3 times at step 0",
     }
     assert [item.status for item in plan.runs] == ["failed", "failed", "diverged", "done"]
     assert "these bits are broken" in (plan.runs[0].folder / sweep.LOG).read_text()
-    assert json.loads((plan.runs[1].folder / sweep.FAILURE).read_text())["reason"] == failures["kill"]
+    assert sweep.failure(plan.runs[1].folder)["reason"] == failures["kill"]
+    assert "RuntimeError: these bits are broken" in sweep.failure(plan.runs[0].folder)["log"]
     assert len(records.starts(plan.runs[1].folder)) == 3
 
 
@@ -380,3 +382,21 @@ def test_two_launchers_share_a_sweep_and_no_run_is_done_twice(bits, tmp_path):
     assert failures == [{}, {}]
     assert [item.status for item in plan.runs] == ["done"] * 3
     assert [len(records.starts(item.folder)) for item in plan.runs] == [1, 1, 1]
+
+
+def test_a_place_that_joins_takes_what_a_dead_machine_had(bits, tmp_path, monkeypatch):
+    """The run of a machine that gives no sign any more, but not the one that this process has."""
+    monkeypatch.setattr(claims, "LEASE", 1.0)
+    run = bits.get_config("small")
+    plan = plan_of(tmp_path, run, dataclasses.replace(run, seed=1))
+    dead, mine = plan.runs
+    there = store(dead.folder / "claims")
+    there.create("00000", b'{"machine": "another", "pid": 1}')
+    there.write("00000.sign", b'{"beat": 3}')
+    claim = claims.take(mine.folder)
+    for item in plan.runs:
+        described = facts.described(item.run, item.run.data.open())
+        (item.folder / "config.json").write_text(records.dumps(described))
+    assert Pool(packed(plan.runs, 1, 1), BITS, [Share()], joins=True).run() == {}
+    assert (dead.status, mine.status) == ("done", "running")
+    claim.release()

@@ -7,7 +7,7 @@ import pytest
 from test_local import BITS, ROOT, changed, plan_of, trained, trained_though_killed
 
 from launch import packs
-from launch.pool import Share, one_core_each
+from launch.processes import Share, one_core_each
 from llm_jax import config, records
 from llm_jax.config import UserError
 from llm_jax.pack import pack

@@ -1,0 +1,186 @@
+"""Engines: where workers run. What one must do is little; all else is the same for all of them.
+
+An engine starts one command in as many places as asked: machines, or parts of them, that see the folder of
+the experiment. The command is `python -m launch.local --join ...`: it makes the plan from the same file,
+takes the runs that are ready and that nobody has (llm_jax/claims.py), and ends when there is none left for
+it. So an engine need not know what a run is. It says which places live, and `Crew` fills them up.
+
+What a launcher keeps in the folder: launch.json, which jobs it started and where; stop, which ends them.
+"""
+
+import json
+import shlex
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from absl import flags
+
+from launch import order, status, sweep
+from launch.pool import TRIES
+from launch.sweep import Plan, Planned
+from llm_jax import claims, config, records
+from llm_jax.config import Chosen, UserError
+
+SECONDS_BETWEEN_LOOKS, SECONDS_BETWEEN_LINES = 2.0, 30.0
+STOP = "stop"
+
+
+class Engine(Protocol):
+    """Somewhere that a command can be started. A job is the engine's own name for one place at work."""
+
+    name: str
+    python: str  # what it is called there
+
+    def start(self, command: Sequence[str]) -> str:
+        """Starts `command` in another place, or asks for one; returns the job."""
+
+    def living(self, jobs: Iterable[str]) -> set[str]:
+        """Those that run, or wait for their place."""
+
+    def stop(self, jobs: Iterable[str]) -> None:
+        """Asks jobs to save and end (SIGTERM where there is such a thing), and gives their places back."""
+
+    def tail(self, job: str) -> str:
+        """The last that it printed, "" where that isn't known."""
+
+
+class Crew:
+    """Trains the runs of a plan in at most `places` places of an engine."""
+
+    def __init__(self, engine: Engine, folder: Path, places: int, command: Sequence[str]) -> None:
+        self._engine, self._folder, self._places, self._command = engine, folder, places, list(command)
+        self._jobs: set[str] = set()
+        self._in_vain, self._progress = 0, (-1, -1)
+
+    def train(
+        self, missing: Sequence[Planned], planned: int, before: Callable[[], None]
+    ) -> Mapping[Planned, str]:
+        """As an order.Engine. Raises RuntimeError if places end again and again before any run begins."""
+        for run in missing:
+            run.forget_failure()
+        before()
+        said = 0.0
+        try:
+            while left := [run for run in missing if not run.complete and not run.failure]:
+                if (self._folder / STOP).exists():
+                    raise KeyboardInterrupt
+                self._look(left)
+                if time.monotonic() - said > SECONDS_BETWEEN_LINES:
+                    said = time.monotonic()
+                    print(status.line(status.rows(self._folder)), flush=True)
+                time.sleep(SECONDS_BETWEEN_LOOKS)
+        except KeyboardInterrupt:
+            (self._folder / STOP).touch()  # places that a signal doesn't reach see it too
+            raise
+        finally:
+            self._engine.stop(self._engine.living(self._jobs))
+        return {run: run.failure for run in missing if run.failure}
+
+    def _look(self, left: Sequence[Planned]) -> None:
+        living = self._engine.living(self._jobs)
+        for job in self._jobs - living:
+            self._ended(job, (len(left), sum(claims.number(run.folder) for run in left)))
+        self._jobs = set(living)
+        free = sum(run.status == "missing" and run.ready for run in left)
+        for _ in range(min(self._places - len(living), free)):
+            self._jobs.add(self._engine.start(self._command))
+            keep(self._folder, self._engine.name, self._jobs)
+
+    def _ended(self, job: str, progress: tuple[int, int]) -> None:
+        """A place that ends has found nothing more, or has died; where none gets to a run, all give up."""
+        self._in_vain = 0 if progress != self._progress else self._in_vain + 1
+        self._progress = progress
+        if self._in_vain >= TRIES * self._places:
+            raise RuntimeError(f"{self._engine.name}: workers begin no run\n{self._engine.tail(job)}")
+
+
+# ---- what a launcher keeps in the folder ----
+
+
+def keep(folder: Path, engine: str, jobs: Iterable[str]) -> None:
+    """launch.json: who works here, for `launch.stop` and `launch.status`."""
+    content = {"engine": engine, "jobs": sorted(jobs), "dollars_per_hour": flags.FLAGS.dollars_per_hour}
+    records.write_atomically(folder / "launch.json", json.dumps(content, indent=1) + "\n")
+
+
+# ---- the command ----
+
+
+def define_flags(places: str) -> None:
+    """The flags that all engines have beside --config; places: what --workers counts."""
+    flags.adopt_module_key_flags(config)
+    flags.DEFINE_integer("workers", 1, places, lower_bound=1)
+    flags.DEFINE_integer("each", None, "processes that train at once in each of them", lower_bound=1)
+    flags.DEFINE_bool("dry_run", False, "print the plan and all commands, and do nothing")
+    flags.DEFINE_string("pack", "auto", "runs trained as one program: auto, off, or how many at most")
+    flags.DEFINE_string("folder", None, "where the runs go, the same path everywhere")
+    flags.DEFINE_float("dollars_per_hour", 0.0, "what one worker costs, for `launch.status`")
+
+
+def folder_of(experiment: Chosen) -> Path:
+    """Where the runs go; raises UserError for the folder of a single run."""
+    folder = Path(flags.FLAGS.folder or sweep.folder_of(experiment))
+    if (folder / "config.json").exists():
+        raise UserError(f"{folder} is the folder of a single run; name another by --folder")
+    return folder
+
+
+def command_of(experiment: Chosen, folder: Path, python: str, joins: bool = True) -> list[str]:
+    """What a place runs, in this code's folder: a worker of the launch or, if it does not join, the rest."""
+    file = Path(experiment.module.__file__)
+    file = file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file
+    where = f"{file}:{experiment.scale}"
+    overrides = [f"--config.{path}={value}" for path, value in experiment.overrides]
+    command = [python, "-m", "launch.local", f"--config={where}", *overrides]
+    command += [f"--folder={folder.absolute()}", f"--pack={flags.FLAGS.pack}"]
+    command += [f"--workers={flags.FLAGS.each}"] if flags.FLAGS.each else []
+    return command + ["--join"] * joins
+
+
+def planned(experiment: Chosen, folder: Path) -> Plan:
+    """The plan, printed and, unless it is a dry run, written; the last launch's `stop` is forgotten."""
+    order.check(experiment)
+    if hasattr(experiment.module, "measure"):
+        raise UserError(f"{experiment.module.__file__} measures, it trains no sweep: use launch.local")
+    plan = sweep.make_plan(experiment, folder)
+    print(f"{folder}: the plan of {experiment.module.__file__}:{experiment.scale}")
+    print(sweep.summary(plan), flush=True)
+    if not flags.FLAGS.dry_run:
+        plan.write()
+        (folder / STOP).unlink(missing_ok=True)
+    return plan
+
+
+def carry_out(engine: Engine) -> int:
+    """The order of the chosen experiment, its runs trained by a crew; what an engine's command does."""
+    experiment = config.chosen()
+    folder = folder_of(experiment)
+    plan, command = planned(experiment, folder), command_of(experiment, folder, engine.python)
+    if flags.FLAGS.dry_run:
+        print(f"{flags.FLAGS.workers} times: {shlex.join(command)}")
+        return 0
+    crew = Crew(engine, folder, flags.FLAGS.workers, command)
+    return stoppable(engine.name, lambda: order.carry_out(plan, crew.train))
+
+
+def stoppable(name: str, launch: Callable[[], int]) -> int:
+    """The exit code of `launch`; 130 or 143, and how to go on, if Ctrl-C, `stop` or SIGTERM ends it."""
+    terminated = threading.Event()
+
+    def terminate(*_: Any) -> None:
+        terminated.set()
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, terminate)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin without it
+    try:
+        return launch()
+    except KeyboardInterrupt:
+        again = [sys.executable, "-m", f"launch.{name}", *sys.argv[1:]]
+        print(f"\nstopped; to continue: {shlex.join(again)}")
+        return 143 if terminated.is_set() else 130

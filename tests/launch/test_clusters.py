@@ -1,0 +1,165 @@
+"""Sweeps on real clusters on this machine, disturbed: every run ends as in a sweep that nobody disturbed."""
+
+import contextlib
+import importlib.util
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from launch import status
+from llm_jax import claims, config, records
+from llm_jax.train import train
+
+HERE = pathlib.Path(__file__).parent
+ROOT = HERE.parent.parent
+SWEEP = HERE / "clusters.py"
+LONG_SECONDS = 600.0  # what takes so long hangs, on however loaded a machine
+
+
+@pytest.fixture(autouse=True)
+def where_processes_find_things(monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "xla"))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.chdir(ROOT)
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + LONG_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.1)
+
+
+def command(engine, scale, folder, *more):
+    where = f"--config={SWEEP}:{scale}", f"--folder={folder}"
+    return [sys.executable, "-m", f"launch.{engine}", *where, "--workers=2", "--each=1", *more]
+
+
+def rows(folder):
+    return status.rows(folder) if (folder / "plan.json").exists() else []
+
+
+def training(folder):
+    """The processes that train now, past their first checkpoint, and their runs' folders."""
+    owners = {
+        path.parent: claims.owner(path.parent) for path in folder.glob("*/claims") if claims.held(path.parent)
+    }
+    return [(owner["pid"], run) for run, owner in owners.items() if owner.get("step", 0) > 25]
+
+
+def assert_undisturbed(scale, folder, tmp_path):
+    module, _ = config.load_experiment(str(SWEEP))
+    runs = module.sweep(module.get_config(scale))
+    assert [row.state for row in rows(folder)] == ["done"] * len(runs)
+    for run in runs:
+        found = records.load_run(folder / run.identity())["result"]
+        alone = train(config.replace(run, "data.seconds", 0.0), tmp_path / "alone" / run.identity())
+        assert found["train_loss"] == alone["train_loss"]
+
+
+# ---- Slurm ----
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """A cluster of one node, this machine."""
+    script, folder = HERE / "slurm_cluster.sh", tmp_path / "cluster"
+    started = subprocess.run([script, "start", folder], capture_output=True, text=True)
+    if started.returncode:
+        pytest.skip(f"no Slurm cluster: {started.stderr.strip()}")
+    monkeypatch.setenv("SLURM_CONF", started.stdout.strip())
+    yield
+    subprocess.run([script, "stop", folder], check=True)
+
+
+def queue():
+    return subprocess.run(
+        ["squeue", "--noheader", "--format=%i %T %r"], capture_output=True, text=True
+    ).stdout
+
+
+def hurry():
+    """Whether the queue is empty; what was requeued isn't held back for the two minutes that Slurm takes."""
+    for line in queue().splitlines():
+        if line.endswith("BeginTime"):
+            job = f"JobId={line.split()[0]}"
+            subprocess.run(["scontrol", "update", job, "StartTime=now"], check=False)
+    return not queue()
+
+
+@pytest.mark.slow
+def test_slurm_trains_branches_after_trunks_and_what_is_requeued_goes_on(slurm, tmp_path):
+    folder = tmp_path / "sweep"
+    subprocess.run(command("slurm", "branches", folder), check=True, capture_output=True)
+    assert queue().count("PENDING") >= 2, "the branches' array and the last job wait for the trunks' array"
+    wait_for(lambda: training(folder))
+    jobs = [line.split()[0] for line in queue().splitlines() if "RUNNING" in line]
+    subprocess.run(["scontrol", "requeue", jobs[0]], check=True)
+    wait_for(hurry)
+    assert_undisturbed("branches", folder, tmp_path)
+    starts = [len(records.starts(path.parent)) for path in folder.glob("*/config.json")]
+    assert sum(starts) > len(starts), "one of them was continued"
+    assert [bool(records.trunk(path.parent)) for path in folder.glob("*/config.json")].count(True) == 2
+
+
+# ---- Ray ----
+
+
+def ray(*arguments):
+    line = [sys.executable, "-m", "ray.scripts.scripts", *arguments]
+    return subprocess.run(line, check=True, capture_output=True, text=True).stdout
+
+
+def processes(port):
+    """Those of the Ray cluster at `port`, with their command lines."""
+    for place in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            line = place.read_bytes().decode()
+            if "/ray/" in line and re.search(rf"(:|port=){port}\b", line):
+                yield int(place.parent.name), line.split("\0")
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    """A head without cores, to which the launcher belongs, and two nodes with one core each."""
+    if importlib.util.find_spec("ray") is None:
+        pytest.skip("Ray isn't installed: pip install -e '.[ray]'")
+    port, quiet = 6390 + os.getpid() % 100, "--disable-usage-stats"
+    address = f"127.0.0.1:{port}"
+    ray("start", "--head", f"--port={port}", "--num-cpus=0", "--include-dashboard=false", quiet)
+    monkeypatch.setenv("RAY_ADDRESS", address)
+
+    def nodes():
+        return {pid for pid, line in processes(port) if line[0].endswith("/raylet")}
+
+    def add_node():
+        ray("start", f"--address={address}", "--num-cpus=1", quiet)
+
+    head = nodes()
+    add_node()
+    add_node()
+    yield lambda: nodes() - head, add_node
+    for pid, _ in processes(port):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_a_ray_sweep_survives_a_killed_worker_and_a_killed_raylet(cluster, tmp_path):
+    nodes, add_node = cluster
+    folder = tmp_path / "sweep"
+    launcher = subprocess.Popen(command("ray_cluster", "twelve", folder), stdout=subprocess.PIPE, text=True)
+    wait_for(lambda: training(folder))
+    os.kill(training(folder)[0][0], signal.SIGKILL)
+    wait_for(lambda: sum(row.state == "done" for row in rows(folder)) >= 4 and training(folder))
+    os.kill(min(nodes()), signal.SIGKILL)
+    add_node()
+    out, _ = launcher.communicate(timeout=LONG_SECONDS)
+    assert launcher.returncode == 0, out
+    assert_undisturbed("twelve", folder, tmp_path)

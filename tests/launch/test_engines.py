@@ -1,0 +1,293 @@
+"""What all engines have in common, and what each of them asks its own tools for."""
+
+import json
+import re
+import shutil
+import subprocess
+import time
+import types
+
+import pytest
+from absl import flags
+from test_local import BITS, plan_of, wait_for
+
+from launch import engine, jobset, ray_cluster, retry, slurm, status, stop, sweep, tpu
+from llm_jax import claims, config, records
+from llm_jax.config import UserError
+
+
+@pytest.fixture
+def bits():
+    return config.load_experiment(str(BITS))[0]
+
+
+@pytest.fixture(autouse=True)
+def settings(monkeypatch):
+    monkeypatch.setattr(engine, "SECONDS_BETWEEN_LOOKS", 0.0)
+    monkeypatch.setattr(flags, "FLAGS", types.SimpleNamespace(dollars_per_hour=2.0, pack="auto", each=1))
+
+
+class Places:
+    """An engine whose places do to the runs what `lives` says, one life each."""
+
+    name = "places"
+
+    def __init__(self, *lives):
+        self.lives, self.started, self.stopped = list(lives), [], []
+
+    def start(self, command):
+        self.started.append(command)
+        self.lives.pop(0)()
+        return f"job{len(self.started)}"
+
+    def living(self, jobs):
+        return set()
+
+    def stop(self, jobs):
+        self.stopped.append(list(jobs))
+
+    def tail(self, job):
+        return f"no room in {job}"
+
+
+def ended(run, **result):
+    def end():
+        claims.take(run.folder).release()
+        content = {"status": "done", "wall_seconds": 10.0, "loss": 1.0} | result
+        (run.folder / "config.json").write_text(json.dumps({"identity": run.identity}))
+        (run.folder / "result.json").write_text(json.dumps(content))
+
+    return end
+
+
+def crew_of(places, tmp_path, bits, runs=2):
+    base = bits.get_config("small")
+    plan = plan_of(tmp_path, *(config.replace(base, "seed", seed) for seed in range(runs)))
+    plan.write()
+    return plan.sweep, engine.Crew(places, tmp_path, 1, ["train"])
+
+
+def test_a_place_that_dies_is_filled_again_until_every_run_has_ended(bits, tmp_path):
+    places = Places()
+    (first, second), crew = crew_of(places, tmp_path, bits)
+    places.lives = [ended(first), lambda: None, lambda: second.record_failure("it broke")]
+    before = []
+    assert crew.train([first, second], 2, lambda: before.append(len(places.started))) == {second: "it broke"}
+    assert (before, places.started) == ([0], [["train"]] * 3)
+    assert status.launched(tmp_path)["engine"] == "places"
+
+
+def test_where_no_place_gets_to_a_run_the_launch_ends_with_what_one_printed(bits, tmp_path):
+    places = Places(*[lambda: None] * 9)
+    runs, crew = crew_of(places, tmp_path, bits)
+    with pytest.raises(RuntimeError, match=r"workers begin no run\nno room in job"):
+        crew.train(runs, 2, lambda: None)
+    assert places.stopped == [[]]
+
+
+def test_what_is_stopped_leaves_no_place_running(bits, tmp_path):
+    places = Places(lambda: (tmp_path / engine.STOP).touch())
+    runs, crew = crew_of(places, tmp_path, bits)
+    with pytest.raises(KeyboardInterrupt):
+        crew.train(runs, 2, lambda: None)
+    assert len(places.started) == 1 and len(places.stopped) == 1
+
+
+# ---- status ----
+
+
+def test_the_status_says_what_is_done_runs_waits_and_failed_and_what_is_left(bits, tmp_path):
+    (done, fails, runs, _), _ = crew_of(Places(), tmp_path, bits, runs=4)
+    ended(done)()
+    fails.record_failure("it broke")
+    claim = claims.take(runs.folder)
+    claim.begin(0)
+    claim.move(50)
+    claim.beat()
+    found = status.rows(tmp_path)
+    assert [row.state for row in found] == ["done", "failed", "running", "waiting"]
+    assert "step 50 of 100" in status.table(found)
+    assert re.search(r"failed +\S.* it broke", status.table(found))
+    # 1.5 runs of about 10 s (the one that runs has just begun) by one worker at $2 an hour.
+    assert status.seconds_left(found) == pytest.approx(15 / 1.5, rel=0.05)
+    assert status.line(found, 2.0).endswith("0:10 left, $0.01 left")
+    claim.release()
+
+
+def test_a_thousand_runs_are_planned_found_again_and_reported_in_less_than_five_seconds(bits, tmp_path):
+    """About a second on an idle core, so that a slow machine passes too."""
+    base = bits.get_config("small")
+    runs = [config.replace(base, "seed", seed) for seed in range(1000)]
+    for run in runs[:500]:
+        (tmp_path / run.identity()).mkdir()
+        described = {"identity": run.identity(), "config": config.to_json(run)}
+        (tmp_path / run.identity() / "config.json").write_text(records.dumps(described))
+        result = {"status": "done", "wall_seconds": 1.0, "loss": 1.0}
+        (tmp_path / run.identity() / "result.json").write_text(records.dumps(result))
+    begun = time.perf_counter()
+    plan = plan_of(tmp_path, *runs)
+    plan.write()
+    assert "1000 runs" in sweep.summary(plan)
+    assert status.line(status.rows(tmp_path)) == "500/1000 runs done, 500 waiting, 8:20 left"
+    assert time.perf_counter() - begun < 5
+
+
+def test_what_was_given_up_is_tried_again_and_its_log_is_told(bits, tmp_path):
+    (run, other), _ = crew_of(Places(), tmp_path, bits)
+    for item in (run, other):
+        item.folder.mkdir()
+        (item.folder / "log.txt").write_text("...\nit was the disk\n")
+        item.record_failure("it broke")
+    with pytest.raises(UserError, match="not among those that were given up"):
+        retry.retry(tmp_path, "nobody")
+    assert retry.retry(tmp_path, run.label) == [f"{run.label}: it broke", "    ...", "    it was the disk"]
+    assert (run.status, other.status) == ("missing", "failed")
+
+
+def test_stopping_leaves_word_and_gives_back_what_waits(bits, tmp_path, monkeypatch):
+    crew_of(Places(), tmp_path, bits)
+    engine.keep(tmp_path, "slurm", ["17", "18"])
+    asked = []
+    monkeypatch.setattr(slurm, "run", lambda command: asked.append(command))
+    stop.stop(tmp_path)
+    assert (tmp_path / engine.STOP).exists()
+    assert asked == [["scancel", "--state=PENDING", "17", "18"]]
+    gcloud = Recording()
+    monkeypatch.setattr(tpu, "really", gcloud)
+    engine.keep(tmp_path, "tpu", [SLICES.job("runs-1-0")])
+    stop.stop(tmp_path)
+    assert gcloud.commands == [tpu.deletion("mine/us-west4-a/runs-1-0")]
+    assert {"runs-1-0", "--zone=us-west4-a", "--project=mine"} <= set(gcloud.commands[0])
+    with pytest.raises(UserError, match="no plan here"):
+        stop.stop(tmp_path / "elsewhere")
+
+
+# ---- engines ----
+
+
+def test_branches_wait_in_an_array_of_their_own_for_that_of_their_trunks(tmp_path):
+    engine_ = slurm.Slurm(tmp_path, ["--partition=gpu"])
+    line = engine_.line(4, ["17", "18"])
+    assert {"--array=0-3", "--dependency=afterany:17:18", "--requeue", "--partition=gpu"} <= set(line)
+    trunk = types.SimpleNamespace(trunk=None, ready=True, complete=False)
+    branch = types.SimpleNamespace(trunk=trunk, ready=False, complete=False)
+    assert (slurm._depth(trunk), slurm._depth(branch)) == (0, 1)
+
+
+@pytest.mark.parametrize(("code", "stopped", "again"), [(143, 0, True), (143, 1, False), (1, 0, False)])
+def test_a_job_told_to_end_is_queued_again_unless_it_was_stopped(code, stopped, again, tmp_path):
+    """The script alone, by bash; `scontrol` is replaced by one that leaves a file."""
+    (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho $* > {tmp_path}/asked\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    trains = f"touch {tmp_path}/trains; while :; do sleep 0.05; done"
+    train = ["sh", "-c", f"trap 'sleep 0.2; exit {code}' TERM; {trains}"]
+    if stopped:
+        (tmp_path / engine.STOP).touch()
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "17"}
+    script = slurm.Slurm(tmp_path).script(train)
+    job = subprocess.Popen(["bash", "-c", script], env=environment)
+    wait_for(lambda: (tmp_path / "trains").exists())
+    job.terminate()
+    assert job.wait() == code
+    assert (tmp_path / "asked").exists() == again
+
+
+def test_resources_of_a_ray_task_are_read_or_refused():
+    assert ray_cluster.asked("CPU=2,TPU-v5litepod-8-head=1") == {
+        "num_cpus": 2.0,
+        "resources": {"TPU-v5litepod-8-head": 1.0},
+    }
+    with pytest.raises(UserError, match=r"NAME=NUMBER"):
+        ray_cluster.asked("CPU")
+
+
+SLICES = tpu.Slices("Runs_1", "v5litepod-8", "v2-alpha-tpuv5-lite", "us-west4-a", "mine", True, "mount it")
+
+
+class Recording:
+    """In place of gcloud: keeps what it is asked, and answers; nothing leaves this machine."""
+
+    def __init__(self, *states, broken=""):
+        self.states, self.broken, self.commands = list(states), broken, []
+
+    def __call__(self, command, log):
+        self.commands.append(command)
+        text = " ".join(command)
+        if self.broken and self.broken in text:
+            return 1, "no such luck"
+        return 0, self.states.pop(0) if " describe " in text else ""
+
+    def verbs(self):
+        return [next(word for word in c if word in VERBS) for c in self.commands]
+
+
+VERBS = {"create", "describe", "archive", "scp", "ssh", "delete"}
+
+
+def live(recording, tmp_path, monkeypatch):
+    monkeypatch.setattr(tpu, "SECONDS_BETWEEN_LOOKS", 0.0)
+    slices = tpu.Tpu(tmp_path, SLICES, recording)
+    job = slices.start(["train"])
+    slices._threads[job].join()
+    assert job.startswith("mine/us-west4-a/runs-1-")
+    assert slices.living([job]) == set()
+    return slices.tail(job)
+
+
+def test_a_slice_is_made_waited_for_set_up_used_and_deleted(tmp_path, monkeypatch):
+    gcloud = Recording("WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE")
+    live(gcloud, tmp_path, monkeypatch)
+    waits = ["describe"] * 3
+    assert gcloud.verbs() == ["create", *waits, "archive", "scp", "ssh", "ssh", "ssh", "delete"]
+    assert "--spot" in gcloud.commands[0] and "--force" in gcloud.commands[-1]
+    assert "--command=cd llm_jax && exec train" in gcloud.commands[-2]
+
+
+@pytest.mark.parametrize("state", ["SUSPENDED", "FAILED"])
+def test_a_slice_that_is_taken_back_is_deleted_so_that_another_is_asked_for(state, tmp_path, monkeypatch):
+    gcloud = Recording("WAITING_FOR_RESOURCES", state)
+    live(gcloud, tmp_path, monkeypatch)
+    assert gcloud.verbs() == ["create", "describe", "describe", "delete"]
+
+
+def test_a_slice_that_breaks_is_deleted_and_says_why(tmp_path, monkeypatch):
+    gcloud = Recording("ACTIVE", broken="exec train")
+    assert live(gcloud, tmp_path, monkeypatch).endswith("no such luck")
+    assert gcloud.verbs()[-2:] == ["ssh", "delete"]
+
+
+def test_a_slice_of_several_hosts_is_refused():
+    with pytest.raises(UserError, match="is of 4 hosts"):
+        tpu.Slices("runs", "v4-32", "", "", "", False, "")
+
+
+@pytest.mark.skipif(not shutil.which("gcloud"), reason="gcloud isn't installed")
+def test_commands_for_slices_are_as_gcloud_documents_them(tmp_path, monkeypatch):
+    """Every flag of every command stands in the synopsis that gcloud itself prints for it."""
+    gcloud = Recording("ACTIVE")
+    live(gcloud, tmp_path, monkeypatch)
+    synopses = {}
+    for command in gcloud.commands:
+        if command[0] == "git":
+            continue
+        words = tuple(command[:5])
+        if words not in synopses:
+            told = subprocess.run([*words, "--help"], capture_output=True, text=True, check=True).stdout
+            synopses[words] = re.sub(r"\x1b\[[0-9;]*m|.\x08", "", told)
+        for flag in command[5:]:
+            name = flag.partition("=")[0]
+            assert (
+                not flag.startswith("--")
+                or name in synopses[words]
+                or name in ("--format", "--quiet", "--project")
+            )
+
+
+def test_the_manifest_asks_for_a_slice_for_each_worker_and_makes_dead_ones_again():
+    made = jobset.manifest("sweep", ["python"], 3, "image", "disk", "/runs", "tpu-v5-lite-podslice", "2x4", 8)
+    (replicated,) = made["spec"]["replicatedJobs"]
+    job = replicated["template"]["spec"]
+    assert (replicated["replicas"], job["completions"], job["backoffLimit"]) == (3, 1, jobset.RESTARTS)
+    (container,) = job["template"]["spec"]["containers"]
+    assert container["resources"]["limits"] == {"google.com/tpu": 8}
+    assert job["template"]["spec"]["restartPolicy"] == "Never", "a podFailurePolicy is refused with any other"
