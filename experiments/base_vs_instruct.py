@@ -218,7 +218,8 @@ def trained(base: BaseVsInstruct, folder: Path) -> BaseVsInstruct:
     rates, trained if missing.
     """
     asked = instruct.get_config("cpu")
-    best = instruct.chosen(instruct.trained(asked, folder, "all"))
+    data, held_out = instruct.begun(asked, folder)
+    best = instruct.chosen(instruct.trained(asked, data, held_out, folder, "all"))
     paths = {"base": asked.base, "instruct": best}
     return dataclasses.replace(base, **{who: str(folder / run.identity()) for who, run in paths.items()})
 

@@ -116,10 +116,9 @@ def get_config(scale: str) -> Instruct:
 
 def measure(base: Instruct, folder: Path) -> dict[str, Any]:
     """Trains what is missing, scores the last state of each run, and compares the methods."""
-    runs = {name: trained(base, folder, name) for name in ("all", "lora")}
-    place = folder / base.base.identity()
-    held_out = held(base.base.data, conversations(base, folder))
-    found = {"base": scores(place, held_out)}
+    data, held_out = begun(base, folder)
+    runs = {name: trained(base, data, held_out, folder, name) for name in ("all", "lora")}
+    found = {"base": scores(folder / base.base.identity(), held_out)}
     found |= {run.name: of for members in runs.values() for run, of in members.items()}
     best = {name: chosen(members) for name, members in runs.items()}
     pairs = {f"{name} - base": (run.name, "base") for name, run in best.items()}
@@ -143,21 +142,25 @@ def measure(base: Instruct, folder: Path) -> dict[str, Any]:
     return result
 
 
-def conversations(base: Instruct, folder: Path) -> Chat:
-    """The conversations in the base's own tokens, made if they are to be."""
-    data = dataclasses.replace(base.data, tokenizer=PretrainedTokenizer(str(folder / base.base.identity())))
-    if data.paths == MADE_UP:
-        data = dataclasses.replace(data, paths=(str(made_up(folder / MADE_UP[0])),))
-    return data
-
-
-def trained(base: Instruct, folder: Path, name: str) -> dict[Run, Scores]:
-    """The runs of one method with their scores, and the base, all trained where they are missing."""
+def begun(base: Instruct, folder: Path) -> tuple[Chat, dict[str, HeldOut]]:
+    """The conversations in the tokens of the base, which is trained if missing, and what is held out."""
     place = folder / base.base.identity()
     print(f"base: {base.base.steps:,} steps", flush=True)
     train(base.base, place)
-    data = conversations(base, folder)
-    held_out, members = held(base.base.data, data), tuned(base, data, place, name)
+    data = dataclasses.replace(base.data, tokenizer=PretrainedTokenizer(str(place)))
+    if data.paths == MADE_UP:
+        data = dataclasses.replace(data, paths=(str(made_up(folder / MADE_UP[0])),))
+    held_out = {"books": base.base.data.open().held_out(), "answers": data.open().held_out()}
+    if None in held_out.values() or held_out["answers"].documents < 2:
+        raise UserError("both are scored on what is held out: set data.held_out_fraction=0.05")
+    return data, held_out
+
+
+def trained(
+    base: Instruct, data: Chat, held_out: dict[str, HeldOut], folder: Path, name: str
+) -> dict[Run, Scores]:
+    """The runs of one method with their scores, trained where they are missing."""
+    members = tuned(base, data, folder / base.base.identity(), name)
     print(f"{name}: {len(members)} runs of {members[0].steps:,} steps, packed", flush=True)
     hooks = [[forgetting(run, held_out["books"])] for run in members]
     train_packed(members, [folder / run.identity() for run in members], hooks)
@@ -198,14 +201,6 @@ def forgetting(run: Run, books: HeldOut) -> Hook:
 
 
 # ---- scores by document ----
-
-
-def held(books: Text, talks: Chat) -> dict[str, HeldOut]:
-    """What is held out of both; raises UserError where nothing is."""
-    found = {"books": books.open().held_out(), "answers": talks.open().held_out()}
-    if None in found.values() or found["answers"].documents < 2:
-        raise UserError("both are scored on what is held out: set data.held_out_fraction=0.05")
-    return found
 
 
 def scores(place: Path, held_out: dict[str, HeldOut]) -> Scores:
