@@ -53,15 +53,16 @@ def difference(
     with np.errstate(invalid="ignore", divide="ignore"):
         changes = drawn[:, 1, 0] / drawn[:, 1, 1] - drawn[:, 0, 0] / drawn[:, 0, 1]
     first, second = sums[:, :, 0].sum(0) / sums[:, :, 1].sum(0)
-    bounds = [(math.nan, math.nan)]
+    shares = np.isin(items[..., 0], (0, 1)).all() and (items[..., 1] == 1).all()
+    low = high = math.nan
     if units > 1:
         bounds = [tuple(np.nanpercentile(changes, [50 * (1 - level), 50 * (1 + level)]))]
         variance = np.square(pulls(sums[:, 1]) - pulls(sums[:, 0])).sum() * units / (units - 1)
         half = float(stdtrit(units - 1, (1 + level) / 2)) * math.sqrt(variance)
         bounds.append((second - first - half, second - first + half))
-        if np.isin(items[..., 0], (0, 1)).all() and (items[..., 1] == 1).all():
-            bounds.append(newcombe(*items[..., 0].T, level))
-    low, high = min(low for low, _ in bounds), max(high for _, high in bounds)
+        bounds += [newcombe(*items[..., 0].T, level)] if shares else []
+        low, high = min(low for low, _ in bounds), max(high for _, high in bounds)
+        low, high = (max(low, -1.0), min(high, 1.0)) if shares else (low, high)
     return Difference(*map(float, (first, second, second - first, low, high)), len(items), units)
 
 

@@ -93,6 +93,11 @@ def test_the_interval_of_rare_events_is_the_published_one(table, low, high):
     assert newcombe(first, second) == (pytest.approx(-high, abs=5e-4), pytest.approx(-low, abs=5e-4))
 
 
+def test_a_difference_of_shares_is_at_most_one():
+    found = difference([((0.0, 1.0), (1.0, 1.0))] * 3 + [((0.0, 1.0), (0.0, 1.0))])
+    assert found.difference == 0.75 and found.high == 1.0 and found.low > -1
+
+
 @pytest.mark.parametrize("always", [0.0, 1.0])
 def test_what_never_happened_is_not_told_for_sure(always):
     found = difference([((always, 1.0), (always, 1.0))] * 60)
