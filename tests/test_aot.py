@@ -140,7 +140,9 @@ def libtpu():
     return place
 
 
-def test_a_step_compiled_for_a_slice_says_what_it_needs_and_one_too_large_does_not_fit(libtpu, tmp_path):
+def test_steps_compiled_for_a_slice_say_what_they_need_the_best_is_found_and_one_too_large_does_not_fit(
+    libtpu, tmp_path
+):
     environment = os.environ | {"LLM_JAX_CACHE": str(tmp_path)}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [libtpu, *sys.path]))
 
@@ -158,11 +160,16 @@ def test_a_step_compiled_for_a_slice_says_what_it_needs_and_one_too_large_does_n
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
-    small = compiled()
-    assert small["fits"] and small["chips"] == 4 and small["hbm_bytes"] == 16 * 2**30
-    assert small["collectives"]["all-gather"]["bytes"] > 0 and small["compile_seconds"] > 0
-    assert small["flops"] < small["executed_flops"] < 2 * small["flops"]  # blocks are computed again
-    assert 0 < small["estimated_mfu"] < 1
+    best = compiled("--search", "--config.data.sequence_length=128", "--config.model.layers=1")
+    assert best["fits"] and best["chips"] == 4 and best["hbm_bytes"] == 16 * 2**30
+    assert best["remat"] == "none" and best["batch_size"] == 4 * 8  # of a model as small as this
+    assert best["attention"] == "splash" and best["compile_seconds"] > 0
+    assert best["collectives"]["all-gather"]["bytes"] > 0
+    assert best["flops"] < best["executed_flops"] < 2 * best["flops"]  # scores and logits are computed again
+    assert 0 < best["estimated_mfu"] < 1
+    meshes = [facts["mesh"] for facts in best["tried"]]
+    assert meshes[0] == best["mesh"] and {"fsdp": 4} in meshes and {"fsdp": 2, "tensor": 2} in meshes
+    assert best["estimated_step_seconds"] == min(facts["estimated_step_seconds"] for facts in best["tried"])
     large = compiled(
         "--config.model.width=16384", "--config.model.heads=128", "--config.model.mlp_width=65536"
     )

@@ -1,5 +1,7 @@
 """Splash attention, the fused TPU kernel that comes with JAX, on each device's rows and heads."""
 
+import math
+
 import jax
 
 from llm_jax import sharding
@@ -7,6 +9,8 @@ from llm_jax.kernels import devices
 from llm_jax.kernels.chunked import Rule
 
 BLOCKS = 512, 256, 128  # queries and keys at once: the first that divides the sequence
+
+NAME = "splash"  # begins the names of its kernels
 
 
 def why_not(length: int) -> str | None:
@@ -59,3 +63,13 @@ def splash(
     return jax.shard_map(local, in_specs=places, out_specs=place, check_vma=False)(
         q_BTHK, k_BSGK, v_BSGK, segments_BT
     )
+
+
+def visited(name: str, grid: tuple[int, ...]) -> int:
+    """In how many steps of a kernel's grid it computes: a triangle of blocks, or what a window leaves of it.
+
+    grid: [..., rows, widest row] of blocks; [..., columns, heads, longest column] for the gradients of keys
+    and values.
+    """
+    rows, width = grid[-3 if "_dkv" in name else -2], grid[-1]
+    return math.prod(grid) // (rows * width) * sum(min(row + 1, width) for row in range(rows))

@@ -31,6 +31,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
+from llm_jax.kernels import splash
 from llm_jax.models import Layout, Model, ModelConfig
 from llm_jax.models.blocks import GATED
 from llm_jax.models.positions import Learned
@@ -212,8 +213,9 @@ def count_flops(model: Model, spec: Spec) -> int:
 def matmul_flops(jaxpr: core.Jaxpr) -> int:
     """FLOPs of the matrix products and convolutions in a trace, loops multiplied by their length.
 
-    A conditional counts its dearest branch. Raises ValueError for what a trace doesn't tell: loops of unknown
-    length, kernels, the work of other devices.
+    What is done on each device's part counts on every device, splash attention in the blocks that it visits.
+    A conditional counts its dearest branch, a ragged product all rows (also those that other devices' experts
+    take). Raises ValueError for what a trace doesn't tell: loops of unknown length, other kernels.
     """
     flops = 0
     for equation in jaxpr.eqns:
@@ -232,15 +234,23 @@ def matmul_flops(jaxpr: core.Jaxpr) -> int:
             kernel = equation.invars[1].aval
             outputs = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
             flops += 2 * equation.outvars[0].aval.size * kernel.size // outputs
-        elif name in ("while", "pallas_call", "shard_map"):
-            raise ValueError(f"the FLOPs of {name!r} can't be read from a trace")
         else:
             inside = [matmul_flops(inner) for inner in _inner(params)]
-            if name == "cond":
-                flops += max(inside)
-            else:
-                flops += sum(inside) * (params["length"] if name == "scan" else 1)
+            flops += max(inside) if name == "cond" else sum(inside) * _times(name, params)
     return flops
+
+
+def _times(name: str, params: dict[str, Any]) -> int:
+    """How often what is inside an equation is done, on all devices together."""
+    if name == "scan":
+        return params["length"]
+    if name == "shard_map":
+        return math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
+    if name == "pallas_call" and splash.NAME in params["name"]:
+        return splash.visited(params["name"], params["grid_mapping"].grid)
+    if name in ("while", "pallas_call"):
+        raise ValueError(f"the FLOPs of {name!r} can't be read from a trace")
+    return 1
 
 
 def _inner(params: dict[str, Any]) -> Iterator[core.Jaxpr]:

@@ -5,8 +5,11 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from llm_jax.kernels import splash
+from llm_jax.kernels.chunked import Rule
 from llm_jax.models import Layout, Model, ModelConfig, Output
 from llm_jax.models.counting import (
     DEFINITION,
@@ -19,6 +22,7 @@ from llm_jax.models.counting import (
 from llm_jax.models.experts import Experts
 from llm_jax.models.positions import Learned, NoPositions, Rotary
 from llm_jax.models.transformer import Attending, LayerNorm, RMSNorm, Transformer
+from llm_jax.sharding import MeshConfig, make_mesh
 
 
 def spec(length, rows=2):
@@ -246,3 +250,21 @@ def test_loops_multiply_conditionals_take_the_dearest_and_unknown_loops_are_refu
     assert flops(convolution, jnp.ones((2, 3, 8)), jnp.ones((5, 3, 4))) == 2 * (2 * 5 * 8) * 3 * 4
     with pytest.raises(ValueError, match="while"):
         flops(lambda x: jax.lax.while_loop(lambda c: c[0, 0] < 1, lambda c: c @ c, x), x)
+
+
+@pytest.mark.parametrize("window", [None, 513, 514])
+def test_splash_attention_counts_the_blocks_with_visible_scores_on_every_device(window):
+    """Two products of a block forward; backward scores and their gradients twice, and three more."""
+    length, heads, width = 2048, 4, 128
+    q, kv = (jax.ShapeDtypeStruct((4, length, n, width), jnp.bfloat16) for n in (heads, 2))
+    distance = np.subtract.outer(np.arange(length), np.arange(length))
+    seen = (distance >= 0) & (distance < (window or length))
+    blocks = seen.reshape(4, 512, 4, 512).any((1, 3)).sum()
+
+    def loss(q, k, v):
+        return splash.splash(q, k, v, None, Rule(1.0, None, window)).sum()
+
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, tensor=2), jax.devices()[:4])):
+        trace = jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(q, kv, kv)
+    beside = 2 * 4 * heads * length * width  # gradients times outputs, summed
+    assert matmul_flops(trace.jaxpr) == 4 * heads * blocks * (2 + 2 * 2 + 3) * 2 * 512**2 * width + beside
