@@ -41,16 +41,22 @@ from llm_jax.sharding import MeshConfig
 class Noting(Text, kind="noting"):
     def open(self):
         source = super().open()
-        rows = source.rows
-        def noted(seed, indices):
+        rows, held = source.rows, source.held_out()
+        def note(what, indices):
             if "ROWS" in os.environ:
-                with open(f"{os.environ['ROWS']}.{jax.process_index()}", "a") as file:
+                with open(f"{os.environ['ROWS']}.{what}.{jax.process_index()}", "a") as file:
                     print(*indices, file=file)
+        def trained(seed, indices):
+            note("trained", indices)
             process, step, number = map(int, os.environ.get("END", "9 0 0").split())
             if (process, step) == (jax.process_index(), indices[0] // self.batch_size):
                 os.kill(os.getpid(), number)
             return rows(seed, indices)
-        source.rows = noted
+        def scored(indices):
+            note("scored", indices)
+            return held.rows(indices)
+        source.rows = trained
+        source.held_out = lambda: dataclasses.replace(held, rows=scored)
         return source
 
 
@@ -131,8 +137,12 @@ def test_two_processes_give_the_losses_of_one_and_each_loads_its_own_rows(experi
     result = records.load_run(tmp_path / "run")["result"]
     assert result["status"] == "done" and result["steps_done"] == 40
     for process in range(2):
-        wanted = (tmp_path / f"rows.{process}").read_text().split()
-        assert {int(row) % 8 // 4 for row in wanted} == {process}
+        for what in ("trained", "scored"):
+            lines = (tmp_path / f"rows.{what}.{process}").read_text().splitlines()
+            wanted = [
+                int(row) for line in lines for row in line.split() if line != "0"
+            ]  # that tells the form
+            assert {row % 8 // 4 for row in wanted} == {process}
 
 
 class Stops:

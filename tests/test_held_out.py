@@ -17,7 +17,8 @@ def test_every_source_of_a_mixture_has_a_loss_and_the_whole_is_their_mean_over_t
         "mask": np.array([[1, 1, 1], [1, 1, 0]], np.float32),
         "document": np.array([[0, 1, 1], [2, 2, 2]], np.int32),
     }
-    held_out = HeldOut(lambda rows: iter([dict(batch)]), 5, 100, 3, (("0:one", 2), ("1:other", 1)))
+    rows = lambda chosen: {name: x[chosen] for name, x in batch.items()}  # noqa: E731
+    held_out = HeldOut(rows, 2, 5, 100, 3, (("0:one", 2), ("1:other", 1)))
     mesh = sharding.make_mesh(MeshConfig(data=1))
     (found,) = score(lambda params, rows: rows["tokens"].astype(float), {}, held_out, 2, mesh)
     assert (found["loss/0:one"], found["loss/1:other"]) == (3, 15)

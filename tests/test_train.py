@@ -63,7 +63,8 @@ def test_the_standard_error_is_that_of_several_documents(documents):
     nats = np.float32([[1.0, 2.0], [3.0, 6.0]])
     document = np.int32([[0, 0], [1, 1]]) % documents
     batch = {"document": document, "mask": np.ones((2, 2), np.float32), "nats": nats}
-    held_out = HeldOut(lambda rows: iter([batch.copy()]), tokens=4, bytes=8, documents=documents)
+    rows = lambda chosen: {name: x[chosen] for name, x in batch.items()}  # noqa: E731
+    held_out = HeldOut(rows, count=2, tokens=4, bytes=8, documents=documents)
     mesh = sharding.make_mesh(sharding.MeshConfig(data=1))
     [scores] = score(lambda params, batch: batch["nats"], {}, held_out, 2, mesh)
     assert scores["loss"] == 3.0

@@ -190,22 +190,19 @@ class TextSource(Source):
         first = np.concatenate(first)
         base = np.cumsum([0] + [stream.documents for stream in streams]).astype(np.int32)
 
-        def batches(batch_size: int) -> Iterator[Batch]:
-            filling = -len(first) % batch_size
-            all_which = np.append(which, np.zeros(filling, which.dtype))
-            all_first = np.append(first, np.full(filling, sizes[0]))
-            for start in range(0, len(all_first), batch_size):
-                chosen = slice(start, start + batch_size)
-                some, begin = all_which[chosen], all_first[chosen]
-                out = self._gather(streams, some, begin, (*self._fields, "document"))
-                out["document"] = out["document"] + base[some][:, None]
-                inside = begin[:, None] + np.arange(length) < sizes[some][:, None]
-                yield out | {"mask": inside.astype(np.float32)}
+        def rows(indices: np.ndarray) -> Batch:
+            chosen = np.minimum(indices, len(first) - 1)
+            some, begin = which[chosen], first[chosen]
+            out = self._gather(streams, some, begin, (*self._fields, "document"))
+            out["document"] = out["document"] + base[some][:, None]
+            ends = np.where(indices < len(first), sizes[some], 0)
+            inside = begin[:, None] + np.arange(length) < ends[:, None]
+            return out | {"mask": inside.astype(np.float32)}
 
         size_bytes = sum(stream.bytes for stream in streams)
         documents = [stream.documents for stream in streams]
         parts = tuple(zip(self._names, documents, strict=True)) if len(streams) > 1 else ()
-        return HeldOut(batches, int(sizes.sum()), size_bytes, int(base[-1]), parts)
+        return HeldOut(rows, len(first), int(sizes.sum()), size_bytes, int(base[-1]), parts)
 
     def epochs(self, rows: int) -> dict[str, float]:
         blocks, rest = divmod(rows, BLOCK)

@@ -187,18 +187,17 @@ class ChatSource(Source):
             return None
         order = packed([len(item.tokens) - 1 for item in self._held], self.config.sequence_length)
 
-        def batches(batch_size: int) -> Iterator[Batch]:
-            for start in range(0, len(order), batch_size):
-                rows = order[start : start + batch_size]
-                batch = self._batch([[self._held[n] for n in row] for row in rows], batch_size)
-                document = np.zeros(batch["tokens"].shape, np.int32)
-                for into, row in zip(document, rows, strict=False):
-                    lengths = [len(self._held[number].tokens) - 1 for number in row]
-                    into[: sum(lengths)] = np.repeat(row, lengths)
-                yield batch | {"document": document}
+        def rows(indices: np.ndarray) -> Batch:
+            chosen = [order[index] if index < len(order) else [] for index in indices]
+            batch = self._batch([[self._held[number] for number in row] for row in chosen])
+            document = np.zeros(batch["tokens"].shape, np.int32)
+            for into, row in zip(document, chosen, strict=True):
+                lengths = [len(self._held[number].tokens) - 1 for number in row]
+                into[: sum(lengths)] = np.repeat(row, lengths)
+            return batch | {"document": document}
 
         targets = sum(int(item.said[1:].sum()) for item in self._held)
-        return HeldOut(batches, targets, sum(item.bytes for item in self._held), len(self._held))
+        return HeldOut(rows, len(order), targets, sum(item.bytes for item in self._held), len(self._held))
 
     def epochs(self, rows: int) -> dict[str, float]:
         return {"conversations": rows / len(self._rows)}
@@ -220,9 +219,9 @@ class ChatSource(Source):
             "template": {"special": list(self.writer.template.special), "ends": self.writer.template.end},
         }
 
-    def _batch(self, rows: Sequence[Sequence[Encoded]], size: int | None = None) -> Batch:
-        """Rows of conversations side by side; rows up to `size` are empty."""
-        shape = (size or len(rows), self.config.sequence_length)
+    def _batch(self, rows: Sequence[Sequence[Encoded]]) -> Batch:
+        """Rows of conversations side by side."""
+        shape = (len(rows), self.config.sequence_length)
         out = {name: np.zeros(shape, np.int32) for name in ("tokens", "targets", "segments", "positions")}
         out["mask"] = np.zeros(shape, np.float32)
         for number, row in enumerate(rows):

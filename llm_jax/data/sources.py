@@ -24,7 +24,7 @@ Rows are made while the device is at the step before.
 
 import dataclasses
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -80,14 +80,15 @@ class Source:
 class HeldOut:
     """A fixed list of documents that every run on this data is scored on, in full: next-token batches.
 
-    `batches(batch_size)` yields dicts like `Source.spec` of exactly `batch_size` rows, the last one filled
-    up with rows of mask 0. Scoring reads `tokens` and `targets`, float32 `mask` [B, T], and int32 `document`
-    [B, T], which stands beside the spec: which of range(documents) each target belongs to, so that losses
-    can be summed by document. sources: name and number of documents of each part of a mixture, in their
-    order; losses are given for each too. Data of another form has no held-out documents (`Source.held_out`).
+    `rows(indices)` gives a dict like `Source.rows`, for range(count); further rows have mask 0 and fill
+    batches up. Scoring reads `tokens` and `targets`, float32 `mask` [B, T], and int32 `document` [B, T],
+    which stands beside the spec: which of range(documents) each target belongs to, so that losses can be
+    summed by document. sources: name and number of documents of each part of a mixture, in their order;
+    losses are given for each too. Data of another form has no held-out documents (`Source.held_out`).
     """
 
-    batches: Callable[[int], Iterator[Batch]]
+    rows: Callable[[np.ndarray], Batch]
+    count: int
     tokens: int  # targets in all, each an end of a document too
     bytes: int  # of UTF-8 text behind them (0: none)
     documents: int
