@@ -68,7 +68,7 @@ class Pool:
         self._stillborn = 0
         self._failures: dict[Planned, str] = {}
         self._refusals: list[str] = []  # those among the failures that are UserErrors
-        self._said: set[str] = set()  # why packs are as wide as they are
+        self._said: set[str] = set()  # of packs: why they are as wide as they are, and where they lie
         self._looked = self._left = time.monotonic()
         self._selector = selectors.DefaultSelector()
         self._display = SweepProgress({run.label: run.price for run in runs}, planned=planned)
@@ -204,10 +204,10 @@ class Pool:
                     self._display.show(Status(*status))
                 case {"kind": "continues", "run": number, "step": step}:
                     self._display.say(f"{worker.pack.runs[number].label}: continued from step {step:,}")
+                case {"kind": "placed", "lines": lines}:
+                    self._say_once(worker, "\n".join(lines))
                 case {"kind": "packed", "members": members, "why": why}:
-                    if why not in self._said:
-                        self._said.add(why)
-                        self._display.say(f"{worker.pack.label}: {why}")
+                    self._say_once(worker, why)
                     if rest := worker.pack.runs[members:]:
                         self._waiting.appendleft(Pack(rest))
                         worker.open = [run for run in worker.open if run not in rest]
@@ -239,6 +239,11 @@ class Pool:
                         self._refused(worker, runs[0], reason)
         if worker.closed:
             self._bury(worker)
+
+    def _say_once(self, worker: Worker, what: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            self._display.say(f"{worker.pack.label}: {what}")
 
     def _refused(self, worker: Worker, run: Planned, reason: str) -> None:
         """A run's UserError: another launcher was faster, or its folder is damaged, or the sweep is wrong."""

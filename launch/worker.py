@@ -11,6 +11,7 @@ the file descriptor FD; a run is told by its number in the task:
     {"kind": "alive"}                       every ten seconds
     {"kind": "progress", "status": [...]}   progress.Status, a few times a second
     {"kind": "continues", "run", "step"}    from a checkpoint
+    {"kind": "placed", "lines"}             on many devices: what is spread how, and the bytes of each
     {"kind": "packed", "members", "why"}    so many of the runs, the first ones, fit and are trained at once
     {"kind": "finished", "run", "status", "loss", "steps_shared"}
     {"kind": "refused", "message": ...}     a UserError; the process ends
@@ -30,7 +31,7 @@ import threading
 import time
 import traceback
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,10 @@ class Reporter(Progress):
         self._say, self._number = say, number
         super().__init__(run.steps, label, write=lambda status: say(kind="progress", status=status))
 
-    def begin(self, step: int) -> None:
+    def begin(self, step: int, placed: Sequence[str] = ()) -> None:
         super().begin(step)
+        if placed:
+            self._say(kind="placed", lines=placed)
         if step:
             self._say(kind="continues", run=self._number, step=step)
 

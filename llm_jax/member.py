@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from llm_jax import facts, optimizers, profiling, records, trunks
+from llm_jax import facts, optimizers, placement, profiling, records, trunks
 from llm_jax.checkpoints import Checkpoints
 from llm_jax.config import UserError, nearest
 from llm_jax.data import Source
@@ -117,7 +117,7 @@ class Member:
             self.status = self.result["status"]
             return
         if self._progress is not None:
-            self._progress.begin(self.first)
+            self._progress.begin(self.first, placement.lines(parts, True) if parts.mesh.size > 1 else ())
         self._branched = records.trunk(self.folder)
         shared = self._branched["from_step"] if self._branched else 0
         earlier = metrics(self.folder)

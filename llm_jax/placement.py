@@ -7,6 +7,7 @@ import collections
 import dataclasses
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -16,10 +17,10 @@ from llm_jax import sharding
 from llm_jax.config import UserError
 from llm_jax.kernels import memory
 from llm_jax.losses import total
-from llm_jax.program import KEY, Program, Shape, shape_of
+from llm_jax.program import KEY, Program, Shape, at, shape_of
 from llm_jax.run import Run
 from llm_jax.sharding import MeshConfig
-from llm_jax.step import make_init
+from llm_jax.step import State, make_init, state_shardings
 
 # Of a device's memory, what the state and a gradient may take; activations get the rest.
 STATE_SHARE = 0.5
@@ -85,38 +86,57 @@ def why_no_ring(run: Run, ways: int) -> str | None:
 def suggested(run: Run, devices: list[jax.Device]) -> MeshConfig:
     """The mesh for one run where none was asked for: all devices, parameters spread only as far as need be.
 
-    Rows are spread first; where they run out, sequences are.
+    Where none is enough, the one that takes least of a device.
     """
-    there = sharding.slices(devices)
-    found = MeshConfig(slice=there)
-    if len(devices) == 1:
-        return found
-    shape = shape_of(run, run.data)
-    count, rows = len(devices) // there, run.data.batch_size // run.execution.micro_batches
-    heads = getattr(run.resolved_model.merged, "heads", 1)
-    for ways in (n for n in range(1, count + 1) if count % n == 0):  # devices that share the parameters
-        fsdp = math.gcd(ways, rows // there)
-        data = math.gcd(count // ways, rows // (there * fsdp))
-        sequence, tensor = count // (ways * data), ways // fsdp
-        if heads % tensor or rows % there or (sequence > 1 and why_no_ring(run, sequence)):
-            continue
-        found = MeshConfig(slice=there, data=data, fsdp=fsdp, sequence=sequence, tensor=tensor)
-        room = memory.room(sharding.make_mesh(found, devices))
-        if room is None or whole_bytes(shape) / ways <= STATE_SHARE * room:
-            break
-    return found
+    shape, sizes = shape_of(run, run.data), {}
+    for found in possible(run, devices):
+        mesh = sharding.make_mesh(found, devices)
+        sizes[found], room = held_bytes(shape, mesh), memory.room(mesh)
+        if room is None or sizes[found] <= STATE_SHARE * room:
+            return found
+    return min(sizes, key=sizes.__getitem__, default=MeshConfig(slice=sharding.slices(devices)))
+
+
+def possible(run: Run, devices: list[jax.Device]) -> Iterator[MeshConfig]:
+    """Meshes of all devices for one run, those first whose parameters are spread over fewer of them.
+
+    Rows are spread first; where they run out, sequences are. Experts are shared out before all parameters.
+    """
+    model, there = run.resolved_model.merged, sharding.slices(devices)
+    heads, experts = getattr(model, "heads", 1), getattr(model, "experts", None)
+    count = len(devices) // there
+    rows, rest = divmod(run.data.batch_size, run.execution.micro_batches * there)
+    if rest:
+        return
+    for ways in _divisors(count):  # devices that share the parameters
+        for expert in reversed(_divisors(math.gcd(ways, experts.count if experts else 1, rows))):
+            fsdp = math.gcd(ways // expert, rows // expert)
+            data = math.gcd(count // ways, rows // (expert * fsdp))
+            sequence, tensor = count // (ways * data), ways // (expert * fsdp)
+            if heads % tensor == 0 and (sequence == 1 or why_no_ring(run, sequence) is None):
+                yield MeshConfig(there, 1, data, fsdp, expert, sequence, tensor)
+
+
+def _divisors(count: int) -> list[int]:
+    return [n for n in range(1, count + 1) if count % n == 0]
 
 
 # ---- what a device holds ----
 
 
 @functools.lru_cache(maxsize=16)
-def whole_bytes(shape: Shape) -> int:
-    """Of the state and a gradient of one run."""
+def _one(shape: Shape) -> tuple[State, Any]:
+    """The state of one run, and the roles of its parameters."""
     model = shape.model.build(shape.layout)
     roles = model.roles(jax.eval_shape(model.init, KEY))
-    state = jax.eval_shape(make_init(model, shape.optimizer, roles), KEY)
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((state, state.trained)))
+    return jax.eval_shape(make_init(model, shape.optimizer, roles), KEY), roles
+
+
+def held_bytes(shape: Shape, mesh: jax.sharding.Mesh) -> int:
+    """What each device holds of the state and a gradient of one run."""
+    state, roles = _one(shape)
+    placed = at(state, state_shardings(state, roles, mesh))
+    return memory.bytes_of_a_device((placed, placed.trained))
 
 
 def state_bytes(program: Program) -> dict[str, int]:
@@ -152,8 +172,11 @@ def kept_bytes(shape: Shape) -> int:
     return sum(size * count for size, count in sizes.items() if count > 0)
 
 
-def lines(program: Program) -> list[str]:
-    """The mesh, what is spread over which of its axes, what a device holds, and what stays whole."""
+def lines(program: Program, compiled: bool = False) -> list[str]:
+    """The mesh, what is spread over which of its axes, what a device holds, and what stays whole.
+
+    compiled: with what the step takes in all by its compiler; else with an estimate of activations.
+    """
     mesh, shape = program.mesh, program.shape
     spread = {name: [] for name, size in mesh.shape.items() if size > 1}
     for axis, names in sharding.TABLE.items():
@@ -162,8 +185,11 @@ def lines(program: Program) -> list[str]:
                 spread[name].append(axis)
     over = "; ".join(f"{name}={mesh.shape[name]}: {', '.join(axes)}" for name, axes in spread.items())
     each = state_bytes(program)
-    members = (shape.members or 1) // mesh.shape["member"]
-    each["activations, at most about"] = members * kept_bytes(shape) // sharding.ways("tokens", mesh)
+    if compiled:
+        each["a step, with all of that,"] = program.memory_bytes
+    else:
+        members = (shape.members or 1) // mesh.shape["member"]
+        each["activations, at most about"] = members * kept_bytes(shape) // sharding.ways("tokens", mesh)
     held = ", ".join(f"{what} {size / 1e6:,.3g} MB" for what, size in each.items())
     whole = sharding.describe(program.params, jax.tree.map(lambda role: role.axes, program.roles), mesh)
     kind = mesh.devices.flat[0].device_kind

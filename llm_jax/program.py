@@ -100,13 +100,13 @@ class Program:
         init, packed = make_init(self.model, shape.optimizer, self.roles), shape.members is not None
         one = jax.eval_shape(init, KEY)
         place_of_one = place = state_shardings(one, self.roles, mesh)
-        self.one = self.state = _at(one, place)
+        self.one = self.state = at(one, place)
         self._begin = jax.jit(init, out_shardings=place)
         if packed:
             init = jax.vmap(init, spmd_axis_name="member")
             place = jax.tree.map(lambda p: sharding.behind(p, "member"), place)
             keys = jax.ShapeDtypeStruct((shape.members, *KEY.shape), KEY.dtype)
-            self.state = _at(jax.eval_shape(init, keys), place)
+            self.state = at(jax.eval_shape(init, keys), place)
         self.init = jax.jit(init, out_shardings=place)
         self.scorer = make_scorer(self.model, packed, sharding.readable(mesh))
         self.pick = jax.jit(_take)
@@ -258,7 +258,8 @@ def widest(shape: Shape, mesh: jax.sharding.Mesh, room: float) -> int:
     return fits
 
 
-def _at(shapes: Any, places: Any) -> Any:
+def at(shapes: Any, places: Any) -> Any:
+    """ShapeDtypeStructs that say where they lie."""
     return jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places
     )

@@ -10,7 +10,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TextIO
 
 from tqdm import tqdm
@@ -61,11 +61,16 @@ class Progress:
         if write is not None or self._display.terminal:
             self._send()
 
-    def begin(self, step: int) -> None:
-        """Says that nothing stands in the way of the run any more, and that it goes on from `step`."""
+    def begin(self, step: int, placed: Sequence[str] = ()) -> None:
+        """Says that nothing stands in the way of the run any more, and that it goes on from `step`.
+
+        placed: lines about where it lies, if that is on many devices.
+        """
         self._status = self._status._replace(step=step)
         if self._display is not None:
-            self._display.say(self._headline + (f", continued from step {step:,}" if step else ""))
+            headline = self._headline + (f", continued from step {step:,}" if step else "")
+            for line in (headline, *placed):
+                self._display.say(line)
         if self._display is None or self._display.terminal:
             self._send()
 

@@ -129,6 +129,8 @@ def test_two_processes_give_the_losses_of_one_and_each_loads_its_own_rows(experi
     code, said = two(experiment, tmp_path / "run", ROWS=str(tmp_path / "rows"))
     assert code == 0, said
     assert said.count("status  done") == 1  # process 0 alone speaks
+    assert said.count("on 8 cpu, spread over data=2: batch; fsdp=2: batch, embed; tensor=2: heads") == 1
+    assert re.search("each holds parameters .* MB, gradient .* MB, .* a step, with all of that, [0-9]", said)
     losses, held_out = curve(tmp_path / "run")
     for other, other_held_out in alone:
         np.testing.assert_allclose(losses[:20], other[:20], atol=1e-5)
@@ -139,9 +141,7 @@ def test_two_processes_give_the_losses_of_one_and_each_loads_its_own_rows(experi
     for process in range(2):
         for what in ("trained", "scored"):
             lines = (tmp_path / f"rows.{what}.{process}").read_text().splitlines()
-            wanted = [
-                int(row) for line in lines for row in line.split() if line != "0"
-            ]  # that tells the form
+            wanted = {int(row) for line in lines if line != "0" for row in line.split()}  # 0 tells the form
             assert {row % 8 // 4 for row in wanted} == {process}
 
 
@@ -149,7 +149,7 @@ class Stops:
     def __init__(self, step):
         self.step = step
 
-    def begin(self, step):
+    def begin(self, step, placed):
         self.began = step
 
     def update(self, step, loss, tokens_per_second):

@@ -235,7 +235,7 @@ class Stopper:
     def __init__(self, step):
         self.step, self.began = step, None
 
-    def begin(self, step):
+    def begin(self, step, placed):
         self.began = step
 
     def update(self, step, loss, tokens_per_second):

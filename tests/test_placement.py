@@ -53,7 +53,8 @@ def test_without_a_mesh_rows_are_spread_and_then_sequences_and_parameters_where_
     }
     with pytest.raises(UserError, match="a multiple of 8 does"):  # dropout keeps sequences together
         placement.mesh_of(changed(tiny_run, data__batch_size=1, model__dropout=0.1), 1)
-    needed = placement.whole_bytes(Program(*pack(tiny_run, 1)).shape)
+    one = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    needed = 1.1 * placement.held_bytes(placement.shape_of(tiny_run, tiny_run.data), one)  # norms stay whole
     monkeypatch.setattr(memory, "room", lambda mesh: needed)
     assert sizes(placement.mesh_of(tiny_run, 1)) == {"data": 4, "fsdp": 2}
     monkeypatch.setattr(memory, "room", lambda mesh: needed / 4)
@@ -95,3 +96,18 @@ def test_what_a_device_holds_is_what_it_holds(tiny_run):
     assert where == "on 8 cpu, spread over data=2: batch; fsdp=4: batch, embed"
     assert each.startswith("each holds parameters 0.0")
     assert not any("embed" in line for line in whole)
+
+
+def test_experts_are_shared_out_where_one_device_has_no_room_before_other_parameters_are(
+    tiny_run, monkeypatch
+):
+    run = changed(tiny_run, model__experts=Experts(6, width=64))
+    shape, devices = placement.shape_of(run, run.data), jax.devices()
+    assert sizes(placement.mesh_of(run, 1)) == {"data": 8}
+    whole = placement.held_bytes(shape, sharding.make_mesh(MeshConfig(), devices[:1]))
+    monkeypatch.setattr(memory, "room", lambda mesh: 1.9 * whole)
+    mesh = placement.mesh_of(run, 1)
+    assert sizes(mesh) == {"data": 4, "expert": 2}
+    assert placement.held_bytes(shape, mesh) < 0.95 * whole
+    monkeypatch.setattr(memory, "room", lambda mesh: 0)  # the mesh that takes least
+    assert sizes(placement.mesh_of(run, 1)) == {"fsdp": 8}

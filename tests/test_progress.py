@@ -51,10 +51,10 @@ def test_a_run_that_begins_says_from_where_and_one_that_is_refused_says_nothing(
     for begins in (False, True):
         reporter = Progress(100, "run", headline="runs/x: 100 steps")
         if begins:
-            reporter.begin(40)
+            reporter.begin(40, ["on 2 devices"])
         reporter.close()
         said = capfd.readouterr()
-        line = "runs/x: 100 steps, continued from step 40\n"
+        line = "runs/x: 100 steps, continued from step 40\non 2 devices\n"
         assert (said.out, said.err) == ("", line if begins else "")
 
 
