@@ -1,5 +1,6 @@
 """Many processes are one run: its losses, its checkpoints, its end. Real processes, joined by gloo."""
 
+import json
 import os
 import re
 import signal
@@ -18,7 +19,11 @@ from launch.together import together
 from llm_jax import records
 from llm_jax.config import UserError
 from llm_jax.distributed import Place, place, variables
+from llm_jax.evaluation import standard
+from llm_jax.evaluation.runner import Evaluator
+from llm_jax.evaluation.scores import evaluate
 from llm_jax.experiment_file import load_experiment
+from llm_jax.inference.opening import open_model
 from llm_jax.train import train
 
 SECONDS = 600  # of each command, on a machine that has other work
@@ -126,7 +131,11 @@ def alone(run, tmp_path_factory):
 
 
 def test_two_processes_give_the_losses_of_one_and_each_loads_its_own_rows(experiment, alone, tmp_path):
-    code, said = two(experiment, tmp_path / "run", ROWS=str(tmp_path / "rows"))
+    rows = [{"question": f"{a}b", "choices": ["ab", "h e"], "answer": n % 2} for n, a in enumerate("abc")]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "mine.json").write_text(json.dumps({"kind": "multiple_choice", "file": "mine.jsonl"}))
+    asked = f"--config.execution.tasks.names={tmp_path / 'mine.json'},"
+    code, said = two(experiment, tmp_path / "run", asked, ROWS=str(tmp_path / "rows"))
     assert code == 0, said
     assert said.count("status  done") == 1  # process 0 alone speaks
     assert said.count("on 8 cpu, spread over data=2: batch; fsdp=2: batch, embed; tensor=2: heads") == 1
@@ -138,6 +147,9 @@ def test_two_processes_give_the_losses_of_one_and_each_loads_its_own_rows(experi
     assert records.starts(tmp_path / "run")[0]["facts"]["environment"]["processes"] == 2
     result = records.load_run(tmp_path / "run")["result"]
     assert result["status"] == "done" and result["steps_done"] == 40
+    task = standard.find(str(tmp_path / "mine.json"), tmp_path)
+    found = evaluate(Evaluator(open_model(tmp_path / "run")), *task).metrics()["probability"].value
+    assert result["mine/probability"] == pytest.approx(found, rel=1e-5)
     for process in range(2):
         for what in ("trained", "scored"):
             lines = (tmp_path / f"rows.{what}.{process}").read_text().splitlines()
