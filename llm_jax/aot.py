@@ -13,6 +13,7 @@ import dataclasses
 import importlib.metadata
 import itertools
 import json
+import math
 import re
 import sys
 import time
@@ -141,14 +142,20 @@ def candidates(run: Run, chips: int, count: int = 1) -> Iterator[Run]:
     """`run` on other meshes, with other remat and batches: from the least that is computed again to the most.
 
     Meshes spread parameters over all `chips` of a slice (fsdp), or over groups of them with 2 to 8 chips of
-    `tensor` each; batches are half to four times the run's own, the largest first.
+    `tensor` each, and with experts shared out as far as they can be; batches are half to four times the run's
+    own, the largest first.
     """
     heads = getattr(run.resolved_model, "key_value_heads", 1)
-    tensors = [ways for ways in (1, 2, 4, 8) if heads % ways == 0 and chips % ways == 0]
-    meshes = [sharding.MeshConfig(slice=count, data=1, fsdp=chips // ways, tensor=ways) for ways in tensors]
+    experts = getattr(run.resolved_model.merged, "experts", None)
+    meshes = [
+        sharding.MeshConfig(count, 1, 1, chips // (tensor * expert), expert, 1, tensor)
+        for tensor in (1, 2, 4, 8)
+        if heads % tensor == 0 and chips % tensor == 0
+        for expert in sorted({1, math.gcd(chips // tensor, experts.count if experts else 1)})
+    ]
     batches = [max(1, int(run.data.batch_size * factor)) for factor in (4, 2, 1, 0.5)]
     for mesh, remat, rows in itertools.product(meshes, REMATS, batches):
-        if rows % (count * mesh.fsdp * run.execution.micro_batches) == 0:
+        if rows % (count * mesh.fsdp * mesh.expert * run.execution.micro_batches) == 0:
             changed = config.replace(run, "execution.mesh", mesh)
             changed = config.replace(changed, "execution.layout.remat", remat)
             yield config.replace(changed, "data.batch_size", rows)
@@ -168,10 +175,8 @@ def search(run: Run, topology: str, count: int = 1) -> list[dict[str, Any]]:
         if any(old["batch_size"] >= rows for old in same):
             continue
         facts = compiled_for(one, topology, count) | {"asked": dataclasses.asdict(mesh)}
-        print(
-            f"{mesh.fsdp} fsdp x {mesh.tensor} tensor, remat {remat}, {rows} rows: {_said(facts)}",
-            file=sys.stderr,
-        )
+        spread = " x ".join(f"{size} {name}" for name, size in facts["mesh"].items())
+        print(f"{spread}, remat {remat}, {rows} rows: {_said(facts)}", file=sys.stderr)
         found.append(facts)
     return sorted(found, key=lambda facts: -tokens_per_second(facts))
 

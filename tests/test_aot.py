@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from llm_jax import aot, sharding
 from llm_jax.config import UserError
 from llm_jax.kernels import devices, hlo, slices
+from llm_jax.models.experts import Experts
 
 
 def test_exchanges_in_a_loop_count_as_often_as_it_runs():
@@ -103,6 +104,7 @@ def test_search_keeps_what_fits_and_orders_it_by_tokens_a_second(tiny_run, monke
             "tokens_per_step": rows,
             "fits": fits,
             "bound_by": "products",
+            "mesh": {},
         }
         return facts | {"peak_bytes": 0, "hbm_bytes": 0, "estimated_step_seconds": seconds}
 
@@ -115,6 +117,12 @@ def test_search_keeps_what_fits_and_orders_it_by_tokens_a_second(tiny_run, monke
     assert len(set(tried)) == len(tried) and (1, "none", 64) in tried
     assert (1, "dots", 8) not in tried  # 8 rows fit without
     assert capfd.readouterr().err.count("fits: ") == sum(facts["fits"] for facts in found)
+
+
+def test_experts_are_shared_out_in_some_of_the_meshes_that_are_tried(tiny_run):
+    run = changed(tiny_run, model__experts=Experts(6, width=64), data__batch_size=16)
+    meshes = {(one.execution.mesh.fsdp, one.execution.mesh.expert) for one in aot.candidates(run, 8)}
+    assert {(8, 1), (4, 2), (4, 1), (2, 2)} <= meshes
 
 
 def test_the_roofline_is_the_slowest_of_products_memory_and_links(tiny_run):
