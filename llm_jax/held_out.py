@@ -55,22 +55,19 @@ def by_document(
     Each process loads the rows that its devices hold.
     """
     nats, tokens = 0.0, np.zeros(held_out.documents)
-    place, readable = sharding.batch_sharding(mesh), jax.jit(_same, out_shardings=sharding.readable(mesh))
+    place = sharding.batch_sharding(mesh)
     spec = {
         name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=place)
         for name, x in held_out.rows(np.arange(1)).items()
     }
     for start in range(0, held_out.count, rows):
         batch = sharding.load_rows(lambda chosen, first=start: held_out.rows(first + chosen), spec)
-        document, mask = map(np.ravel, jax.device_get(readable(batch.pop("document"), batch["mask"])))
+        told = sharding.everywhere((batch.pop("document"), batch["mask"]), mesh)
+        document, mask = map(np.ravel, jax.device_get(told))
         losses = np.asarray(scorer(params, batch), np.float64).reshape(-1, mask.size) * mask
         nats = nats + np.stack([np.bincount(document, row, minlength=len(tokens)) for row in losses])
         tokens += np.bincount(document, mask, minlength=len(tokens))
     return nats, tokens
-
-
-def _same(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-    return arrays
 
 
 def _statistics(nats: np.ndarray, tokens: np.ndarray, held_out: HeldOut) -> dict[str, float]:

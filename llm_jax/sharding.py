@@ -157,6 +157,15 @@ def readable(mesh: Mesh) -> NamedSharding | None:
     return whole(mesh) if mesh.is_multi_process else None
 
 
+def everywhere(tree: Any, mesh: Mesh) -> Any:
+    """The same arrays, whole on each device of the mesh; all of its processes call it."""
+    return jax.jit(_same, out_shardings=whole(mesh))(tree)
+
+
+def _same(tree: Any) -> Any:
+    return tree
+
+
 def behind(place: NamedSharding, *axes: str | None) -> NamedSharding:
     """The place of an array that has the logical `axes` in front of those that lie at `place`."""
     over = [next((n for n in TABLE.get(axis, ()) if place.mesh.shape[n] > 1), None) for axis in axes]

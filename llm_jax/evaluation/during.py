@@ -56,8 +56,7 @@ class Asking:
         if jax.process_count() == 1:
             return self._asked(params)
         mesh = jax.tree.leaves(params)[0].sharding.mesh
-        params = jax.jit(lambda tree: tree, out_shardings=sharding.whole(mesh))(params)
-        params = jax.tree.map(lambda x: x.addressable_data(0), params)
+        params = jax.tree.map(lambda x: x.addressable_data(0), sharding.everywhere(params, mesh))
         with jax.set_mesh(self._alone):
             return agreed(lambda: self._asked(jax.device_put(params, sharding.whole(self._alone))))
 
