@@ -39,7 +39,8 @@ from llm_jax import config
 from llm_jax.config import UserError
 from llm_jax.data import Chat, Files, Text, readers
 from llm_jax.evaluation import standard
-from llm_jax.evaluation.kinds import Documents, OpenEnded
+from llm_jax.evaluation.kinds import Documents, Generation, OpenEnded
+from llm_jax.evaluation.probes import Probing
 from llm_jax.evaluation.requests import ASSUMED_CONTEXT
 from llm_jax.evaluation.runner import Evaluator
 from llm_jax.evaluation.scores import Outcome, evaluate
@@ -86,7 +87,8 @@ class BaseVsInstruct:
     tasks: names or files, as `python -m llm_jax.evaluate --tasks` takes them. data: the folder of published
     ones. text: files of held-out pretraining documents, there or in the folder of reference data (() for
     none; those of the pair that is made), of which `documents` are scored, each in up to `windows` pieces of
-    `longest` characters. limit: items of each task.
+    `longest` characters. limit: items of each task; written: of one whose answers are written, which takes
+    many times as long.
     """
 
     base: str = ""
@@ -95,6 +97,7 @@ class BaseVsInstruct:
     data: str = config.outside_identity(str(REFERENCE / "eval"))
     text: tuple[str, ...] = TEXTS
     limit: int = 100
+    written: int = 24
     few_shot: int = 0
     documents: int = 50
     longest: int = 4000
@@ -106,7 +109,7 @@ class BaseVsInstruct:
         return config.identity(self, SCHEMA, content)
 
     def validate(self) -> None:
-        check_least(self, "", limit=2, few_shot=0, documents=2, longest=1, windows=1, max_tokens=1)
+        check_least(self, "", limit=2, written=2, few_shot=0, documents=2, longest=1, windows=1, max_tokens=1)
         if not self.prompts:
             raise UserError("prompts is (); give at least one")
 
@@ -119,6 +122,7 @@ SCALES = {
         "",
         (),
         limit=6,
+        written=6,
         documents=8,
         prompts=PROMPTS[:3],
         max_tokens=24,
@@ -163,7 +167,8 @@ def measure(base: BaseVsInstruct, folder: Path) -> dict[str, Any]:
             for name, task, place in tasks:
                 asked = dataclasses.replace(form, few_shot=form.few_shot if takes_examples(task) else 0)
                 key = f"{name}/{'chat' if form.chat else 'raw'}"
-                found[who][key] = evaluate(evaluator, name, task, place, asked, base.limit, turns)
+                most = base.written if isinstance(task, Generation | Probing) else base.limit
+                found[who][key] = evaluate(evaluator, name, task, place, asked, most, turns)
         if base.text:
             found[who]["text"] = evaluate(evaluator, "text", documents, folder, limit=base.documents)
     result = versus.compared(found, comparable)
@@ -179,7 +184,8 @@ def measure(base: BaseVsInstruct, folder: Path) -> dict[str, Any]:
 def told(base: BaseVsInstruct, room: int, found: dict[str, dict[str, Outcome]]) -> list[str]:
     """How all was asked, and what was left out."""
     return [
-        f"{base.limit} items of each task at most, {base.few_shot} examples before each",
+        f"{base.limit} items of each task at most, {base.few_shot} examples before each; {base.written} of one "
+        "whose answers are written",
         f"both models read {room:,} tokens at most, and in turns the instruct model's template",
         "items that share a question, and texts that share an author, are drawn together",
         *(
