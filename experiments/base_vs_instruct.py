@@ -184,8 +184,8 @@ def measure(base: BaseVsInstruct, folder: Path) -> dict[str, Any]:
 def told(base: BaseVsInstruct, room: int, found: dict[str, dict[str, Outcome]]) -> list[str]:
     """How all was asked, and what was left out."""
     return [
-        f"{base.limit} items of each task at most, {base.few_shot} examples before each; {base.written} of one "
-        "whose answers are written",
+        f"{base.limit} items of each task at most ({base.written} where answers are written), "
+        f"{base.few_shot} examples before each",
         f"both models read {room:,} tokens at most, and in turns the instruct model's template",
         "items that share a question, and texts that share an author, are drawn together",
         *(
