@@ -13,15 +13,16 @@ together. Where a base knows too little, "I don't know" is not taught, and it is
     python -m launch.local --config=experiments/behaviours.py:cpu    (two sizes, all behaviours together)
     python -m launch.local --config=experiments/behaviours.py:smoke  (one tiny model: a form without meaning)
 
-Cost: cpu 12 minutes on 2 loaded cores; smoke 29 seconds where nothing was compiled before.
+Cost: cpu 17 minutes on 2 loaded cores; smoke 29 seconds where nothing was compiled before.
 
 Result (cpu, 2026-11-22, one seed, 60 held-out questions of each kind, 95% intervals; LOG.md has the table):
-at width 64 harm is refused more often by 0.78 (0.67 to 0.88), look-alikes by 0.38 (0.27 to 0.50); "I don't
-know" is said where the base is unreliable by 0.59 (0.46 to 0.72), where it is reliable by 0.07 (0.02 to
-0.13); a tool is called wherever one is needed, and at a quarter of what needs none, never with the right
-arguments; a form that is asked for is taken by 0.33 (0.18 to 0.50), never with the right answer in it. At
-width 32 look-alikes are hardly told apart. Both forget: plain questions -0.33 (-0.47 to -0.22), text +0.51
-bits per byte (0.47 to 0.54).
+none counts as learned at either size. At width 64 "I don't know" is said where the base is unreliable by 0.46
+(0.31 to 0.61), where it is reliable by 0.12 (0.03 to 0.23); harm is refused more often by 0.52 (0.38 to
+0.64), harmless requests by 0.45 (0.29 to 0.62), questions about harm by 0; a tool is called wherever one is
+needed, never with the right arguments, and also where no tool is there (+1.00, 0.78 to 1.00) or where its
+name is only mentioned (+0.84, 0.57 to 1.00); of forms nothing can be said (-0.02, -0.46 to 0.43: ten
+wordings). At width 32 look-alikes are told apart less. Both forget: plain questions -0.45 (-0.58 to -0.31),
+text +0.53 bits per byte (0.50 to 0.57).
 """
 
 import dataclasses
