@@ -30,13 +30,14 @@ _TINY = dataclasses.replace(_1B, layers=2, width=32, heads=4, kv_heads=2, mlp_wi
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """A model, the rows and tokens of a step, the ways of the mesh's `tensor` axis, and D."""
+    """A model, the rows and tokens of a step, the ways of the mesh's `tensor` axis, D, and a step's parts."""
 
     model: ModelConfig
     rows: int
     length: int
     tensor: int
     tokens: int
+    micro_batches: int = 1
 
 
 SCALES = {
@@ -44,7 +45,7 @@ SCALES = {
     "1b": Scale(_1B, 32, 4096, 1, 20 * 10**9),
     "8b": Scale(PRESETS["llama3-8b"], 256, 8192, 1, 160 * 10**9),
     "70b": Scale(PRESETS["llama3-70b"], 256, 8192, 4, 1400 * 10**9),
-    "405b": Scale(PRESETS["llama3-405b"], 256, 8192, 4, 8100 * 10**9),
+    "405b": Scale(PRESETS["llama3-405b"], 256, 8192, 4, 8100 * 10**9, micro_batches=2),
 }
 
 
@@ -53,7 +54,7 @@ def get_config(scale: str) -> Run:
     data = Text(sequence_length=chosen.length, batch_size=chosen.rows, repeat=True)
     spread = MeshConfig() if scale == "smoke" else MeshConfig(data=1, fsdp=-1, tensor=chosen.tensor)
     optimizer = AdamW(learning_rate=3e-4, schedule=Cosine())
-    execution = Execution(mesh=spread, layout=Layout(remat="full"))
+    execution = Execution(spread, Layout(remat="full"), chosen.micro_batches)
     return Run(chosen.model, data, optimizer, tokens=chosen.tokens, execution=execution)
 
 

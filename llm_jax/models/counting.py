@@ -215,10 +215,14 @@ def matmul_flops(jaxpr: core.Jaxpr) -> int:
 
     What is done on each device's part counts on every device, splash attention in the blocks that it visits.
     A conditional counts its dearest branch, a ragged product all rows (also those that other devices' experts
-    take). Raises ValueError for what a trace doesn't tell: loops of unknown length, other kernels.
+    take), and what nothing is made of doesn't count: compilers drop it. Raises ValueError for what a trace
+    doesn't tell: loops of unknown length, other kernels.
     """
-    flops = 0
-    for equation in jaxpr.eqns:
+    flops, used = 0, {variable for variable in jaxpr.outvars if isinstance(variable, core.Var)}
+    for equation in reversed(jaxpr.eqns):
+        if used.isdisjoint(equation.outvars) and not equation.effects:
+            continue
+        used.update(variable for variable in equation.invars if isinstance(variable, core.Var))
         name, params = equation.primitive.name, equation.params
         if name == "dot_general":
             (contracted, _), _ = params["dimension_numbers"]

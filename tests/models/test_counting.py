@@ -246,6 +246,7 @@ def test_loops_multiply_conditionals_take_the_dearest_and_unknown_loops_are_refu
     assert flops(loop, x) == 5 * once
     assert flops(lambda x: jax.lax.cond(x[0, 0] > 0, lambda: x @ x @ x, lambda: x), x) == 2 * once
     assert flops(jax.vmap(loop), jax.ShapeDtypeStruct((3, 4, 4), jnp.float32)) == 15 * once
+    assert flops(lambda x: (x @ x @ x, x @ x)[1], x) == once  # compilers drop the others
     convolution = lambda x, k: jax.lax.conv(x, k, (1,), "SAME")  # noqa: E731
     assert flops(convolution, jnp.ones((2, 3, 8)), jnp.ones((5, 3, 4))) == 2 * (2 * 5 * 8) * 3 * 4
     with pytest.raises(ValueError, match="while"):
