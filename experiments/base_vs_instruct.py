@@ -29,7 +29,7 @@ import dataclasses
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -82,17 +82,19 @@ PROMPTS = (
 
 @dataclasses.dataclass(frozen=True)
 class BaseVsInstruct:
-    """base, instruct: paths as `open_model` takes them; "" for a pair that is made, "tiny" for a tiny one.
+    """base, instruct: paths as `open_model` takes them, both or neither; without, the `pair` is made.
 
-    tasks: names or files, as `python -m llm_jax.evaluate --tasks` takes them. data: the folder of published
-    ones. text: files of held-out pretraining documents, there or in the folder of reference data (() for
-    none; those of the pair that is made), of which `documents` are scored, each in up to `windows` pieces of
-    `longest` characters. limit: items of each task; written: of one whose answers are written, which takes
-    many times as long.
+    pair: "books", pretrained on books and tuned on conversations; or "tiny", on sums that are made up, as are
+    a task on them, sums.json, and its held-out text. tasks: names or files, as `python -m llm_jax.evaluate
+    --tasks` takes them. data: the folder of published ones. text: files of held-out pretraining documents,
+    there or in the folder of reference data (() for none; those of the pair that is made), of which
+    `documents` are scored, each in up to `windows` pieces of `longest` characters. limit: items of each task;
+    written: of one whose answers are written, which takes many times as long.
     """
 
     base: str = ""
     instruct: str = ""
+    pair: Literal["books", "tiny"] = "books"
     tasks: tuple[str, ...] = TASKS
     data: str = config.outside_identity(str(REFERENCE / "eval"))
     text: tuple[str, ...] = TEXTS
@@ -116,11 +118,10 @@ class BaseVsInstruct:
 
 SCALES = {
     "smoke": BaseVsInstruct(
-        "tiny",
-        "tiny",
-        ("letters", "sums.json"),
-        "",
-        (),
+        pair="tiny",
+        tasks=("letters", "sums.json"),
+        data="",
+        text=("held.jsonl",),
         limit=6,
         written=6,
         documents=8,
@@ -137,15 +138,14 @@ def get_config(scale: str) -> BaseVsInstruct:
 
 def measure(base: BaseVsInstruct, folder: Path) -> dict[str, Any]:
     """The differences by task and format; the report is printed and written to report.html."""
-    paths = (base.base, base.instruct)
-    made_here = "tiny" in paths
-    folder.mkdir(parents=True, exist_ok=True)
-    if made_here:
-        base = made(base, folder)
-    elif paths == ("", ""):
-        base = trained(base, folder)
-    elif "" in paths:
+    given = [path for path in (base.base, base.instruct) if path]
+    if len(given) == 1:
         raise UserError("two checkpoints are needed: --config.base=PATH --config.instruct=PATH (or neither)")
+    folder.mkdir(parents=True, exist_ok=True)
+    if base.pair == "tiny":
+        base = sums(base, folder)
+    if not given:
+        base = {"books": trained, "tiny": made}[base.pair](base, folder)
     data = Path(base.data).expanduser()
     tasks = [standard.find(name, data) for name in base.tasks]
     write(folder / "prompts.jsonl", [{"prompt": prompt} for prompt in base.prompts])
@@ -160,9 +160,11 @@ def measure(base: BaseVsInstruct, folder: Path) -> dict[str, Any]:
     comparable = versus.same_tokens(*opened.values(), base.prompts)
     first, turns = versus.same_beginning(*opened.values()), opened["instruct"].tokenizer
     found: dict[str, dict[str, Outcome]] = {}
+    content: dict[str, str] = {}
     for who, model in opened.items():
         evaluator, found[who] = Evaluator(model._replace(context=room, first=first), keep=True), {}
         opened[who] = evaluator.opened  # its parameters are the evaluator's, who is forgotten
+        content[who] = evaluator.content
         for form in (Format(False, base.few_shot), Format(True, base.few_shot)):
             for name, task, place in tasks:
                 asked = dataclasses.replace(form, few_shot=form.few_shot if takes_examples(task) else 0)
@@ -172,13 +174,15 @@ def measure(base: BaseVsInstruct, folder: Path) -> dict[str, Any]:
         if base.text:
             found[who]["text"] = evaluate(evaluator, "text", documents, folder, limit=base.documents)
     result = versus.compared(found, comparable)
-    names = [model.name for model in opened.values()]
+    names = given or [model.name for model in opened.values()]
     said = told(base, room, found)
     said += ["texts begin with a token of each model's own"] if first is None else []
     shown = versus.report(__doc__.splitlines()[0], names, found, result, said)
-    caution = "Two tiny models, 40 steps each: nothing here says anything." * made_here
+    made_up = base.pair == "tiny" and not given
+    caution = "Two tiny models, 40 steps each: nothing here says anything." * made_up
     page.show(folder, dataclasses.replace(shown, caution=caution))
-    return {"models": dict(zip(opened, names, strict=True)), "context": room} | result
+    models = {who: {"path": getattr(base, who), "content": content[who]} for who in opened}
+    return {"models": models, "context": room} | result
 
 
 def told(base: BaseVsInstruct, room: int, found: dict[str, dict[str, Outcome]]) -> list[str]:
@@ -230,32 +234,41 @@ def trained(base: BaseVsInstruct, folder: Path) -> BaseVsInstruct:
     return dataclasses.replace(base, **{who: str(folder / run.identity()) for who, run in paths.items()})
 
 
-def made(base: BaseVsInstruct, folder: Path) -> BaseVsInstruct:
-    """The config with a tiny base and instruct model, held-out text and a task, all made in the folder."""
+def sums(base: BaseVsInstruct, folder: Path) -> BaseVsInstruct:
+    """The config with the files of the tiny pair, written to the folder: sums as text, talks and a task."""
     draw = np.random.default_rng(0)
-    sums = [(int(a), int(b)) for a, b in draw.integers(0, 5, (400, 2))]
-    lines = [f"{a} plus {b} is {a + b}. " for a, b in sums]
+    drawn = [(int(a), int(b)) for a, b in draw.integers(0, 5, (400, 2))]
+    lines = [f"{a} plus {b} is {a + b}. " for a, b in drawn]
     texts = ["".join(lines[start : start + 10]) for start in range(0, 400, 10)]
     records = [
         {"question": f"{a} plus {b} is", "choices": [f"{a + b}.", f"{a + b + 1}."], "answer": 0}
-        for a, b in sums[:12]
+        for a, b in drawn[:12]
     ]
     turns = [
         [
             {"role": "user", "content": f"What is {a} plus {b}?"},
             {"role": "assistant", "content": f"It is {a + b}."},
         ]
-        for a, b in sums
+        for a, b in drawn
     ]
-    task = {"kind": "multiple_choice", "file": "sums.jsonl", "question": "{question}"}
-    for name, rows in {
+    files = {
         "books.jsonl": [{"text": text} for text in texts[:32]],
         "held.jsonl": [{"text": text} for text in texts[32:]],
         "talks.jsonl": [{"messages": messages} for messages in turns],
         "sums.jsonl": records,
-        "sums.json": [task],
-    }.items():
+        "sums.json": [{"kind": "multiple_choice", "file": "sums.jsonl", "question": "{question}"}],
+    }
+    for name, rows in files.items():
         write(folder / name, rows)
+    placed = {
+        what: tuple(str(folder / name) if name in files else name for name in getattr(base, what))
+        for what in ("tasks", "text")
+    }
+    return dataclasses.replace(base, **placed)
+
+
+def made(base: BaseVsInstruct, folder: Path) -> BaseVsInstruct:
+    """The config with a tiny base and instruct model, trained on the sums in the folder."""
     shape = dict(sequence_length=256, batch_size=4, repeat=True, held_out_fraction=0.05)
     data = {
         "base": Text(corpus=Files((str(folder / "books.jsonl"),)), **shape),
@@ -270,6 +283,4 @@ def made(base: BaseVsInstruct, folder: Path) -> BaseVsInstruct:
             execution=Execution(mesh=MeshConfig(data=1)),
         )
         train(run, folder / name)
-    tasks = tuple(str(folder / name) if name.endswith(".json") else name for name in base.tasks)
-    paths = {name: str(folder / name) for name in data if getattr(base, name) == "tiny"}
-    return dataclasses.replace(base, tasks=tasks, text=(str(folder / "held.jsonl"),), **paths)
+    return dataclasses.replace(base, **{name: str(folder / name) for name in data})

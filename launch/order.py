@@ -17,6 +17,7 @@ or, where it measures instead of training a sweep, `measure(base, folder) -> dic
 """
 
 import dataclasses
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -116,10 +117,26 @@ def train_missing(
 
 
 def measure(experiment: Chosen, folder: Path) -> int:
-    """Runs an experiment that measures; raises UserError before if `folder` can't be written."""
+    """Runs an experiment that measures; raises UserError before if `folder` can't be written, or holds what
+    another config measured.
+    """
     make_folder(folder)
+    refuse_another(folder, config.to_json(experiment.config))
     write_result(folder, experiment, experiment.module.measure(experiment.config, folder))
     return 0
+
+
+def refuse_another(folder: Path, asked: Mapping[str, Any]) -> None:
+    """Raises UserError if the folder's result is of another config than what is asked."""
+    try:
+        there = json.loads((folder / "result.json").read_text())["config"]
+    except (FileNotFoundError, ValueError, KeyError):
+        return
+    if other := [name for name in asked if json.loads(json.dumps(asked[name])) != there.get(name)]:
+        raise UserError(
+            f"{folder} holds a result with another {', '.join(other)}; name another folder by --folder, "
+            "or remove this one"
+        )
 
 
 def write_result(folder: Path, experiment: Chosen, result: Mapping[str, Any]) -> None:

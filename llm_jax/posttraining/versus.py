@@ -98,9 +98,15 @@ def report(
     asked = result["degenerate"]["own"]["degenerate"]
     tiles.append(Tile(f"{asked['instruct']:.0%}", "degenerate answers", f"base: {asked['base']:.0%}"))
     sure = f"its interval, one of {len(tasks)} that hold together, lies"
+    told_apart = (("better", better, "above"), ("worse", worse, "below"))
     answers = [
-        Answer(f"instruct is better on {', '.join(better) or 'nothing'}", f"{sure} above zero"),
-        Answer(f"instruct is worse on {', '.join(worse) or 'nothing'}", f"{sure} below", good=not worse),
+        Answer(f"instruct is {how} on {', '.join(on)}", f"{sure} {side} zero", good=how == "better")
+        for how, on, side in told_apart
+        if on
+    ] or [
+        Answer(
+            "neither is better on any task", f"none of {len(tasks)} intervals that hold together leaves zero"
+        )
     ]
     if not result["same_tokenizer"]:
         answers.append(Answer("the tokenizers differ: losses are compared a byte, not a token", good=False))
