@@ -169,6 +169,19 @@ def test_what_was_cut_or_left_out_stands_in_the_report(experiment):
     assert "instruct: open_ended, raw: 1 items can't be judged here and are left out" in notes
 
 
-def test_an_experiment_with_one_checkpoint_says_what_it_needs(experiment, tmp_path):
+@pytest.mark.parametrize("scale", ["smoke", "cpu"])
+def test_an_experiment_with_one_checkpoint_says_what_it_needs(experiment, tmp_path, scale):
     with pytest.raises(UserError, match=r"--config.base=PATH --config.instruct=PATH"):
-        experiment.measure(dataclasses.replace(experiment.get_config("cpu"), base="a"), tmp_path)
+        experiment.measure(dataclasses.replace(experiment.get_config(scale), base="a"), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_any_two_checkpoints_are_compared_at_the_smoke_scale(experiment, saved, tmp_path, monkeypatch):
+    monkeypatch.setenv("LLM_JAX_CACHE", str(tmp_path / "cache"))
+    asked = experiment.get_config("smoke")
+    asked = dataclasses.replace(asked, base=str(saved), instruct=str(saved), prompts=("Hi",), max_tokens=4)
+    result = experiment.measure(asked, tmp_path)
+    assert result["models"]["base"] == result["models"]["instruct"]
+    assert result["models"]["base"]["path"] == str(saved) and result["models"]["base"]["content"]
+    alike = result["text"]["bits_per_byte"], *(result["tasks"][f"sums/{form}"] for form in ("raw", "chat"))
+    assert [one["difference"] for one in alike] == [0, 0, 0]

@@ -400,3 +400,11 @@ def test_a_place_that_joins_takes_what_a_dead_machine_had(bits, tmp_path, monkey
     assert Pool(packed(plan.runs, 1, 1), BITS, [Share()], joins=True).run() == {}
     assert (dead.status, mine.status) == ("done", "running")
     claim.release()
+
+
+def test_what_was_measured_is_not_written_over_by_another_config(tmp_path):
+    order.refuse_another(tmp_path, {"rounds": 2})
+    records.write_atomically(tmp_path / "result.json", '{"config": {"rounds": 2, "sizes": [1, 2]}}')
+    order.refuse_another(tmp_path, {"rounds": 2, "sizes": (1, 2)})
+    with pytest.raises(UserError, match="a result with another sizes; name another folder by --folder"):
+        order.refuse_another(tmp_path, {"rounds": 2, "sizes": (1, 3)})
