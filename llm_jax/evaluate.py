@@ -10,6 +10,7 @@ written). What was answered is kept, so the same command again continues.
 import json
 import os
 import pathlib
+import sys
 from collections.abc import Sequence
 
 from absl import flags
@@ -51,17 +52,22 @@ def main() -> None:
         raise UserError("--few_shot is at least 0, --limit and --slots are at least 1")
     if f.out and os.path.isfile(os.path.expanduser(f.out)):
         raise UserError(f"--out={f.out} is a file: name a folder")
-    tasks = [standard.find(name, standard.folder(f.data)) for name in f.tasks]
+    tasks = standard.tasks(f.tasks, standard.folder(f.data), f.few_shot, f.limit)
     form = Format(f.chat, f.few_shot)
     opened = options.opened(f.model)
+    if f.out:
+        out = pathlib.Path(os.path.expanduser(f.out))
+        out.mkdir(parents=True, exist_ok=True)
     evaluator = Evaluator(opened, keep=f.keep, slots=f.slots)
-    outcomes = [evaluate(evaluator, *task, form, f.limit) for task in tasks]
+    try:
+        outcomes = [evaluate(evaluator, *task, form, f.limit) for task in tasks]
+    except KeyboardInterrupt:
+        print("stopped" + "; the same command continues" * f.keep, file=sys.stderr)
+        raise SystemExit(130) from None
     print(table(outcomes))
     for outcome in outcomes:
         print(*(f"{line}\n" for line in outcome.left_out(opened.context)), sep="", end="")
     if f.out:
-        out = pathlib.Path(os.path.expanduser(f.out))
-        out.mkdir(parents=True, exist_ok=True)
         for outcome in outcomes:
             lines = "".join(f"{json.dumps(row)}\n" for row in outcome.rows())
             records.write_atomically(out / f"{outcome.name}.jsonl", lines)

@@ -37,11 +37,12 @@ _GOES_ON = re.compile(rf"(?:^|\n){_OTHERS}(?: ?:| *\n)|\n{_OTHERS} *$", re.IGNOR
 
 def plain(text: str) -> str:
     """Lower case, without punctuation, articles and repeated spaces (SQuAD's normalisation); numbers keep
-    their signs and points.
+    their signs and points, and an article that stands alone is no article.
     """
     text = re.sub(r"(?<=\d),(?=\d{3})", "", text.lower().replace("\u2212", "-"))
     text = _PUNCTUATION.sub(lambda found: found[1] or " ", text)
-    return " ".join(word for word in text.split() if word not in ("a", "an", "the"))
+    words = text.split()
+    return " ".join([word for word in words if word not in ("a", "an", "the")] or words)
 
 
 def number(text: str) -> float | None:

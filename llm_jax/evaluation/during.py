@@ -30,7 +30,7 @@ class Asking:
 
     def __init__(self, run: Run, source: Source) -> None:
         asked = run.execution.tasks
-        self._tasks = [standard.find(name, standard.folder(asked.data)) for name in asked.names]
+        self._tasks = standard.tasks(asked.names, standard.folder(asked.data), limit=asked.limit)
         self._run, self._source, self._model = run, source, run.resolved_model.build()
         if not hasattr(run.data, "tokenizer") or self._model.decode is None:
             raise UserError(f"execution.tasks: a {run.model.kind} on {run.data.kind} answers no questions")

@@ -44,8 +44,12 @@ class MultipleChoice(Task, kind="multiple_choice"):
     )
 
     def check(self, record: Record) -> None:
-        self._pairs(record)
-        self._right(record)
+        asked = [(question, answer.strip()) for question, answer in self._pairs(record)]
+        right = asked[self._right(record)]
+        if not right[1]:
+            raise ValueError(f"the ending {self.ending!r} is empty")
+        if asked.count(right) > 1:
+            raise ValueError(f"two choices are the right one: {right[1]!r}")
 
     def requests(self, item: Item, ask: Asker) -> list[Request]:
         shots = [self._pairs(record)[self._right(record)] for record in item.shots]
@@ -77,12 +81,10 @@ class MultipleChoice(Task, kind="multiple_choice"):
 
     def _choices(self, record: Record) -> list[str]:
         found = list(self.fixed) or record[self.choices]
-        if (
-            not isinstance(found, list)
-            or not all(isinstance(x, str) and x.strip() for x in found)
-            or not found
-        ):
+        if not isinstance(found, list) or not all(isinstance(x, str) and x.strip() for x in found):
             raise ValueError(f"the field {self.choices!r} is no list of texts: {found!r}")
+        if len(found) < 2:
+            raise ValueError(f"the field {self.choices!r} has {len(found)} choices: give at least 2")
         return found
 
     def _right(self, record: Record) -> int:
@@ -159,9 +161,11 @@ class Generation(Task, kind="generation"):
 
     def check(self, record: Record) -> None:
         filled(self.question, record)
-        if self.check_by == "numeric" and checks.number(self._expected(record)) is None:
-            raise ValueError(f"the answer {self._expected(record)!r} has no number")
-        self._expected(record)
+        expected = self._expected(record)
+        if self.check_by == "numeric" and checks.number(expected) is None:
+            raise ValueError(f"the answer {expected!r} has no number")
+        if not (expected if self.check_by == "rules" else checks.plain(expected)):
+            raise ValueError(f"the answer {self.answer!r} is {expected!r}: nothing to compare with")
 
     def requests(self, item: Item, ask: Asker) -> list[Request]:
         shown = self.shown or self.answer

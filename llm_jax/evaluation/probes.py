@@ -22,6 +22,7 @@ from llm_jax.evaluation.requests import Answered, Generate, Request
 from llm_jax.evaluation.tasks import HIGHEST, NEITHER, Asker, Item, Score, Task
 from llm_jax.inference import tools
 from llm_jax.inference.opening import Opened
+from llm_jax.values import check_least
 
 WORDS = re.findall(
     r"\w+",
@@ -158,6 +159,19 @@ class Probing(Task, kind="probe"):
         "commonest": NEITHER,
     }
 
+    def validate(self) -> None:
+        check_least(self, "", count=1)
+        if self.name not in (*PROBES, SELF):
+            raise UserError(f"no probe {self.name!r}; {nearest(self.name, (*PROBES, SELF))}")
+        typed = f"{self.name}:{self.way}"
+        if self.way != "direct" and typed not in ways(self.name):
+            raise UserError(f"no way {self.way!r} of asking {self.name}; {nearest(typed, ways(self.name))}")
+        for name in filter(None, (self.group, self.together)):
+            if name not in ("size", "pairs"):
+                raise UserError(f"items of a probe are told apart by size or pairs, not by {name!r}")
+        if self.way == "tool":
+            tools.toolbox(self.probe.tools)  # refuses where a sandbox isn't there
+
     def about(self, opened: Opened) -> "Probing":
         if self.name != SELF:
             return self
@@ -276,8 +290,6 @@ def find(name: str) -> Probing | None:
     head, _, way = name.partition(":")
     if head not in (*PROBES, SELF):
         return None
-    if name not in (f"{head}:direct", *ways(head)):
-        raise UserError(f"no way {way!r} of asking {head}; {nearest(name, ways(head))}")
-    if way == "tool":
-        tools.toolbox(PROBES[head].tools)  # refuses where a sandbox isn't there
-    return Probing(name=head, way=way or "direct")
+    found = Probing(name=head, way=way or "direct")
+    found.validate()
+    return found

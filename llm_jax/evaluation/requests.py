@@ -102,6 +102,14 @@ def parts(request: LogLikelihood | Rolling, opened: Opened) -> tuple[list[Part],
     return [Part(whole[-room:], len(following))], max(0, len(whole) - room)
 
 
+def fits(request: Request, opened: Opened) -> bool:
+    """Whether the model reads as many tokens as are to be scored at once; all else can be cut."""
+    room = opened.context or ASSUMED_CONTEXT
+    if not isinstance(request, LogLikelihood) or 4 * len(request.continuation.encode()) < room:
+        return True  # without counting: hardly a tokenizer makes so many tokens of a byte
+    return len(pair(opened, request)[1]) <= room
+
+
 def pair(opened: Opened, request: LogLikelihood) -> tuple[np.ndarray, np.ndarray]:
     """The tokens of context and continuation, as a model has met them: in turns apart, in a text together.
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from llm_jax.evaluation.requests import ASSUMED_CONTEXT, Answered
+from llm_jax.evaluation.requests import ASSUMED_CONTEXT, Answered, fits
 from llm_jax.evaluation.runner import Evaluator
 from llm_jax.evaluation.tasks import Asker, Format, Item, Score, Task
 from llm_jax.interop.tokenizer import Portable
@@ -28,7 +28,8 @@ class Metric(NamedTuple):
 class Outcome:
     """A task in a format: its items, what the model answered, and each item's scores by metric.
 
-    skipped: items of which nothing can be said. cut: prompts that the context was too short for.
+    skipped: items of which nothing can be said, those included that weren't asked (no answers), since what is
+    to be scored is longer than the context. cut: prompts that the context was too short for.
     """
 
     name: str
@@ -54,10 +55,13 @@ class Outcome:
 
     def left_out(self, context: int | None) -> list[str]:
         """In words, what of it was left out and what cut; context: of the model in tokens."""
-        what = f"{self.name}, {self.form}"
-        skipped = f"{what}: {self.skipped} items can't be judged here and are left out"
-        cut = f"{what}: {self.cut} prompts were cut to the context of {context or ASSUMED_CONTEXT:,} tokens"
-        return [skipped] * bool(self.skipped) + [cut] * bool(self.cut)
+        room, too_long = f"the context of {context or ASSUMED_CONTEXT:,} tokens", self.answers.count([])
+        told = {
+            "items can't be judged here and are left out": self.skipped - too_long,
+            f"items have an answer longer than {room} and are left out": too_long,
+            f"prompts were cut to {room}": self.cut,
+        }
+        return [f"{self.name}, {self.form}: {count} {what}" for what, count in told.items() if count]
 
     def metrics(self) -> dict[str, Metric]:
         """All metrics, by name; of a task with groups also `metric/GROUP` of the one that stands for it."""
@@ -134,6 +138,7 @@ def evaluate(
     ask, task = Asker(form, turns or own, turns not in (None, own)), task.about(evaluator.opened)
     items, what = task.items(folder, form.few_shot, limit), f"{name}, {form}"
     asked = [task.requests(item, ask) for item in items]
+    asked = [one if all(fits(request, evaluator.opened) for request in one) else [] for one in asked]
     given: list[list[Answered]] = [[] for _ in items]
     while any(asked):
         answers = iter(evaluator.run([request for requests in asked for request in requests], what))
@@ -143,5 +148,5 @@ def evaluate(
             task.further(item, ask, answered) if requests else []
             for item, requests, answered in zip(items, asked, given, strict=True)
         ]
-    scores = [task.scores(*one) for one in zip(items, given, strict=True)]
+    scores = [task.scores(*one) if one[1] else {} for one in zip(items, given, strict=True)]
     return Outcome(name, task, form, items, given, scores)

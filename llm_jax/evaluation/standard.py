@@ -3,12 +3,13 @@
 import json
 import os
 import pathlib
+from collections.abc import Sequence
 
 from llm_jax import config as configs
 from llm_jax.config import UserError
 from llm_jax.evaluation import probes
 from llm_jax.evaluation.kinds import Completion, Documents, Generation, MultipleChoice
-from llm_jax.evaluation.tasks import Task
+from llm_jax.evaluation.tasks import Task, sound
 
 _QUERY = {"question": "{query}", "answer": "gold"}
 _BBH = {"reader": "big_bench", "within": "examples", "question": "Q: {input}\nA:", "answer": "target"}
@@ -86,6 +87,23 @@ def folder(given: str = "") -> pathlib.Path:
     return pathlib.Path(os.path.expanduser(place))
 
 
+def tasks(
+    names: Sequence[str], folder: pathlib.Path, few_shot: int = 0, limit: int | None = None
+) -> list[tuple[str, Task, pathlib.Path]]:
+    """All of them by `find`. Their items are read, so that a broken file is told before anything is asked.
+
+    Raises UserError for two of one name, by which results are kept.
+    """
+    found: dict[str, tuple[str, Task, pathlib.Path]] = {}
+    for typed in names:
+        name, task, place = find(typed, folder)
+        if name in found:
+            raise UserError(f"two of the tasks {', '.join(names)} are named {name}: rename one's file")
+        task.items(place, few_shot, limit)
+        found[name] = name, task, place
+    return list(found.values())
+
+
 def find(name: str, folder: pathlib.Path) -> tuple[str, Task, pathlib.Path]:
     """(name, task, the folder of its files) of a published task, a probe, or the .json file of one's own."""
     if name in TASKS:
@@ -107,8 +125,12 @@ def find(name: str, folder: pathlib.Path) -> tuple[str, Task, pathlib.Path]:
         raise UserError(f"{place} is not JSON: {error}") from None
     if isinstance(value, dict) and "kind" not in value:
         raise UserError(f"{place}: no kind; it is one of {', '.join(Task.members)}")
-    task = configs.from_json(Task, value, str(place))
-    configs.check(task, str(place))
+    sound(value, place)
+    try:
+        task = configs.from_json(Task, value, str(place))
+        configs.check(task, str(place))
+    except UserError as error:
+        raise UserError(f"{place}: {str(error).removeprefix(str(place)).lstrip(':. ')}") from None
     if not task.file and not isinstance(task, probes.Probing):
         raise UserError(f"{place}: no file; it names that of the questions")
     return place.stem, task, place.parent

@@ -8,6 +8,7 @@ text, "question answer", the examples before it apart by empty lines; with one, 
 """
 
 import dataclasses
+import json
 import pathlib
 import random
 import re
@@ -110,10 +111,11 @@ class Task(Tagged):
         for place, record in readers.records(path, "tasks", (".csv", ".txt"), self.within):
             if not isinstance(record, dict):
                 raise UserError(f"{place} is no object with fields: {str(record)[:40]!r}")
+            sound(record, place)
             try:
                 record = READERS[self.reader](record)
                 self.check(record)
-                _ = [record[name] for name in (self.group, self.together) if name]
+                _ = [field(record, name) for name in (self.group, self.together) if name]
             except KeyError as error:
                 raise UserError(f"{place} has no field {error}; it has {', '.join(record)}") from None
             except ValueError as error:
@@ -188,6 +190,22 @@ def joined(question: str, answer: str) -> str:
     return answer if not question or question[-1].isspace() or answer[:1].isspace() else f" {answer}"
 
 
+def field(record: Record, name: str) -> Any:
+    """A field of a record; raises KeyError for one that isn't there, ValueError for one that is null."""
+    if record[name] is None:
+        raise ValueError(f"the field {name!r} is null")
+    return record[name]
+
+
 def filled(template: str, record: Record) -> str:
-    """`template` with each {field} replaced by the record's; raises KeyError for one that isn't there."""
-    return re.sub(r"\{([^{}]+)\}", lambda found: str(record[found[1]]).strip(), template)
+    """`template` with each {field} replaced by the record's; raises as `field`."""
+    return re.sub(r"\{([^{}]+)\}", lambda found: str(field(record, found[1])).strip(), template)
+
+
+def sound(value: Any, place: object) -> None:
+    """Raises UserError where a text is no Unicode: JSON can spell half a surrogate pair."""
+    try:
+        json.dumps(value, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as error:
+        before = error.object[max(0, error.start - 20) : error.start]
+        raise UserError(f"{place} has half a surrogate pair behind {before!r}") from None

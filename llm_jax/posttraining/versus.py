@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from llm_jax.config import UserError
 from llm_jax.evaluation.compare import Difference, of_all, paired
 from llm_jax.evaluation.requests import beginning
 from llm_jax.evaluation.scores import Outcome
@@ -51,6 +52,8 @@ def compared(found: Outcomes, comparable: bool) -> dict[str, Any]:
         if key.startswith("open_ended/"):
             degenerate[key.partition("/")[2]] = metrics
             continue
+        if not metrics:
+            raise UserError(f"{key}: there is no item of which something can be said for both models")
         name, first = next(iter(metrics.items()))
         wide = paired(base[one], instruct[other], level=level)[name]
         about = {"metric": name, "best": base[one].task.metrics[name], "metrics": metrics}

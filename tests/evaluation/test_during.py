@@ -64,10 +64,13 @@ def test_asking_hashes_no_parameters_and_reads_no_data_again(corpus, monkeypatch
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        (["--config.execution.tasks.names={}/half.json,"], "half.jsonl: line 2 has no field 'answer'"),
         (["--config.execution.tasks.names=leters,"], "no task 'leters'; did you mean 'letters'"),
         (["--config.execution.tasks.limit=0"], "execution.tasks.limit is 0; it is at least 1"),
     ],
 )
 def test_a_task_that_is_not_there_is_one_line(flags, tmp_path, command, changes, words):
-    code, _, err = command(*flags, *changes)
+    (tmp_path / "half.json").write_text('{"kind": "completion", "file": "half.jsonl", "answer": "{answer}"}')
+    (tmp_path / "half.jsonl").write_text('{"context": "a", "answer": "b"}\n{"context": "a"}\n')
+    code, _, err = command(*flags, *[change.format(tmp_path) for change in changes])
     assert code == 2 and words in err.rpartition("\r")[2] and not (tmp_path / "run").exists()

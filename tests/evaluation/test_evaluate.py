@@ -60,6 +60,15 @@ def test_mistakes_are_one_line(evaluate, data, flags, message):
     assert code == 2 and message in err and err.count("\n") == 1 and not out
 
 
+def test_ctrl_c_says_that_the_same_command_continues(evaluate, data, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("llm_jax.evaluation.runner.Evaluator.run", interrupted)
+    code, out, err = evaluate(f"--tasks={data}/mine.json")
+    assert code == 130 and err.endswith("stopped; the same command continues\n") and not out
+
+
 def test_the_published_tasks_are_listed(command):
     code, out, _ = command("llm_jax.evaluate", "--tasks=help")
     assert code in (0, None) and "arc_easy" in out and "gsm8k" in out and "arithmetic:tool" in out

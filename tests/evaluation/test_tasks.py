@@ -210,18 +210,44 @@ def test_a_task_is_evaluated_with_its_groups(folder, evaluator):
 @pytest.mark.parametrize(
     "file, content, task, message",
     [
-        ("a.jsonl", '{"question": "?", "options": ["x"]}', CHOICE, r"a.jsonl: line 1 has no field 'right'"),
         (
             "a.jsonl",
-            '{"question": "?", "options": ["x"], "right": 0}\n{"options": ["x"], "right": 0}',
+            '{"question": "?", "options": ["x", "y"]}',
+            CHOICE,
+            r"a.jsonl: line 1 has no field 'right'",
+        ),
+        (
+            "a.jsonl",
+            '{"question": "?", "options": ["x", "y"], "right": 0}\n{"options": ["x", "y"], "right": 0}',
             CHOICE,
             r"a.jsonl: line 2 has no field 'question'; it has options, right",
         ),
         (
             "a.jsonl",
-            '{"question": "?", "options": ["x"], "right": 3}',
+            '{"question": "?", "options": ["x", "y"], "right": 3}',
             CHOICE,
-            "'right' is 3, none of 1 choices",
+            "'right' is 3, none of 2 choices",
+        ),
+        ("a.jsonl", '{"question": "?", "options": ["x"], "right": 0}', CHOICE, "1 choices: give at least 2"),
+        (
+            "a.jsonl",
+            '{"question": "?", "options": ["x", "y", " y"], "right": 1}',
+            CHOICE,
+            "two choices are the right one: 'y'",
+        ),
+        (
+            "a.jsonl",
+            '{"question": null, "options": ["x", "y"], "right": 1}',
+            CHOICE,
+            "a.jsonl: line 1: the field 'question' is null",
+        ),
+        ("a.csv", "question,answer\n?\n", Generation(), "a.csv: line 2: the field 'answer' is null"),
+        ("a.jsonl", '{"question": "?", "answer": "!"}', Generation(), "line 1: .* nothing to compare with"),
+        (
+            "a.jsonl",
+            '{"context": "a half \\ud83d", "continuation": "b"}',
+            Completion(),
+            "a.jsonl: line 1 has half a surrogate pair behind .*a half ",
         ),
         ("a.jsonl", '{"question": "?", "options": "x", "right": 0}', CHOICE, "'options' is no list of texts"),
         ("a.jsonl", "[1]", CHOICE, "line 1 is no object with fields"),
@@ -264,11 +290,15 @@ def test_what_cannot_be_asked_is_named_by_file_line_and_field(tmp_path, file, co
     [
         ("ark_easy", None, "no task 'ark_easy'; did you mean 'arc_easy'"),
         ("{}/a.json", "{", "a.json is not JSON"),
-        ("{}/a.json", '{"kind": "multiple"}', "no task 'multiple'; did you mean 'multiple_choice'"),
+        ("{}/a.json", '{"kind": "multiple"}', "a.json: no task 'multiple'; did you mean 'multiple_choice'"),
         ("{}/a.json", '{"file": "b.csv"}', "no kind; it is one of"),
         ("{}/a.json", '{"kind": "completion", "quest": "b"}', "no field 'quest' in Completion"),
         ("{}/a.json", '{"kind": "completion"}', "a.json: no file; it names that of the questions"),
         ("{}/a.json", '{"kind": "generation", "check_by": "feel"}', "check_by"),
+        ("{}/a.json", '{"kind": "probe", "name": "lettrs"}', "a.json: no probe 'lettrs'; .* 'letters'"),
+        ("{}/a.json", '{"kind": "probe", "count": -3}', "a.json: count is -3; it is at least 1"),
+        ("{}/a.json", '{"kind": "probe", "name": "copying", "way": "tool"}', "no way 'tool' of asking cop"),
+        ("{}/a.json", '{"kind": "probe", "group": "length"}', "by size or pairs, not by 'length'"),
         ("{}/a.json", '{"kind": "generation", "check_by": "regex"}', "pattern is given with check_by=regex"),
         ("{}/a.json", '{"kind": "generation", "check_by": "regex", "pattern": "("}', "no regular expression"),
         ("arc_easy", None, "arc_easy: no file .*; --data=DIR names the folder of task files"),
@@ -279,6 +309,31 @@ def test_what_is_no_task_says_so(tmp_path, name, content, message):
         (tmp_path / "a.json").write_text(content)
     with pytest.raises(UserError, match=message):
         standard.find(name.format(tmp_path), tmp_path)
+
+
+def test_two_tasks_of_one_name_and_items_that_cannot_be_read_are_told_before_any_is_asked(folder):
+    (folder / "a").mkdir()
+    for place, file in (("riddles", "riddles"), ("a/riddles", "../riddles"), ("other", "missing")):
+        fields = {**config.to_json(CHOICE), "file": f"{file}.jsonl"}
+        (folder / f"{place}.json").write_text(json.dumps(fields))
+    typed = {name: f"{folder}/{name}.json" for name in ("riddles", "a/riddles", "other")}
+    assert standard.tasks([typed["a/riddles"]], folder, few_shot=7)[0][0] == "riddles"
+    for names, message in (
+        (("riddles", "a/riddles"), "two of the tasks .* are named riddles"),
+        (("riddles", "other"), "missing.jsonl"),
+    ):
+        with pytest.raises(UserError, match=message):
+            standard.tasks([typed[name] for name in names], folder)
+
+
+def test_an_item_with_a_choice_longer_than_the_context_is_left_out_and_told(folder, evaluator):
+    whole = evaluate(evaluator, "riddles", CHOICE, folder)
+    long = {**RIDDLES[0], "options": ["2", "4", "two and two " * 60]}
+    (folder / "riddles.jsonl").write_text("".join(json.dumps(one) + "\n" for one in (*RIDDLES, long)))
+    outcome = evaluate(evaluator, "riddles", CHOICE, folder)
+    assert outcome.metrics() == whole.metrics() and outcome.to_json()["skipped"] == 1
+    told = "riddles, raw: 1 items have an answer longer than the context of 64 tokens and are left out"
+    assert outcome.left_out(64) == [told] and whole.left_out(64) == []
 
 
 def test_a_task_of_ones_own_is_a_file_beside_its_questions(folder):
