@@ -186,7 +186,7 @@ def lines(program: Program, compiled: bool = False) -> list[str]:
     over = "; ".join(f"{name}={mesh.shape[name]}: {', '.join(axes)}" for name, axes in spread.items())
     each = state_bytes(program)
     if compiled:
-        each["a step, with all of that,"] = program.memory_bytes
+        each["in a step, with all of that,"] = program.memory_bytes
     else:
         members = (shape.members or 1) // mesh.shape["member"]
         each["activations, at most about"] = members * kept_bytes(shape) // sharding.ways("tokens", mesh)
