@@ -139,7 +139,7 @@ def test_two_processes_give_the_losses_of_one_and_each_loads_its_own_rows(experi
     assert code == 0, said
     assert said.count("status  done") == 1  # process 0 alone speaks
     assert said.count("on 8 cpu, spread over data=2: batch; fsdp=2: batch, embed; tensor=2: heads") == 1
-    assert re.search("each holds parameters .* MB, gradient .* MB, .* in a step, with all of that, [0-9]", said)
+    assert re.search("each holds parameters .* MB, .* MB, in a step, with all of that, [0-9]", said)
     losses, held_out = curve(tmp_path / "run")
     for other, other_held_out in alone:
         np.testing.assert_allclose(losses[:20], other[:20], atol=1e-5)
