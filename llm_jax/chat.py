@@ -22,7 +22,7 @@ from llm_jax.data.templates import CLOSE, Message
 from llm_jax.inference import options
 from llm_jax.inference.conversation import Reply, Speaker
 from llm_jax.inference.sampling import Sampling
-from llm_jax.inference.tools import MOST_CALLS, Tool, heard, introduced, toolbox
+from llm_jax.inference.tools import MOST_CALLS, Tool, call_of, heard, introduced, toolbox
 from llm_jax.process import prepare_xla
 
 TOKEN = "LLM_JAX_TOKEN"  # in the environment, where other users of the machine don't see it
@@ -66,11 +66,14 @@ class Chat:
         """A turn; raises UserError, and leaves the conversation as it was, where it can't be answered."""
         answers: list[list[Message]] = [[] for _ in self.speakers]
         waiting = list(range(len(self.speakers)))
-        for _ in range(MOST_CALLS + 1):
+        for left in reversed(range(MOST_CALLS + 1)):
             replies = self._heard(waiting, said, answers)
             for number, reply in replies.items():
-                answers[number] += heard(reply.answer, self.tools)
-                self._write(f"[{self.speakers[number].name}: {reply}]\n")
+                answers[number] += heard(reply.answer, self.tools, left)
+                name = self.speakers[number].name
+                self._write(f"[{name}: {reply}]\n")
+                if not left and call_of(reply.answer) is not None:
+                    self._write(f"[{name} has had its {MOST_CALLS} calls: this one is not run]\n")
             waiting = [number for number in waiting if answers[number][-1]["role"] == "tool"]
             for number in waiting:
                 self._write(f"[{self.speakers[number].name} is told: {answers[number][-1]['content']}]\n")

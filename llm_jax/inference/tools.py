@@ -117,13 +117,15 @@ def call_of(answer: Said) -> str | None:
     return answer.text.rpartition(OPEN)[2] if answer.stopped_at == CLOSE and OPEN in answer.text else None
 
 
-def heard(answer: Said, tools: Mapping[str, Tool]) -> list[Message]:
-    """An answer as the assistant's turn; behind one that ends with a call, a tool's turn with the result."""
+def heard(answer: Said, tools: Mapping[str, Tool], left: int = 1) -> list[Message]:
+    """An answer as the assistant's turn; behind one that ends with a call, a tool's turn with the result,
+    as long as there are calls `left`.
+    """
     call = call_of(answer)
     if not tools or call is None:
         return [{"role": "assistant", "content": answer.text.strip()}]
     said = {"role": "assistant", "content": f"{answer.text.strip()}{CLOSE}"}
-    return [said, {"role": "tool", "content": result_of(call, tools)}]
+    return [said, {"role": "tool", "content": result_of(call, tools)}] if left else [said]
 
 
 def answered(
@@ -137,15 +139,15 @@ def answered(
     the answer. After MOST_CALLS calls the model is heard once more, and its call is left at that.
     """
     found: list[Message] = []
-    for _ in range(MOST_CALLS + 1):
+    for left in reversed(range(MOST_CALLS + 1)):
         reply = speaker.reply([*messages, *found], sampling, max_tokens, stops=(CLOSE,))
         for _ in reply:
             pass
-        turns = heard(reply.answer, tools)
+        turns = heard(reply.answer, tools, left)
         found += turns
         if len(turns) == 1:
-            return found
-    return found[:-1]
+            break
+    return found
 
 
 # ---- schemas ----
@@ -213,14 +215,18 @@ _LARGEST = 10**60  # of a number that a calculator goes on with
 
 
 def calculator(expression: str) -> str:
-    """Numbers, + - * / // % ** and parentheses; anything else is refused before it is computed."""
+    """Numbers, + - * / // % ** and parentheses; anything else is refused before it is computed. Of fractions
+    15 digits are told, all that floating point has for sure.
+    """
     try:
         value = _value(ast.parse(expression.strip(), mode="eval").body)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        raise CallError(f"not an expression of numbers: {expression[:60]!r}") from None
+        hints = {"^": "; a power is written **", ",": "; a number has no commas"}
+        hint = "".join(hint for sign, hint in hints.items() if sign in expression)
+        raise CallError(f"not an expression of numbers: {expression[:60]!r}{hint}") from None
     except (ZeroDivisionError, OverflowError):
         raise CallError("a division by zero or too large a number") from None
-    return str(value)
+    return str(float(f"{value:.15g}") if isinstance(value, float) else value)
 
 
 def _value(node: ast.expr) -> int | float:
@@ -233,7 +239,7 @@ def _value(node: ast.expr) -> int | float:
             return _value(operand)
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
             first, second = _value(left), _value(right)
-            if isinstance(op, ast.Pow) and abs(second) * math.log10(abs(first) + 2) > 60:
+            if isinstance(op, ast.Pow) and first and second * math.log10(abs(first)) > 60:
                 raise OverflowError
             return _bounded(_BINARY[type(op)](first, second))
     raise ValueError
@@ -265,9 +271,11 @@ def calendar(date: str, days: int | None = None, weekday: str | None = None, unt
 
 def _date(text: str) -> datetime.date:
     try:
-        return datetime.date.fromisoformat(text)
+        if re.fullmatch(r"\d{4}-\d\d-\d\d", text):
+            return datetime.date.fromisoformat(text)
     except ValueError:
-        raise CallError(f"not a date as YYYY-MM-DD: {text[:40]!r}") from None
+        pass
+    raise CallError(f"not a date as YYYY-MM-DD: {text[:40]!r}")
 
 
 _TEXT = {"type": "string", "maxLength": 200}

@@ -63,11 +63,13 @@ class Worker:
                 async for heard in asked:
                     text += heard.text
                     if heard.finish:
-                        turns = await asyncio.to_thread(tools.heard, heard._replace(text=text), toolbox)
-                    if len(turns) == 2:  # a call and its result
-                        heard = heard._replace(text=heard.text + CLOSE, finish=None if left else heard.finish)
+                        whole = heard._replace(text=text)
+                        turns = await asyncio.to_thread(tools.heard, whole, toolbox, left)
+                        if tools.call_of(whole) is not None:
+                            finish = None if left else heard.finish
+                            heard = heard._replace(text=heard.text + CLOSE, finish=finish)
                     yield heard
-                if len(turns) < 2 or not left:
+                if len(turns) < 2:  # no call, or one too many
                     return
                 yield Heard(0, turns[1]["content"], (), None, role="tool")
                 said += turns

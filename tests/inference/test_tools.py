@@ -222,6 +222,10 @@ def test_a_right_call_has_a_result_of_bounded_length():
         ("7 / 2", "3.5"),
         ("10 ** 50", str(10**50)),
         ("7 % -3", "-2"),
+        ("0.1 + 0.2", "0.3"),
+        ("1 / 3", "0.333333333333333"),
+        ("10 ** -70", "1e-70"),
+        ("0 ** 70", "0"),
     ],
 )
 def test_the_calculator_is_right(expression, value):
@@ -239,6 +243,12 @@ def test_the_calculator_computes_numbers_only(expression):
         calculator(expression)
 
 
+@pytest.mark.parametrize("expression, hint", [("2^3", r"written \*\*"), ("1,000 + 1", "no commas")])
+def test_the_calculator_says_how_a_number_and_a_power_are_written(expression, hint):
+    with pytest.raises(CallError, match=hint):
+        calculator(expression)
+
+
 def test_the_calendar_knows_days():
     assert calendar("2025-03-05") == "2025-03-05, Wednesday"
     assert calendar("2025-03-05", weekday="Wednesday") == "2025-03-12, Wednesday"
@@ -247,6 +257,9 @@ def test_the_calendar_knows_days():
     assert calendar("2025-03-05", until="2025-12-25") == "295 days"
     for wrong in (
         {"date": "5.3.2025"},
+        {"date": "20250305"},
+        {"date": "2025-W10-3"},
+        {"date": "2025-02-30"},
         {"date": "9999-12-31", "days": 1},
         {"date": "2025-03-05", "days": 1, "until": ""},
     ):
@@ -329,8 +342,15 @@ def test_a_call_that_is_not_finished_runs_nothing():
 
 
 def test_a_model_that_calls_forever_is_ended():
-    said = tools.answered(Scripted(*[CALL] * 9), [], toolbox())
+    runs = []
+    box = {"calculator": tools.TOOLS["calculator"]._replace(run=lambda **_: runs.append(1) or "42")}
+    said = tools.answered(Scripted(*[CALL] * 9), [], box)
     assert [turn["role"] for turn in said] == ["assistant", "tool"] * tools.MOST_CALLS + ["assistant"]
+    assert said[-1]["content"] == CALL and len(runs) == tools.MOST_CALLS
+    chat = Chat([Scripted(*[CALL] * 9)], out=io.StringIO(), tools=box)
+    chat.say("What is 6 * 7?")
+    assert chat.messages(0)[2:] == said and len(runs) == 2 * tools.MOST_CALLS
+    assert chat.out.getvalue().endswith("[scripted has had its 4 calls: this one is not run]\n")
 
 
 def test_a_chat_shows_calls_and_their_results_and_each_model_hears_its_own():
