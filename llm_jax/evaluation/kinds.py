@@ -22,6 +22,7 @@ from llm_jax.evaluation.tasks import (
     filled,
     joined,
 )
+from llm_jax.values import check_least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,6 +153,7 @@ class Generation(Task, kind="generation"):
         return {"accuracy": HIGHEST, "stopped": HIGHEST} | more.get(self.check_by, {})
 
     def validate(self) -> None:
+        check_least(self, "", max_tokens=1)
         try:
             re.compile(self.pattern)
         except re.error as error:
@@ -233,6 +235,9 @@ class OpenEnded(Task, kind="open_ended"):
     max_tokens: int = 128
 
     metrics: ClassVar = dict.fromkeys(("degenerate", "never_stops", "repeats", "continues_as_user"), LOWEST)
+
+    def validate(self) -> None:
+        check_least(self, "", max_tokens=1)
 
     def check(self, record: Record) -> None:
         filled(self.question, record)

@@ -9,6 +9,7 @@ would help), and scored by size.
 import collections
 import dataclasses
 import datetime
+import functools
 import itertools
 import pathlib
 import random
@@ -17,6 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from llm_jax.config import UserError, nearest
+from llm_jax.data.templates import Message
 from llm_jax.evaluation import checks
 from llm_jax.evaluation.requests import Answered, Generate, Request
 from llm_jax.evaluation.tasks import HIGHEST, NEITHER, Asker, Item, Score, Task
@@ -225,8 +227,8 @@ class Probing(Task, kind="probe"):
         """After a call of a tool, the prompt with it and its result."""
         if self.way != "tool" or len(answers) > tools.MOST_CALLS or tools.call_of(answers[-1]) is None:
             return []
-        question, box = self._asked(item.record["pairs"][0][0], ask), tools.toolbox(self.probe.tools)
-        turns = [turn for answer in answers for turn in tools.heard(answer, box)]
+        question = self._asked(item.record["pairs"][0][0], ask)
+        turns = [turn for answer in answers for turn in _heard(answer, self.probe.tools)]
         stops = (tools.CLOSE, *ask.stops(("\n\n", "Question:")))
         return [Generate(ask.after_tools(question, turns), stops, 256, written=ask.written)]
 
@@ -277,6 +279,12 @@ def _with_commonest(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         record | ({"commonest": commonest[record["size"]]} if record["size"] in commonest else {})
         for record in records
     ]
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _heard(answer: Answered, names: tuple[str, ...]) -> list[Message]:
+    """The turns of an answer; what it calls is run once, however many answers follow."""
+    return tools.heard(answer, tools.toolbox(names))
 
 
 def ways(name: str) -> list[str]:

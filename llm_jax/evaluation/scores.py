@@ -58,10 +58,10 @@ class Outcome:
         room, too_long = f"the context of {context or ASSUMED_CONTEXT:,} tokens", self.answers.count([])
         told = {
             "items can't be judged here and are left out": self.skipped - too_long,
-            f"items have an answer longer than {room} and are left out": too_long,
+            f"items are left out, an answer of which is longer than {room}": too_long,
             f"prompts were cut to {room}": self.cut,
         }
-        return [f"{self.name}, {self.form}: {count} {what}" for what, count in told.items() if count]
+        return [f"{self.name}, {self.form}: {count:,} {what}" for what, count in told.items() if count]
 
     def metrics(self) -> dict[str, Metric]:
         """All metrics, by name; of a task with groups also `metric/GROUP` of the one that stands for it."""

@@ -160,6 +160,15 @@ def test_a_probe_with_a_tool_goes_on_after_the_result(opened, chat):
         standard.find("copying:tool", None)
 
 
+def test_a_probe_runs_each_of_four_calls_once(opened, monkeypatch):
+    runs, task = [], standard.find("arithmetic:tool", None)[1]
+    monkeypatch.setattr("llm_jax.inference.tools.result_of", lambda call, box: runs.append(call) or "42")
+    item, ask = task.items(None)[0], Asker(Format(), opened.tokenizer)
+    answers = [Generated(f"<T_C>call {number}", "stop", 9, 0, "</T_C>") for number in range(6)]
+    rounds = [task.further(item, ask, answers[:number]) for number in range(1, 7)]
+    assert runs == [f"call {number}" for number in range(4)] and [*map(len, rounds)] == [1, 1, 1, 1, 0, 0]
+
+
 def test_items_are_asked_as_long_as_a_task_has_more_to_ask(evaluator, monkeypatch):
     task = standard.find("dates:tool", None)[1]
     rounds = []

@@ -296,6 +296,7 @@ def test_what_cannot_be_asked_is_named_by_file_line_and_field(tmp_path, file, co
         ("{}/a.json", '{"kind": "completion"}', "a.json: no file; it names that of the questions"),
         ("{}/a.json", '{"kind": "generation", "check_by": "feel"}', "check_by"),
         ("{}/a.json", '{"kind": "probe", "name": "lettrs"}', "a.json: no probe 'lettrs'; .* 'letters'"),
+        ("{}/a.json", '{"kind": "generation", "max_tokens": 0}', "max_tokens is 0; it is at least 1"),
         ("{}/a.json", '{"kind": "probe", "count": -3}', "a.json: count is -3; it is at least 1"),
         ("{}/a.json", '{"kind": "probe", "name": "copying", "way": "tool"}', "no way 'tool' of asking cop"),
         ("{}/a.json", '{"kind": "probe", "group": "length"}', "by size or pairs, not by 'length'"),
@@ -332,7 +333,7 @@ def test_an_item_with_a_choice_longer_than_the_context_is_left_out_and_told(fold
     (folder / "riddles.jsonl").write_text("".join(json.dumps(one) + "\n" for one in (*RIDDLES, long)))
     outcome = evaluate(evaluator, "riddles", CHOICE, folder)
     assert outcome.metrics() == whole.metrics() and outcome.to_json()["skipped"] == 1
-    told = "riddles, raw: 1 items have an answer longer than the context of 64 tokens and are left out"
+    told = "riddles, raw: 1 items are left out, an answer of which is longer than the context of 64 tokens"
     assert outcome.left_out(64) == [told] and whole.left_out(64) == []
 
 
