@@ -147,7 +147,7 @@ def measure(base: BaseVsInstruct, folder: Path) -> dict[str, Any]:
     if not given:
         base = {"books": trained, "tiny": made}[base.pair](base, folder)
     data = Path(base.data).expanduser()
-    tasks = [standard.find(name, data) for name in base.tasks]
+    tasks = standard.tasks(base.tasks, data)
     write(folder / "prompts.jsonl", [{"prompt": prompt} for prompt in base.prompts])
     tasks.append(("open_ended", OpenEnded("prompts.jsonl", max_tokens=base.max_tokens), folder))
     if base.text:
