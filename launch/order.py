@@ -26,6 +26,7 @@ from launch.sweep import Plan, Planned, make_folder
 from llm_jax import config, records
 from llm_jax.config import Chosen, UserError
 from llm_jax.scaling import forecast
+from llm_jax.scaling.results import plain
 from llm_jax.scaling.trunks import savings
 
 # engine(missing, planned, before): trains the missing of the `planned` runs of a stage until each is complete
@@ -140,6 +141,6 @@ def refuse_another(folder: Path, asked: Mapping[str, Any]) -> None:
 
 
 def write_result(folder: Path, experiment: Chosen, result: Mapping[str, Any]) -> None:
-    """result.json of a whole experiment."""
+    """result.json of a whole experiment; numbers that aren't finite are null."""
     content = {"scale": experiment.scale, "config": config.to_json(experiment.config), **result}
-    records.write_atomically(folder / "result.json", records.dumps(content, indent=1) + "\n")
+    records.write_atomically(folder / "result.json", records.dumps(plain(content), indent=1) + "\n")

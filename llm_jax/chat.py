@@ -22,7 +22,7 @@ from llm_jax.data.templates import CLOSE, Message
 from llm_jax.inference import options
 from llm_jax.inference.conversation import Reply, Speaker
 from llm_jax.inference.sampling import Sampling
-from llm_jax.inference.tools import MOST_CALLS, Tool, call_of, heard, introduced, toolbox
+from llm_jax.inference.tools import MOST_CALLS, Tool, call_of, crowded, heard, introduced, toolbox
 from llm_jax.process import prepare_xla
 
 TOKEN = "LLM_JAX_TOKEN"  # in the environment, where other users of the machine don't see it
@@ -221,8 +221,10 @@ def talk(chat: Chat, ask: TextIO) -> None:
             print(f"error: {error}", file=sys.stderr)
 
 
-def opened(**batch: int) -> list[Speaker]:
-    """The speakers that --model and --compare name; batch: of each, as `Speaker` has it."""
+def opened(tools: Mapping[str, Tool], **batch: int) -> list[Speaker]:
+    """The speakers that --model and --compare name, which have room for `tools`; batch: of each, as `Speaker`
+    has it.
+    """
     f = flags.FLAGS
     found = [options.opened(path) for path in (f.model, f.compare) if path]
     if len(found) == 2 and found[0].name == found[1].name:
@@ -231,7 +233,10 @@ def opened(**batch: int) -> list[Speaker]:
         if one.tokenizer is None:
             raise UserError(f"{one.name} has no tokenizer: it can't be talked to")
         options.sampling().check(one.config.vocabulary)
-    return [Speaker(one, keep=False, **batch) for one in found]
+    speakers = [Speaker(one, keep=False, **batch) for one in found]
+    for line in filter(None, (crowded(speaker, tools) for speaker in speakers)):
+        print(line)
+    return speakers
 
 
 def web() -> None:
@@ -245,7 +250,7 @@ def web() -> None:
     with server.listen(f.host, f.port, token) as socket:
         defaults = {"system": f.system, "max_tokens": f.max_tokens, "stop": f.stop}
         defaults |= dataclasses.asdict(options.sampling())
-        speakers = opened(slots=f.slots, candidates=api.CANDIDATES)
+        speakers = opened(tools, slots=f.slots, candidates=api.CANDIDATES)
         server.serve(speakers, socket, token, defaults, tools)
 
 
@@ -260,7 +265,7 @@ def main() -> None:
     if f.web:
         return web()
     tools = toolbox(f.tools)
-    chat = Chat(opened(), options.sampling(), f.max_tokens, tuple(f.stop), f.system, tools=tools)
+    chat = Chat(opened(tools), options.sampling(), f.max_tokens, tuple(f.stop), f.system, tools=tools)
     if sys.stdin.isatty():
         import readline  # noqa: F401 (input() then edits and remembers lines)
 

@@ -117,7 +117,8 @@ class Member:
             self.status = self.result["status"]
             return
         if self._progress is not None:
-            self._progress.begin(self.first, placement.lines(parts, True) if parts.mesh.size > 1 else ())
+            placed = placement.lines(parts, True) if parts.mesh.size > 1 else ()
+            self._progress.begin(self.first, (*self.source.notes, *placed))
         self._branched = records.trunk(self.folder)
         shared = self._branched["from_step"] if self._branched else 0
         earlier = metrics(self.folder)

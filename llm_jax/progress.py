@@ -61,15 +61,15 @@ class Progress:
         if write is not None or self._display.terminal:
             self._send()
 
-    def begin(self, step: int, placed: Sequence[str] = ()) -> None:
+    def begin(self, step: int, notes: Sequence[str] = ()) -> None:
         """Says that nothing stands in the way of the run any more, and that it goes on from `step`.
 
-        placed: lines about where it lies, if that is on many devices.
+        notes: lines about its data, and about where it lies, if that is on many devices.
         """
         self._status = self._status._replace(step=step)
         if self._display is not None:
             headline = self._headline + (f", continued from step {step:,}" if step else "")
-            for line in (headline, *placed):
+            for line in (headline, *notes):
                 self._display.say(line)
         if self._display is None or self._display.terminal:
             self._send()

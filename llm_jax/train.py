@@ -33,8 +33,8 @@ from llm_jax.run import Run
 def train(run: Run, folder: str | Path, hooks: Sequence[Hook] = (), progress: Any = None) -> dict[str, Any]:
     """Trains `run` in `folder`, from its last checkpoint or its trunk's; returns what result.json holds.
 
-    progress: an object with begin(steps done, lines about where the run lies, if that is on many devices) and
-    update(steps done, loss, tokens per second).
+    progress: an object with begin(steps done, lines about the data and, on many devices, where the run lies)
+    and update(steps done, loss, tokens per second).
     Raises UserError before anything is written if the run can't be done. On SIGTERM the state is saved and
     SystemExit(143) raised, also if the run has come to its end in the meantime. A loss that isn't finite, or
     grows past what member.py says, ends the run as 'diverged'.

@@ -455,7 +455,7 @@ class Stops:
     def __init__(self, step):
         self.step = step
 
-    def begin(self, step, placed):
+    def begin(self, step, notes):
         if self.step is None:
             os.kill(os.getpid(), signal.SIGTERM)
 

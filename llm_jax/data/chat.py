@@ -4,7 +4,6 @@ A row holds conversations that don't see each other (segment ids, positions from
 """
 
 import bisect
-import collections
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
@@ -18,10 +17,11 @@ from llm_jax.config import UserError, nearest, outside_identity
 from llm_jax.data import readers, templates
 from llm_jax.data.cache import digest
 from llm_jax.data.catalogue import hash_of, split
-from llm_jax.data.conversations import Conversation, UnusableError, read
+from llm_jax.data.conversations import Found, read
 from llm_jax.data.sources import Batch, DataConfig, HeldOut, Source
 from llm_jax.data.templates import BUILT_IN, Template
 from llm_jax.data.tokenizers import Bytes, Codec, Tokenizer
+from llm_jax.data.turns import UnusableError
 from llm_jax.data.windows import mix, shuffled
 from llm_jax.data.writer import Encoded, Writer
 from llm_jax.values import check_least
@@ -71,7 +71,10 @@ class Chat(DataConfig, kind="chat"):
         if place.suffix != ".jinja" or not place.is_file():
             hint = nearest(self.template, [*BUILT_IN, OWN, "a .jinja file"])
             raise UserError(f"no chat template {self.template!r}; {hint}")
-        return self.tokenizer.named(readers.whole(place))
+        try:
+            return self.tokenizer.named(readers.whole(place))
+        except UserError as error:
+            raise UserError(f"data.template={self.template}: {error}") from None
 
     def validate(self) -> None:
         check_least(self, "data.", sequence_length=2, batch_size=1)
@@ -80,6 +83,11 @@ class Chat(DataConfig, kind="chat"):
         if not 0 <= self.held_out_fraction <= 0.5:
             raise UserError(f"data.held_out_fraction is {self.held_out_fraction}; it lies between 0 and 0.5")
         templates.check(self.written.text)
+        if not self.written.end:
+            raise UserError(
+                f"data.template={self.template} ends an answer by no special token, so a model would never "
+                "stop: write eos_token or <|a_name|> behind it (inside {% generation %}, where that stands)"
+            )
 
     def fingerprint(self) -> dict[str, Any]:
         """The conversations and the template, wherever they lie."""
@@ -101,30 +109,29 @@ class Chat(DataConfig, kind="chat"):
                     return
 
         codec = self.tokenizer.open(texts, digest(self.fingerprint()["content"]))
-        return ChatSource(self, Writer(codec, self.written), found.kept, found.dropped)
+        return ChatSource(self, Writer(codec, self.written), found)
 
 
 class ChatSource(Source):
     """Rows of packed conversations; `writer` encodes them."""
 
-    def __init__(
-        self, config: Chat, writer: Writer, found: list[Conversation], dropped: dict[str, int]
-    ) -> None:
+    def __init__(self, config: Chat, writer: Writer, found: Found) -> None:
         self.config, self.writer = config, writer
-        self.dropped, self.cut, kept = collections.Counter(dropped), 0, []
+        self.dropped, self.cut, kept = found.dropped, 0, []
         hashes: list[int] = []
-        for messages in found:
+        for messages, place in zip(found.kept, found.places, strict=True):
             try:
                 encoded = self._fitting(writer.encode(messages))
-            except UnusableError as reason:
-                self.dropped[str(reason)] += 1
+            except UnusableError as error:
+                self.dropped.add(error, place)
                 continue
             kept.append(encoded)
             hashes.append(hash_of("\0".join(f"{m['role']}\0{m['content']}" for m in messages).encode()))
         if not kept:
-            reasons = "; ".join(f"{count} have {reason}" for reason, count in self.dropped.items())
-            length = config.sequence_length
-            raise UserError(f"no conversation is left for rows of data.sequence_length={length}: {reasons}")
+            raise UserError(
+                "no conversation is left for rows of data.sequence_length="
+                f"{config.sequence_length}: {self.dropped}"
+            )
         sizes = np.array([item.bytes for item in kept])
         held, train = split(np.array(hashes, np.uint64), sizes, config.held_out_fraction, 1 << 62, "chat")
         self._held, self._kept = [kept[number] for number in held], [kept[number] for number in train]
@@ -201,6 +208,13 @@ class ChatSource(Source):
 
     def epochs(self, rows: int) -> dict[str, float]:
         return {"conversations": rows / len(self._rows)}
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """How many conversations are trained on and held out, and how many were dropped and cut, and why."""
+        why = f" ({self.dropped})" if self.dropped else ""
+        counts = f"{len(self._kept):,} conversations, {len(self._held):,} more held out, {self.cut:,} cut"
+        return (f"{counts}, {self.dropped.total():,} dropped{why}",)
 
     @property
     def record(self) -> dict[str, Any]:

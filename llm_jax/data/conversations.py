@@ -6,13 +6,17 @@
 Formats, told apart by the field that a record has:
 
     messages      {"messages": [{"role": "user", "content": "Hi"}, ...]}
-    sharegpt      {"conversations": [{"from": "human", "value": "Hi"}, ...]}
+    sharegpt      {"conversations": [{"from": "human", "value": "Hi"}, ...]}, or with role and content
     topical_chat  {"content": [{"agent": "agent_1", "message": "Hi"}, ...]}; the second to speak assists
-    alpaca        {"instruction": "Add.", "input": "1, 2", "output": "3"}; "response" is an output too
-    completion    {"prompt": "1 + 2 =", "completion": " 3"}
+    alpaca        {"instruction": "Add.", "input": "1, 2", "output": "3"}; "response" is an output too, and
+                  "history" has the pairs of turns before
+    completion    {"prompt": "1 + 2 =", "completion": " 3"}, both as text or as lists of messages
 
-A file is .jsonl (a record a line), .json (a list of records, or an object of them) or .parquet (a record a
-row), each packed (.gz, .xz, .zst) or not.
+A record of any format may have "system" and "tools" (their names, descriptions and parameters). A turn may
+have parts of text as its content, one of "tool_calls", and the "weight" 0: it is read, not trained on.
+
+A file is .jsonl (a record a line), .json (a list of records, an object of them or with them under "data", or
+one) or .parquet (a record a row), each packed (.gz, .xz, .zst) or not.
 """
 
 import collections
@@ -25,11 +29,14 @@ from typing import Any
 from llm_jax.config import UserError, nearest
 from llm_jax.data import readers
 from llm_jax.data.templates import Message
+from llm_jax.data.turns import UnusableError, field, introduced, tools, turn
 
 ROLES = ("system", "user", "assistant", "tool")
 SHAREGPT_ROLES = {
     "human": "user",
     "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bard": "assistant",
     "function_call": "assistant",
     "observation": "tool",
     "function_response": "tool",
@@ -38,16 +45,28 @@ SHAREGPT_ROLES = {
 Conversation = list[Message]
 
 
+class Dropped(collections.Counter[str]):
+    """How many records were left out, by the reason. first: where the first such stands."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first: dict[str, str] = {}
+
+    def add(self, error: UnusableError, place: str) -> None:
+        self[str(error)] += 1
+        self.first.setdefault(str(error), ", ".join(filter(None, (place, error.detail))))
+
+    def __str__(self) -> str:
+        return "; ".join(f"{count:,} have {why} (first {self.first[why]})" for why, count in self.items())
+
+
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """The conversations of some files. dropped: how many records were left out, by the reason."""
+    """The conversations of some files, and where each of them stands."""
 
     kept: list[Conversation]
-    dropped: Mapping[str, int]
-
-
-class UnusableError(ValueError):
-    """Why a record is no conversation."""
+    places: list[str]
+    dropped: Dropped
 
 
 def read(paths: Sequence[str | pathlib.Path], form: str = "auto") -> Found:
@@ -57,22 +76,37 @@ def read(paths: Sequence[str | pathlib.Path], form: str = "auto") -> Found:
     """
     if form not in (*FORMATS, "auto"):
         raise UserError(f"no format {form!r} of conversations; {nearest(form, [*FORMATS, 'auto'])}")
-    kept, dropped = [], collections.Counter[str]()
+    found = Found([], [], Dropped())
     for path in map(pathlib.Path, paths):
-        for place, record in readers.records(path, "conversations"):
-            reader = FORMATS[_form_of(record, place) if form == "auto" else form]
+        for place, record in readers.records(path, "conversations", within="data", alone=_form_of):
             try:
-                messages = reader(record)
-                check(messages)
-                kept.append(messages)
-            except UnusableError as reason:
-                dropped[str(reason)] += 1
-            except (LookupError, TypeError, AttributeError, ValueError):
-                dropped["a field missing or of another kind"] += 1
-    if not kept:
-        reasons = "; ".join(f"{count} have {reason}" for reason, count in dropped.items()) or "no record"
-        raise UserError(f"no conversation in {', '.join(map(str, paths))}: {reasons}")
-    return Found(kept, dict(dropped))
+                found.kept.append(_conversation(record, form))
+                found.places.append(place)
+            except UnusableError as error:
+                found.dropped.add(error, place)
+    if not found.kept:
+        raise UserError(f"no conversation in {', '.join(map(str, paths))}: {found.dropped or 'no record'}")
+    return found
+
+
+def _conversation(record: Any, form: str) -> Conversation:
+    """The messages of a record, the system's and what it says of tools first; raises UnusableError."""
+    if (form := _form_of(record) if form == "auto" else form) is None:
+        fields = ", ".join(record) if isinstance(record, Mapping) else "none"
+        raise UnusableError(f"none of the fields {', '.join(_FIELDS)}", f"which has {fields}"[:100])
+    try:
+        messages = [turn(message) for message in FORMATS[form](record)]
+        if system := record.get("system"):
+            told = {"role": "system", "content": system}
+            messages = messages if messages[:1] == [told] else [told, *messages]
+        check(messages)
+        messages = introduced(messages, tools(record.get("tools") or record.get("functions")))
+        check(messages)
+        return messages
+    except UnusableError:
+        raise
+    except (LookupError, TypeError, AttributeError, ValueError):
+        raise UnusableError("a field of another kind") from None
 
 
 def check(messages: Conversation) -> None:
@@ -83,13 +117,13 @@ def check(messages: Conversation) -> None:
     if None in roles:
         raise UnusableError("a turn without a role")
     if unknown := [role for role in roles if role not in ROLES]:
-        raise UnusableError(f"the unknown role {unknown[0]!r}")
+        raise UnusableError(f"a role other than {', '.join(ROLES)}", repr(unknown[0])[:40])
     if roles.count("system") > 1:
         raise UnusableError("two system messages")
     if "system" in roles[1:]:
         raise UnusableError("a system message that isn't the first")
-    if "assistant" not in roles:
-        raise UnusableError("no assistant turn")
+    if all(turn["role"] != "assistant" or turn.get("weight") == 0 for turn in messages):
+        raise UnusableError("no assistant turn" + " that counts" * ("assistant" in roles))
     for message in messages:
         if not isinstance(message.get("content"), str):
             raise UnusableError("a turn without text")
@@ -103,40 +137,54 @@ def check(messages: Conversation) -> None:
 
 
 def _messages(record: Mapping[str, Any]) -> Conversation:
-    return [dict(message) for message in record["messages"]]
+    return field(record, "messages", list)
 
 
 def _sharegpt(record: Mapping[str, Any]) -> Conversation:
-    turns = record["conversations"]
-    system = [{"role": "system", "content": record["system"]}] if record.get("system") else []
-    return system + [
-        {"role": SHAREGPT_ROLES.get(turn["from"], turn["from"]), "content": turn["value"]} for turn in turns
+    return [
+        turn if isinstance(turn, Mapping) and "role" in turn else _of_sharegpt(turn)
+        for turn in field(record, "conversations", list)
     ]
+
+
+def _of_sharegpt(turn: Any) -> Message:
+    speaker, said = field(turn, "from"), field(turn, "value")
+    told = {"function_call": said} if speaker == "function_call" else {"content": said}
+    more = {name: turn[name] for name in turn if name not in ("from", "value")}
+    return {"role": SHAREGPT_ROLES.get(speaker, speaker)} | told | more
 
 
 def _topical_chat(record: Mapping[str, Any]) -> Conversation:
     """Who speaks first is the user; turns of one speaker that follow each other are one."""
     out: Conversation = []
-    first = record["content"][0]["agent"]
-    for turn in record["content"]:
-        role = "user" if turn["agent"] == first else "assistant"
+    turns = field(record, "content", list)
+    for said in turns:
+        role = "user" if field(said, "agent") == turns[0]["agent"] else "assistant"
+        text = field(said, "message")
         if out and out[-1]["role"] == role:
-            out[-1] = {"role": role, "content": f"{out[-1]['content']}\n{turn['message']}"}
+            out[-1] = {"role": role, "content": f"{out[-1]['content']}\n{text}"}
         else:
-            out.append({"role": role, "content": turn["message"]})
+            out.append({"role": role, "content": text})
     return out
 
 
 def _alpaca(record: Mapping[str, Any]) -> Conversation:
-    asked = "\n\n".join(filter(None, (record["instruction"], record.get("input"))))
-    answer = record["output"] if "output" in record else record["response"]
-    system = [{"role": "system", "content": record["system"]}] if record.get("system") else []
-    return [*system, {"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+    asked = [field(record, "instruction"), field(record, "input") if record.get("input") else ""]
+    answer = field(record, "response" if "response" in record and "output" not in record else "output")
+    pairs = [*(record.get("history") or ()), ("\n\n".join(filter(None, asked)), answer)]
+    return [turn for pair in pairs for turn in _pair(*pair)]
 
 
 def _completion(record: Mapping[str, Any]) -> Conversation:
-    turns = zip(("user", "assistant"), (record["prompt"], record["completion"]), strict=True)
-    return [{"role": role, "content": text} for role, text in turns]
+    """Of a prompt of several turns only the completion is trained on."""
+    if isinstance(record.get("prompt"), str):
+        return _pair(record["prompt"], field(record, "completion"))
+    before = [dict(turn) | {"weight": 0} for turn in field(record, "prompt", list)]
+    return [*before, *field(record, "completion", list)]
+
+
+def _pair(asked: str, answer: str) -> Conversation:
+    return [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
 
 
 FORMATS: dict[str, Callable[[Mapping[str, Any]], Conversation]] = {
@@ -155,10 +203,7 @@ _FIELDS = {
 }
 
 
-def _form_of(record: Any, place: str) -> str:
-    fields = list(record) if isinstance(record, Mapping) else []
-    for field, form in _FIELDS.items():
-        if field in fields:
-            return form
-    known = ", ".join(_FIELDS)
-    raise UserError(f"{place}: no conversation has the fields {fields}; each has one of {known}")
+def _form_of(record: Any) -> str | None:
+    """The format of a record; None where it has the fields of none."""
+    fields = record if isinstance(record, Mapping) else ()
+    return next((form for name, form in _FIELDS.items() if name in fields), None)

@@ -12,7 +12,7 @@ import lzma
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
 from llm_jax.config import UserError, nearest
@@ -66,8 +66,8 @@ def lines(path: pathlib.Path) -> Iterator[str]:
 
     def texts() -> Iterator[str]:
         with _open(path) as file:
-            for line in file:
-                yield line.decode()
+            for number, line in enumerate(file):
+                yield line.decode("utf-8" if number else "utf-8-sig")
 
     return _readable(path, texts())
 
@@ -87,12 +87,17 @@ def rows(path: pathlib.Path) -> Iterator[dict]:
 
 
 def records(
-    path: pathlib.Path, what: str, more: Sequence[str] = (), within: str = ""
+    path: pathlib.Path,
+    what: str,
+    more: Sequence[str] = (),
+    within: str = "",
+    alone: Callable[[Any], Any] = lambda value: False,
 ) -> Iterator[tuple[str, Any]]:
     """(where it stands, record) of all records of a file: .jsonl, .json or .parquet, packed or not.
 
-    A .json file has a list of records, or an object of them, or one whose field `within` has. more: ".csv"
-    and ".txt" (one record with the field text), where `what` stands in such too.
+    A .json file has a list of records, or an object of them, or one whose field `within` has, or one record,
+    which `alone` tells. more: ".csv" and ".txt" (one record with the field text), where `what` stands in
+    such too.
     """
     name = path.stem if path.suffix in PACKED else path.name
     suffix = next((suffix for suffix in (*RECORDS, *more) if name.endswith(suffix)), None)
@@ -114,7 +119,9 @@ def records(
                 yield f"{path}: line {number}", _json(text, f"{path}: line {number}")
     else:
         value = _json(whole(path), str(path))
-        value = value.get(within) if within and isinstance(value, dict) else value
+        if alone(value):
+            return (yield str(path), value)
+        value = value.get(within, value) if within and isinstance(value, dict) else value
         if not isinstance(value, list | dict):
             raise UserError(f"{path}: neither a list of records nor an object of them")
         items = value if isinstance(value, list) else value.values()

@@ -24,7 +24,7 @@ Rows are made while the device is at the step before.
 
 import dataclasses
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -61,6 +61,7 @@ class Source:
 
     spec: dict[str, jax.ShapeDtypeStruct]  # the global batch of one step
     available_tokens: int | None = None  # what may be trained on without repeating (None: no limit)
+    notes: Sequence[str] = ()  # lines to tell when a run begins
     record: Mapping[str, Any] = types.MappingProxyType({})  # JSON facts for the run's record: hashes, counts
 
     def rows(self, seed: int, indices: np.ndarray) -> Batch:

@@ -80,7 +80,7 @@ def check(template: str) -> None:
     try:
         _compiled(template)
     except jinja2.TemplateError as error:
-        raise UserError(f"the chat template: {error}") from None
+        raise UserError(f"the chat template: {_why(error)}") from None
 
 
 def render(
@@ -104,8 +104,13 @@ def _marked(
             messages=messages, add_generation_prompt=answer, **{"tools": None, **special, **facts}
         )
     except Exception as error:
-        why = str(error) if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {error}"
-        raise UserError(f"the chat template: {why}") from None
+        raise UserError(f"the chat template: {_why(error)}") from None
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, jinja2.TemplateSyntaxError):
+        return f"line {error.lineno}: {error.message}"
+    return str(error) if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {error}"
 
 
 def lead(template: str, special: Mapping[str, str]) -> str:
@@ -123,16 +128,21 @@ def pieces(
 
     Said is what {% generation %} wraps, where the template has that. Else an answer is what follows the text
     that the model is prompted with, so that it is taught what it will be asked for, to the last of the tokens
-    `ends` in it (to its last letter where it has none). Raises UserError where the template refuses, or
-    writes a turn otherwise once others follow it.
+    `ends` in it (to its last letter where it has none). A turn of weight 0 counts as said by another. Raises
+    UserError where the template refuses, or writes a turn otherwise once others follow it.
     """
+    spoken = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    silent = {number for number in spoken if messages[number].get("weight") == 0}
     if re.search(r"{%[-+]?\s*generation\b", template):
-        parts = re.split("|".join(MARKS), _marked(template, messages, special, False, **facts))
-        return [(text, number % 2 == 1) for number, text in enumerate(parts) if text]
+
+        def marked(end: int) -> list[str]:
+            return re.split("|".join(MARKS), _marked(template, messages[:end], special, False, **facts))
+
+        unsaid = {part for at in silent for part in range(len(marked(at)) if at else 0, len(marked(at + 1)))}
+        parts = enumerate(marked(len(messages)))
+        return [(text, at % 2 == 1 and at not in unsaid) for at, text in parts if text]
     whole, out, done = render(template, messages, special, answer=False, **facts), [], 0
-    for number, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
+    for number in spoken:
         before = render(template, messages[:number], special, answer=True, **facts)
         after = render(template, messages[: number + 1], special, answer=False, **facts)
         if not after.startswith(before) or not whole.startswith(after):
@@ -140,7 +150,7 @@ def pieces(
         said = after[len(before) :]
         end = max((said.rfind(name) + len(name) for name in ends if name in said), default=len(said))
         end = len(said) if said[end:].strip() else end
-        out += [(whole[done : len(before)], False), (said[:end], True)]
+        out += [(whole[done : len(before)], False), (said[:end], number not in silent)]
         done = len(before) + end
     return [piece for piece in [*out, (whole[done:], False)] if piece[0]]
 

@@ -9,10 +9,11 @@ from typing import NamedTuple
 import numpy as np
 
 from llm_jax.config import UserError
-from llm_jax.data.conversations import Conversation, UnusableError
+from llm_jax.data.conversations import Conversation
 from llm_jax.data.names import Names
 from llm_jax.data.templates import EOS, Template, pieces
 from llm_jax.data.tokenizers import Codec
+from llm_jax.data.turns import UnusableError
 
 
 class Encoded(NamedTuple):

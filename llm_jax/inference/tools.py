@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from llm_jax.config import UserError, nearest
+from llm_jax.data import turns
 from llm_jax.data.templates import CLOSE, OPEN, Message
 from llm_jax.inference import sandbox
 from llm_jax.inference.conversation import Speaker
@@ -39,6 +40,10 @@ class Tool(NamedTuple):
     parameters: Mapping[str, Any]
     run: Callable[..., str]
 
+    @property
+    def told(self) -> dict[str, Any]:
+        return {"name": self.name, "description": self.description, "parameters": self.parameters}
+
 
 def toolbox(names: Sequence[str] = ("calculator", "calendar", "python")) -> dict[str, Tool]:
     """Built-in tools by name; raises UserError for others, and where a sandbox isn't there."""
@@ -52,21 +57,24 @@ def toolbox(names: Sequence[str] = ("calculator", "calendar", "python")) -> dict
 
 def described(tools: Mapping[str, Tool]) -> str:
     """What a model is told about its tools."""
-    lines = [
-        json.dumps({"name": tool.name, "description": tool.description, "parameters": tool.parameters})
-        for tool in tools.values()
-    ]
-    form = f'{OPEN}{{"name": "...", "arguments": {{...}}}}{CLOSE}'
-    return "\n".join([f"You can call a tool by writing {form} and are then told its result. Tools:", *lines])
+    return turns.described([tool.told for tool in tools.values()])
 
 
 def introduced(messages: Sequence[Message], tools: Mapping[str, Tool]) -> list[Message]:
     """A conversation at whose beginning a model is told about its tools, behind its system message."""
-    if not tools:
-        return list(messages)
-    told = [turn["content"] for turn in messages[:1] if turn["role"] == "system"]
-    system = "\n\n".join([*filter(None, told), described(tools)])
-    return [{"role": "system", "content": system}, *messages[len(told) :]]
+    return turns.introduced(messages, [tool.told for tool in tools.values()])
+
+
+def crowded(speaker: Speaker, tools: Mapping[str, Tool]) -> str:
+    """A line where that takes over half of a model's context, "" elsewhere; UserError where it takes all."""
+    if not tools or (context := speaker.opened.context) is None:
+        return ""
+    hello = [{"role": "user", "content": "Hello"}]
+    taken = len(speaker.ids(introduced(hello, tools))) - len(speaker.ids(hello))
+    said = f"{speaker.name}: the tools' description takes {taken:,} tokens of a context of {context:,}"
+    if taken >= context:
+        raise UserError(f"{said}: name fewer in --tools")
+    return said if 2 * taken > context else ""
 
 
 def result_of(call: str, tools: Mapping[str, Tool]) -> str:

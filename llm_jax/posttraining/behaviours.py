@@ -18,12 +18,13 @@ from typing import Any, NamedTuple
 from llm_jax.config import UserError
 from llm_jax.data.cache import digest
 from llm_jax.data.conversations import Conversation
+from llm_jax.data.turns import called
 from llm_jax.evaluation.behaviour import UNKNOWN
 from llm_jax.evaluation.requests import Generate
 from llm_jax.evaluation.runner import Evaluator
 from llm_jax.evaluation.tasks import Asker, Format
 from llm_jax.inference.sampling import Sampling
-from llm_jax.inference.tools import CLOSE, OPEN, TOOLS, Tool, calculator, described
+from llm_jax.inference.tools import TOOLS, Tool, calculator, described
 from llm_jax.posttraining import world as worlds
 from llm_jax.posttraining.world import RECORDS, Asked, Fact, World, part
 
@@ -224,7 +225,7 @@ def calls(world: World, draw: random.Random, held: bool, wanted: bool) -> Exampl
     turns = [
         told,
         {"role": "user", "content": question},
-        {"role": "assistant", "content": f"{OPEN}{json.dumps(call)}{CLOSE}"},
+        {"role": "assistant", "content": called(**call)},
         {"role": "tool", "content": result},
         {"role": "assistant", "content": answer},
     ]

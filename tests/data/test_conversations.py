@@ -27,6 +27,7 @@ SAME = {
     "alpaca": {"instruction": "1 + 1?", "input": "", "output": "2"},
     "completion": {"prompt": "1 + 1?", "completion": "2"},
 }
+STRANGE = "a role other than system, user, assistant, tool"
 
 
 def write(folder, *records, name="chats.jsonl"):
@@ -72,23 +73,34 @@ def test_what_can_not_teach_is_left_out_and_counted_by_reason(tmp_path):
     wrong = {
         "no turn": [],
         "a turn without a role": [{"content": "Hi"}, SAID],
-        "the unknown role 'robot'": [ASKED, {"role": "robot", "content": "2"}, SAID],
+        STRANGE: [ASKED, {"role": "robot", "content": "2"}, SAID],
         "two system messages": [TALK[0], TALK[0], ASKED, SAID],
         "a system message that isn't the first": [ASKED, TALK[0], SAID],
         "no assistant turn": [ASKED],
+        "no assistant turn that counts": [ASKED, SAID | {"weight": 0}],
+        "a weight other than 0 and 1": [ASKED, SAID | {"weight": 0.5}],
+        "several calls of tools in one turn": [ASKED, SAID | {"tool_calls": [{}, {}]}],
+        "a call that has no name and arguments": [ASKED, SAID | {"function_call": {"name": "f"}}],
+        "a part of a turn that is no text": [ASKED | {"content": [{"type": "image_url"}]}, SAID],
         "a turn without text": [ASKED, {"role": "assistant", "content": None}],
         "an empty turn": [{"role": "user", "content": " "}, SAID],
         "half a surrogate or a noncharacter": [
             {"role": "user", "content": "half \ud83d"},
             SAID,
         ],
-        "a field missing or of another kind": ["Hi", "Hello"],
+        "a turn that is no object": ["Hi", "Hello"],
+        "a field 'messages' that is no list": "Hi",
     }
     path = write(tmp_path, *({"messages": messages} for messages in wrong.values()), {"messages": TALK})
     found = read([path])
     assert found.kept == [TALK] and found.dropped == dict.fromkeys(wrong, 1)
-    with pytest.raises(UserError, match=r"no conversation in .*: 1 have no assistant turn"):
-        read([write(tmp_path, {"messages": [ASKED]}, name="none.jsonl")])
+    assert found.dropped.first[STRANGE] == f"{path}: line 3, 'robot'"
+    foreign = write(tmp_path, {"foo": 1}, None, 3, {"messages": [ASKED, SAID]}, name="foreign.jsonl")
+    assert read([foreign]).dropped.total() == 3
+    seeds = write(tmp_path, {"instruction": 3, "output": "a"}, {"instruction": "a"}, name="seeds.jsonl")
+    why = r"1 have a field 'instruction' that is no text \(.*line 1\); 1 have no field 'output' \(.*line 2\)"
+    with pytest.raises(UserError, match=f"no conversation in .*: {why}"):
+        read([seeds])
 
 
 @pytest.mark.parametrize(
@@ -98,7 +110,7 @@ def test_what_can_not_teach_is_left_out_and_counted_by_reason(tmp_path):
         (
             "a.jsonl",
             '{"a": 1}\n',
-            r"line 1: no conversation has the fields \['a'\]; each has one of messages",
+            r"1 have none of the fields messages, .*: line 1, which has a\)",
         ),
         ("a.jsonl", "{\n", r"line 1 is not JSON"),
         ("a.json", "3", r"neither a list of records nor an object"),
@@ -191,7 +203,8 @@ def test_what_a_template_has_nobody_say_is_counted(tmp_path):
     place = tmp_path / "some.jinja"
     place.write_text(
         "{% for m in messages %}{% if m.role == 'assistant' and m.content != 'no' %}"
-        "{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+        "{% generation %}{{ m.content ~ eos_token }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}"
+        "{% endfor %}"
     )
     refused = {"messages": [ASKED, {"role": "assistant", "content": "no"}]}
     chat = Chat((write(tmp_path, *talks(20), refused),), template=str(place), batch_size=1)
@@ -297,7 +310,8 @@ def test_held_out_conversations_are_scored_in_full(tmp_path):
         ({"paths": ()}, r"data\.paths is \(\); name files"),
         ({"template": "chatlm"}, "no chat template 'chatlm'; did you mean 'chatml'"),
         ({"template": "own"}, "data.template=own: data.tokenizer has no chat template of its own"),
-        ({"template": "broken.jinja"}, "the chat template: "),
+        ({"template": "broken.jinja"}, "data.template=broken.jinja: the chat template: line 1: "),
+        ({"template": "endless.jinja"}, "data.template=endless.jinja ends an answer by no special token"),
         ({"sequence_length": 3}, "no conversation is left .*=3: 20 have more than 4 tokens up to the first"),
         ({"batch_size": 1000}, "a batch takes 1000: give more"),
     ],
@@ -305,6 +319,9 @@ def test_held_out_conversations_are_scored_in_full(tmp_path):
 def test_what_can_not_be_is_one_line(tmp_path, monkeypatch, fields, words):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.jinja").write_text("{% for message in messages %}")
+    (tmp_path / "endless.jinja").write_text(
+        "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
+    )
     chat = Chat(**{"paths": (write(tmp_path, *talks(20)),)} | fields)
     with pytest.raises(UserError, match=words):
         chat.open()

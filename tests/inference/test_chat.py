@@ -20,6 +20,7 @@ from llm_jax.inference.batching import Batcher
 from llm_jax.inference.conversation import Speaker
 from llm_jax.inference.generation import Engine
 from llm_jax.inference.opening import open_model
+from llm_jax.inference.tools import crowded, toolbox
 from llm_jax.interop import gguf, huggingface
 from llm_jax.interop import tokenizer as tokenizers
 from llm_jax.models.transformer import Transformer
@@ -263,3 +264,15 @@ def test_the_commands_spread_a_model_over_devices(folder, tmp_path, monkeypatch,
 def test_a_model_is_named_by_its_folder_wherever_it_is_asked_from(folder, monkeypatch):
     monkeypatch.chdir(folder)
     assert open_model(".").name == "tiny"
+
+
+def test_tools_that_take_most_of_a_context_are_told_before_the_first_turn(folder):
+    tight, tools = Speaker(open_model(folder)), toolbox(["calculator"])
+    with pytest.raises(
+        UserError, match=r"tiny: the tools' description takes 323 tokens of a context of 96: name"
+    ):
+        crowded(tight, tools)
+    assert crowded(tight, {}) == ""
+    for context, told in ((600, True), (700, False)):
+        tight.opened = tight.opened._replace(context=context)
+        assert bool(crowded(tight, tools)) == told
