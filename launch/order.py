@@ -141,6 +141,6 @@ def refuse_another(folder: Path, asked: Mapping[str, Any]) -> None:
 
 
 def write_result(folder: Path, experiment: Chosen, result: Mapping[str, Any]) -> None:
-    """result.json of a whole experiment; numbers that aren't finite are null."""
-    content = {"scale": experiment.scale, "config": config.to_json(experiment.config), **result}
-    records.write_atomically(folder / "result.json", records.dumps(plain(content), indent=1) + "\n")
+    """result.json of a whole experiment; its numbers that aren't finite are null."""
+    content = {"scale": experiment.scale, "config": config.to_json(experiment.config), **plain(result)}
+    records.write_atomically(folder / "result.json", records.dumps(content, indent=1) + "\n")

@@ -212,7 +212,7 @@ class ChatSource(Source):
     @property
     def notes(self) -> tuple[str, ...]:
         """How many conversations are trained on and held out, and how many were dropped and cut, and why."""
-        why = f" ({self.dropped})" if self.dropped else ""
+        why = f": {self.dropped}" if self.dropped else ""
         counts = f"{len(self._kept):,} conversations, {len(self._held):,} more held out, {self.cut:,} cut"
         return (f"{counts}, {self.dropped.total():,} dropped{why}",)
 

@@ -95,4 +95,4 @@ def test_a_run_begins_with_what_was_kept_dropped_and_cut(tmp_path):
     path.write_text("".join(json.dumps(one) + "\n" for one in (record, wrong, record)))
     source = Chat((str(path),), batch_size=1, held_out_fraction=0.0).open()
     why = f"1 have two system messages (first {path}: line 2)"
-    assert source.notes == (f"2 conversations, 0 more held out, 0 cut, 1 dropped ({why})",)
+    assert source.notes == (f"2 conversations, 0 more held out, 0 cut, 1 dropped: {why}",)

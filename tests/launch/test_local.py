@@ -1,6 +1,7 @@
 """Sweeps launched on this machine: nothing lost, nothing done twice, whatever happens to a process."""
 
 import dataclasses
+import json
 import os
 import pathlib
 import re
@@ -408,3 +409,10 @@ def test_what_was_measured_is_not_written_over_by_another_config(tmp_path):
     order.refuse_another(tmp_path, {"rounds": 2, "sizes": (1, 2)})
     with pytest.raises(UserError, match="a result with another sizes; name another folder by --folder"):
         order.refuse_another(tmp_path, {"rounds": 2, "sizes": (1, 3)})
+
+
+def test_what_is_no_number_is_null_where_a_measurement_is_written(tmp_path):
+    experiment = types.SimpleNamespace(scale="cpu", config={})
+    order.write_result(tmp_path, experiment, {"all": {"bounds": (float("nan"), 1.0)}})
+    written = json.loads((tmp_path / "result.json").read_text())
+    assert written == {"scale": "cpu", "config": {}, "all": {"bounds": [None, 1.0]}}
