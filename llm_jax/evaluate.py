@@ -8,6 +8,7 @@ written). What was answered is kept, so the same command again continues.
 """
 
 import json
+import math
 import os
 import pathlib
 import sys
@@ -24,14 +25,15 @@ from llm_jax.evaluation.tasks import Format
 from llm_jax.inference import options
 from llm_jax.process import prepare_xla
 from llm_jax.scaling.page import Table
+from llm_jax.scaling.results import plain
 
 
 def table(outcomes: Sequence[Outcome]) -> Table:
-    """A row for each metric of each task; a standard error isn't told where one item stands alone."""
+    """A row for each metric of each task; no standard error where one item, or one group of them, stands alone."""
     rows = []
     for outcome in outcomes:
         for name, metric in outcome.metrics().items():
-            error = f"{metric.standard_error:.4f}" if metric.count > 1 else ""
+            error = f"{metric.standard_error:.4f}" if math.isfinite(metric.standard_error) else ""
             where = [outcome.name, str(outcome.form), name]
             rows.append([*where, f"{metric.value:.4f}", error, f"{metric.count:,}"])
     return Table(["task", "format", "metric", "value", "standard error", "items"], rows, texts=(0, 1, 2))
@@ -69,13 +71,13 @@ def main() -> None:
         print(*(f"{line}\n" for line in outcome.left_out(opened.context)), sep="", end="")
     if f.out:
         for outcome in outcomes:
-            lines = "".join(f"{json.dumps(row)}\n" for row in outcome.rows())
+            lines = "".join(f"{json.dumps(plain(row))}\n" for row in outcome.rows())
             records.write_atomically(out / f"{outcome.name}.jsonl", lines)
         result = {
             "model": {"name": opened.name, "content": evaluator.content or content(opened)},
             "tasks": {outcome.name: outcome.to_json() for outcome in outcomes},
         }
-        records.write_atomically(out / "result.json", records.dumps(result, indent=1) + "\n")
+        records.write_atomically(out / "result.json", json.dumps(plain(result), indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -42,6 +42,13 @@ def test_a_table_and_a_result_that_machines_read(evaluate, data):
     assert (data / "again" / "result.json").read_text() == (data / "out" / "result.json").read_text()
 
 
+def test_a_standard_error_that_nobody_knows_is_left_out_and_null(evaluate, data):
+    code, out, err = evaluate(f"--tasks={data}/mine.json", "--limit=1", f"--out={data}/one")
+    assert code in (0, None) and "nan" not in out, err
+    found = json.loads((data / "one" / "result.json").read_text())["tasks"]["mine"]["metrics"]
+    assert {metric["standard_error"] for metric in found.values()} == {None}
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
