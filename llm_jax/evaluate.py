@@ -29,7 +29,7 @@ from llm_jax.scaling.results import plain
 
 
 def table(outcomes: Sequence[Outcome]) -> Table:
-    """A row for each metric of each task; no standard error where one item, or one group of them, stands alone."""
+    """A row for each metric of each task; no standard error where one item, or one group, stands alone."""
     rows = []
     for outcome in outcomes:
         for name, metric in outcome.metrics().items():
