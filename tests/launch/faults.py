@@ -10,6 +10,7 @@ equal to 1e-5. Prints what was killed, and exits with 1 at the first difference.
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -26,12 +27,13 @@ HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from llm_jax import config, records  # noqa: E402
+from llm_jax import claims, config, records  # noqa: E402
 from llm_jax.schedules import WSD  # noqa: E402
 
 bits, _ = config.load_experiment(str(HERE / "bits.py"))
 SCALES = {"slow": 0.02}
-STEPS, SEEDS, LAUNCHES = 120, 4, 200
+STEPS, SEEDS = 120, 4
+MOST_KILLS, LAUNCHES = 17, 200  # of a sweep
 
 
 def get_config(scale):
@@ -60,24 +62,38 @@ def children(pid):
     return [int(child) for file in found for child in file.read_text().split()]
 
 
-def disturbed(folder, rng, kills, packing):
-    """Launches until all is complete, killing on the way; what was killed, by name."""
+def doing(folder, pid):
+    """What a worker is at, by the files of its run."""
+    for place in (path.parent for path in folder.glob("*/claims")):
+        owner, parts = claims.owner(place), sorted((place / "metrics").glob("*.jsonl"))
+        if owner.get("pid") == pid and "ended" not in owner:
+            if owner.get("from") is None or len(parts[-1].read_bytes().splitlines()) < 2:
+                return "starting"
+            saves = (place / "checkpoints").glob("[0-9]*")
+            return "training" if all(path.with_suffix(".json").exists() for path in saves) else "saving"
+    return "between runs"
+
+
+def disturbed(folder, rng, kills, packing, seconds):
+    """Launches until all is complete, with `kills` about `seconds` apart on the way; what was killed."""
     killed = collections.Counter()
     for _ in range(LAUNCHES):
         launcher = launch(folder, packing)
         while launcher.poll() is None:
-            time.sleep(rng.uniform(0.2, 5.0))
+            time.sleep(rng.uniform(0.2, 2 * seconds))
             if sum(killed.values()) >= kills:
                 launcher.wait()
                 break
-            whom = rng.choice(["launcher", *["worker"] * 4])
-            victims = [launcher.pid] if whom == "launcher" else children(launcher.pid)
-            if launcher.poll() is None and victims:
-                try:
-                    os.kill(rng.choice(victims), signal.SIGKILL)
-                    killed[whom] += 1
-                except ProcessLookupError:
-                    pass
+            victims = children(launcher.pid)
+            if not victims or rng.random() < 0.2:
+                pid, what = launcher.pid, "launcher"
+            else:
+                pid = rng.choice(victims)
+                what = f"worker, {doing(folder, pid)}"
+            if launcher.poll() is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                    killed[what] += 1
         if launcher.returncode == 0:
             return killed
     raise AssertionError(f"{folder} isn't complete after {LAUNCHES} launches")
@@ -103,19 +119,20 @@ def check(folder, alone, tolerance):
 
 def campaign(kills, folder, seed=0):
     """Sweeps until `kills` processes have been killed; how many of what, and in how many sweeps."""
-    rng, total, sweeps = random.Random(seed), collections.Counter(), 0
-    ways = {"--pack=off": 0.0, "--pack=4": 1e-5}
+    rng, total, sweeps, alone = random.Random(seed), collections.Counter(), 0, {}
+    ways = [("--pack=off", 0.0), ("--pack=off", 0.0), ("--pack=4", 1e-5)]
     folder.mkdir(exist_ok=True)
-    alone = {packing: folder / f"alone{packing}" for packing in ways}
-    for packing, place in alone.items():
-        assert launch(place, packing).wait() == 0, f"see {place}.txt"
-    while sum(total.values()) < kills:
-        packing = "--pack=4" if sweeps % 4 == 3 else "--pack=off"
-        place = folder / f"sweep-{sweeps}"
-        total += disturbed(place, rng, kills - sum(total.values()), packing)
-        check(place, alone[packing], ways[packing])
+    while (left := kills - sum(total.values())) > 0:
+        packing, tolerance = ways[sweeps % len(ways)]
+        place, undisturbed = folder / f"sweep-{sweeps}", folder / f"alone{packing}"
+        if packing not in alone:
+            started = time.monotonic()
+            assert launch(undisturbed, packing).wait() == 0, f"see {undisturbed}.txt"
+            alone[packing] = time.monotonic() - started
+        total += disturbed(place, rng, min(left, MOST_KILLS), packing, alone[packing] / MOST_KILLS)
+        check(place, undisturbed, tolerance)
         sweeps += 1
-        print(f"{sum(total.values())} kills in {sweeps} sweeps: {dict(total)}", flush=True)
+        print(f"{sum(total.values())} kills in {sweeps} sweeps: {dict(sorted(total.items()))}", flush=True)
     return total, sweeps
 
 
