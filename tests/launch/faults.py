@@ -32,8 +32,8 @@ from llm_jax.schedules import WSD  # noqa: E402
 
 bits, _ = config.load_experiment(str(HERE / "bits.py"))
 SCALES = {"slow": 0.02}
-STEPS, SEEDS = 120, 4
-MOST_KILLS, LAUNCHES = 17, 200  # of a sweep
+STEPS, SEEDS = 120, 3
+MOST_KILLS, LAUNCHES = 20, 200  # of a sweep
 
 
 def get_config(scale):
@@ -67,7 +67,7 @@ def doing(folder, pid):
     for place in (path.parent for path in folder.glob("*/claims")):
         owner, parts = claims.owner(place), sorted((place / "metrics").glob("*.jsonl"))
         if owner.get("pid") == pid and "ended" not in owner:
-            if owner.get("from") is None or len(parts[-1].read_bytes().splitlines()) < 2:
+            if owner.get("from") is None or not parts or len(parts[-1].read_bytes().splitlines()) < 2:
                 return "starting"
             saves = (place / "checkpoints").glob("[0-9]*")
             return "training" if all(path.with_suffix(".json").exists() for path in saves) else "saving"
@@ -75,26 +75,28 @@ def doing(folder, pid):
 
 
 def disturbed(folder, rng, kills, packing, seconds):
-    """Launches until all is complete, with `kills` about `seconds` apart on the way; what was killed."""
+    """Launches until all is complete, with `kills` about `seconds` apart on the way; what was killed.
+
+    Most of a worker's time is its start, so half of the kills wait for one that trains.
+    """
     killed = collections.Counter()
     for _ in range(LAUNCHES):
-        launcher = launch(folder, packing)
-        while launcher.poll() is None:
-            time.sleep(rng.uniform(0.2, 2 * seconds))
-            if sum(killed.values()) >= kills:
-                launcher.wait()
-                break
-            victims = children(launcher.pid)
-            if not victims or rng.random() < 0.2:
-                pid, what = launcher.pid, "launcher"
-            else:
-                pid = rng.choice(victims)
-                what = f"worker, {doing(folder, pid)}"
-            if launcher.poll() is None:
+        launcher, whom = launch(folder, packing), ""
+        while launcher.poll() is None and sum(killed.values()) < kills:
+            if not whom:
+                whom = rng.choice(["launcher", "worker", "training", "training"])
+                time.sleep(rng.uniform(0.2, 2 * seconds))
+            at = {pid: doing(folder, pid) for pid in children(launcher.pid)}
+            pids = [pid for pid, what in at.items() if whom == "worker" or what in ("training", "saving")]
+            pid = launcher.pid if whom == "launcher" else rng.choice(pids or [None])
+            if pid is None:
+                time.sleep(0.05)
+            elif launcher.poll() is None:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-                    killed[what] += 1
-        if launcher.returncode == 0:
+                    killed["launcher" if pid == launcher.pid else f"worker, {at[pid]}"] += 1
+                whom = ""
+        if launcher.wait() == 0:
             return killed
     raise AssertionError(f"{folder} isn't complete after {LAUNCHES} launches")
 
@@ -120,7 +122,7 @@ def check(folder, alone, tolerance):
 def campaign(kills, folder, seed=0):
     """Sweeps until `kills` processes have been killed; how many of what, and in how many sweeps."""
     rng, total, sweeps, alone = random.Random(seed), collections.Counter(), 0, {}
-    ways = [("--pack=off", 0.0), ("--pack=off", 0.0), ("--pack=4", 1e-5)]
+    ways = [("--pack=off", 0.0), ("--pack=4", 1e-5)]
     folder.mkdir(exist_ok=True)
     while (left := kills - sum(total.values())) > 0:
         packing, tolerance = ways[sweeps % len(ways)]
@@ -129,7 +131,7 @@ def campaign(kills, folder, seed=0):
             started = time.monotonic()
             assert launch(undisturbed, packing).wait() == 0, f"see {undisturbed}.txt"
             alone[packing] = time.monotonic() - started
-        total += disturbed(place, rng, min(left, MOST_KILLS), packing, alone[packing] / MOST_KILLS)
+        total += disturbed(place, rng, min(left, MOST_KILLS), packing, alone[packing] / 10)
         check(place, undisturbed, tolerance)
         sweeps += 1
         print(f"{sum(total.values())} kills in {sweeps} sweeps: {dict(sorted(total.items()))}", flush=True)

@@ -1,4 +1,4 @@
-"""Disks that fill up, and folders that vanish: a failure of the run alone, and no loss of what stands."""
+"""Disks that fill up, folders that turn read-only or vanish: a failure of the run alone, and no loss."""
 
 import re
 import shutil
@@ -38,6 +38,41 @@ def test_a_full_disk_fails_the_run_and_it_goes_on_where_there_is_room_again(bits
     assert trained(plan) == {}
     undisturbed = train(run, tmp_path / "undisturbed")
     assert records.load_run(plan.runs[0].folder)["result"]["train_loss"] == undisturbed["train_loss"]
+
+
+@pytest.fixture
+def freeze(tmp_path):
+    """Turns a folder read-only (True) or not (False), for root too and for whoever has its files open."""
+
+    def turn(folder, frozen):
+        flag = "+i" if frozen else "-i"
+        return subprocess.run(["chattr", "-R", flag, folder], capture_output=True, text=True)
+
+    if (tried := turn(tmp_path, True)).returncode:
+        pytest.skip(f"no folder can be made read-only for its owner here: {tried.stderr.strip()}")
+    turn(tmp_path, False)
+    yield turn
+    turn(tmp_path, False)
+
+
+def test_a_folder_that_turns_read_only_fails_its_run_which_goes_on_once_it_can_write(bits, tmp_path, freeze):
+    run = config.replace(bits.get_config("small"), "execution.checkpoint.every_steps", 10)
+    plan = plan_of(tmp_path / "runs", changed(run, seconds=0.05))
+    folder = plan.runs[0].folder
+
+    def turn():
+        wait_for(lambda: any((folder / "checkpoints").glob("*.json")))
+        freeze(folder, True)
+
+    thread = threading.Thread(target=turn)
+    thread.start()
+    (reason,) = trained(plan).values()
+    thread.join()
+    assert re.search(r"Operation not permitted.*, 3 times at step \d+$", reason)
+    freeze(folder, False)
+    assert trained(plan) == {}
+    undisturbed = train(run, tmp_path / "undisturbed")
+    assert records.load_run(folder)["result"]["train_loss"] == undisturbed["train_loss"]
 
 
 def test_a_run_whose_folder_vanishes_begins_anew_and_ends_as_undisturbed(bits, tmp_path, capsys):
