@@ -74,8 +74,8 @@ def doing(folder, pid):
     return "between runs"
 
 
-def disturbed(folder, rng, kills, packing, seconds):
-    """Launches until all is complete, with `kills` about `seconds` apart on the way; what was killed.
+def disturbed(folder, rng, kills, packing):
+    """Launches until all is complete, with so many `kills` on the way; what was killed.
 
     Most of a worker's time is its start, so half of the kills wait for one that trains.
     """
@@ -85,7 +85,7 @@ def disturbed(folder, rng, kills, packing, seconds):
         while launcher.poll() is None and sum(killed.values()) < kills:
             if not whom:
                 whom = rng.choice(["launcher", "worker", "training", "training"])
-                time.sleep(rng.uniform(0.2, 2 * seconds))
+                time.sleep(rng.uniform(0.1, 2.0))
             at = {pid: doing(folder, pid) for pid in children(launcher.pid)}
             pids = [pid for pid, what in at.items() if whom == "worker" or what in ("training", "saving")]
             pid = launcher.pid if whom == "launcher" else rng.choice(pids or [None])
@@ -121,17 +121,16 @@ def check(folder, alone, tolerance):
 
 def campaign(kills, folder, seed=0):
     """Sweeps until `kills` processes have been killed; how many of what, and in how many sweeps."""
-    rng, total, sweeps, alone = random.Random(seed), collections.Counter(), 0, {}
+    rng, total, sweeps, alone = random.Random(seed), collections.Counter(), 0, set()
     ways = [("--pack=off", 0.0), ("--pack=4", 1e-5)]
     folder.mkdir(exist_ok=True)
     while (left := kills - sum(total.values())) > 0:
         packing, tolerance = ways[sweeps % len(ways)]
         place, undisturbed = folder / f"sweep-{sweeps}", folder / f"alone{packing}"
         if packing not in alone:
-            started = time.monotonic()
             assert launch(undisturbed, packing).wait() == 0, f"see {undisturbed}.txt"
-            alone[packing] = time.monotonic() - started
-        total += disturbed(place, rng, min(left, MOST_KILLS), packing, alone[packing] / 10)
+            alone.add(packing)
+        total += disturbed(place, rng, min(left, MOST_KILLS), packing)
         check(place, undisturbed, tolerance)
         sweeps += 1
         print(f"{sum(total.values())} kills in {sweeps} sweeps: {dict(sorted(total.items()))}", flush=True)
