@@ -46,7 +46,8 @@ class Checkpoints:
 
     Reading never changes the folder. In a run of many processes all of them call `save`, `restore` and
     `close`, on a file system that they share; process 0 alone writes manifests, checks them, and removes.
-    `say` is told in one line when a damaged checkpoint is passed over.
+    `say` is told in one line when a damaged checkpoint is passed over. `confirm` is called before anything is
+    removed or a manifest written, and raises where the folder is another owner's by now.
     """
 
     def __init__(
@@ -55,11 +56,13 @@ class Checkpoints:
         keep_last: int = 2,
         keep_steps: Sequence[int] = (),
         say: Callable[[str], None] = _warn,
+        confirm: Callable[[], None] = lambda: None,
     ) -> None:
         assert keep_last >= 1, "the newest checkpoint is always kept"
         self.folder = Path(folder).absolute()
         self._keep_last, self._keep_steps, self._say = keep_last, frozenset(keep_steps), say
         self.best: int | None = None
+        self._confirm = confirm
         self._leader = leads()
         self._current: int | None = None  # the step last saved or restored here
         self._swept = False
@@ -159,6 +162,7 @@ class Checkpoints:
         begin().result()
         if not self._leader:
             return
+        self._confirm()
         manifest.write(self._place(step), {"step": step, "arrays": shapes})
         for old in self.steps()[: -self._keep_last]:
             if old not in self._keep_steps and old != self.best:
@@ -166,6 +170,7 @@ class Checkpoints:
 
     def _sweep(self, step: int) -> None:
         """Removes what the session before left behind: later steps and saves that were never finished."""
+        self._confirm()
         self.folder.mkdir(parents=True, exist_ok=True)
         last = step - 1 if self._current is None else min(step - 1, self._current)
         for old in self.steps():

@@ -2,13 +2,16 @@
 
     claims/00003         who made it; made once, by a process that found number 2 free, and never changed
     claims/00003.sign    that it lives: written by it every few seconds, and a last time when it is done
+    claims/00003.forgiven    somebody wants the run tried again, whatever became of it up to here
 
 Whoever makes the next number has the run. A store makes a name only once (store.py), so of many who try one
 wins. A claim is free when its owner says so; when its owner is dead, which is asked of the system where both
 are on one machine; or when there was no new sign for a LEASE by the looker's own monotonic clock. No clock is
 compared with another one's, so clocks that jump or disagree change nothing.
 
-An owner that slept past its lease finds a higher number with its next sign, and writes no more.
+An owner has its lease too: where its last sign is old, it goes on only once it has written another, and what
+others build on (a checkpoint's manifest, a result) it writes only after a look that the claim is still its.
+In the words of the field: claims are leases, signs heartbeats, and the numbers fencing tokens.
 """
 
 import contextlib
@@ -44,7 +47,7 @@ class Claim:
     def __init__(self, there: Store, number: int) -> None:
         self.lost: Exception | None = None
         self.still = 0.0
-        self._store, self._number = there, number
+        self._store, self._number, self._signed = there, number, time.monotonic()
         self._sign: dict[str, Any] = {"beat": 0, "from": None, "step": 0}
         self._lock = threading.Lock()
 
@@ -55,12 +58,26 @@ class Claim:
         self.beat()
 
     def move(self, step: int) -> None:
-        """The run has come to `step`."""
+        """The run has come to `step`; raises as `confirm` where the claim may be lost."""
         self._sign["step"], self.still = step, 0.0
+        if self.lost or time.monotonic() - self._signed > LEASE / 2:
+            self.confirm()
+
+    def confirm(self) -> None:
+        """A sign, after a look that the run is its own; raises `lost`, or OSError if none can be written."""
+        try:
+            self.beat()
+        except OSError:
+            raise
+        except Exception as error:  # a bucket's
+            raise OSError(errno.EIO, f"no sign can be written ({error})", str(self._store)) from error
+        if self.lost:
+            raise self.lost
 
     def beat(self, **more: Any) -> None:
-        """A new sign; none once the claim is lost. Raises OSError where it can't be written."""
+        """A new sign; none once the claim is lost. Raises what the store does where it can't be written."""
         with self._lock:
+            now = time.monotonic()
             last = _last(self._store)
             if last != self._number:
                 gone = FileNotFoundError(errno.ENOENT, "the folder has gone", str(self._store))
@@ -69,11 +86,12 @@ class Claim:
             if not self.lost and "ended" not in self._sign:
                 self._sign |= {"beat": self._sign["beat"] + 1, "time": time.time(), **more}
                 self._store.write(_name(self._number, "sign"), json.dumps(self._sign).encode())
+                self._signed = now
 
     def release(self) -> None:
         """Sets the run free; where that can't be written, this process's end or the lease does."""
         _mine.discard(self)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(Exception):
             self.beat(ended=True)
 
 
@@ -115,23 +133,21 @@ def number(folder: str | Path) -> int:
 def deaths(folder: str | Path) -> tuple[int, int]:
     """(how many owners in a row, the last ones, died after they had begun from one step, that step)."""
     there = store(f"{folder}/claims")
-    count, place = 0, 0
+    count, place, names = 0, 0, set(there.names())
     for number in range(_last(there), -1, -1):
         sign = _json(there.read(_name(number, "sign")))
         step = sign.get("from")
-        if "ended" in sign or step is None or (count and step != place):
+        if _name(number, "forgiven") in names or "ended" in sign or step is None or (count and step != place):
             break
         count, place = count + 1, step
     return count, place
 
 
 def forgive(folder: str | Path) -> None:
-    """Ends the row of deaths: from here on they are counted anew."""
+    """Ends the row of deaths, wherever they were: from here on they are counted anew."""
     there = store(f"{folder}/claims")
-    number = _last(there)
-    if number >= 0 and not _held(there, number):
-        sign = _json(there.read(_name(number, "sign")))
-        there.write(_name(number, "sign"), json.dumps({"ended": True, "forgiven": True, **sign}).encode())
+    if (number := _last(there)) >= 0:
+        there.create(_name(number, "forgiven"), b"{}")
 
 
 def stale(folder: str | Path) -> tuple[int, int | None] | None:
@@ -219,7 +235,7 @@ def _beat_all() -> None:
         looked = time.monotonic()
         for claim in list(_mine):
             claim.still += passed
-            with contextlib.suppress(OSError):  # a full disk, say: the run finds out by itself
+            with contextlib.suppress(Exception):  # a full disk, a bucket's error: tried again, see `move`
                 claim.beat()
         if min((claim.still for claim in list(_mine)), default=0.0) > _patience:
             print(f"no step for {_patience:.0f} s, here is where it hangs:", file=sys.stderr, flush=True)

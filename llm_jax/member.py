@@ -59,7 +59,8 @@ class Member:
         self._trunk = trunks.find(run, source, self.folder)
         self._record = Record(self.folder, writes=leads(), wandb=run.execution.wandb)
         keeps = run.execution.checkpoint
-        self.checkpoints = Checkpoints(self.folder / "checkpoints", keeps.keep_last, keeps.keep_steps)
+        kept, whose = (keeps.keep_last, keeps.keep_steps), self._record.confirm
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", *kept, confirm=whose)
         if (self.folder / "result.json").exists():
             records.check_folder(self.folder, facts.described(run, source))
             self.result = self._ended()

@@ -100,7 +100,7 @@ class Record:
         """Adds numbers to the row of `step`; they survive a kill as soon as it returns.
 
         Raises UserError if this process was still for so long that another one has taken the run over, and
-        FileNotFoundError if the folder has gone.
+        FileNotFoundError if the folder has gone, or OSError if no sign of this process can be written.
         """
         if not self._writes:
             return
@@ -116,12 +116,16 @@ class Record:
         """Says that `step` steps are done; raises as `log` does."""
         if self._claim is not None:
             self._claim.move(step)
-            if self._claim.lost:
-                raise self._claim.lost
+
+    def confirm(self) -> None:
+        """Raises as `log` does, after a look at the folder: for what others build on."""
+        if self._claim is not None:
+            self._claim.confirm()
 
     def finish(self, result: Mapping[str, Any]) -> None:
-        """Writes result.json, whole or not at all, and gives the folder free."""
+        """Writes result.json, whole or not at all, and gives the folder free; raises as `log` does."""
         if self._writes:
+            self.confirm()
             write_atomically(self.folder / "result.json", dumps(result, indent=1) + "\n")
         self.close()
 

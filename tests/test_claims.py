@@ -8,9 +8,13 @@ import threading
 import time
 import uuid
 
+import numpy as np
 import pytest
 
 from llm_jax import claims
+from llm_jax.checkpoints import Checkpoints
+from llm_jax.config import UserError
+from llm_jax.records import Record
 from llm_jax.store import store
 from llm_jax.values import AGAIN
 
@@ -37,6 +41,13 @@ def folder(request, tmp_path):
 def short_lease(monkeypatch):
     monkeypatch.setattr(claims, "LEASE", 0.6)
     monkeypatch.setattr(claims, "_seen", {})
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def claimed_elsewhere(folder, **sign):
@@ -91,14 +102,64 @@ def test_an_owner_that_slept_past_its_lease_writes_no_more(tmp_path):
     assert store(tmp_path / "claims").read("00000.sign") == before
 
 
+def test_an_owner_past_its_lease_writes_no_checkpoint_and_no_result(tmp_path):
+    """It is asked before each of them, whatever its heartbeat has seen so far."""
+    state = {"x": np.zeros(3, np.float32)}
+    record = Record(tmp_path, tensorboard=False)
+    record.start({"identity": "a"}, {})
+    record.resume_at(0)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", confirm=record.confirm)
+    checkpoints.save(1, state, wait=True)
+    claimed_elsewhere(tmp_path)
+    with pytest.raises(UserError, match="another process has taken this run over"):
+        checkpoints.save(2, state, wait=True)
+    with pytest.raises(UserError, match="another process has taken this run over"):
+        record.finish({"status": "done"})
+    assert checkpoints.steps() == [1]
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_an_owner_whose_signs_cannot_be_written_ends_before_others_may_take_its_run(tmp_path, monkeypatch):
+    claim = claims.take(tmp_path)
+    monkeypatch.setattr(claim._store, "write", unwritable := Unwritable(claim._store.write))
+    claim.move(1)
+    time.sleep(0.75 * claims.LEASE)
+    with pytest.raises(OSError, match=r"no sign can be written .503"):
+        claim.move(2)
+    unwritable.well = True  # a process that was stopped, say: nobody took its run meanwhile
+    claim.move(3)
+    claim.release()
+
+
+class Unwritable:
+    """A bucket's library raises errors of its own, which are no OSError."""
+
+    def __init__(self, write):
+        self.write, self.well, self.asked = write, False, 0
+
+    def __call__(self, *given):
+        self.asked += 1
+        if not self.well:
+            raise RuntimeError("503")
+        self.write(*given)
+
+
+def test_a_heart_beats_on_after_any_error(tmp_path, monkeypatch):
+    claim = claims.take(tmp_path)
+    monkeypatch.setattr(claims, "BEAT", 0.02)
+    monkeypatch.setattr(claim._store, "write", unwritable := Unwritable(claim._store.write))
+    threading.Thread(target=claims._beat_all, daemon=True).start()
+    wait_for(lambda: unwritable.asked > 1)
+    unwritable.well, before = True, claims.owner(tmp_path)["beat"]
+    wait_for(lambda: claims.owner(tmp_path)["beat"] > before)
+    claim.release()
+
+
 def test_deaths_count_while_they_are_at_one_place_and_nobody_forgave_them(tmp_path):
     for step in (0, 20, 20):
         claimed_elsewhere(tmp_path, **{"from": step})
     assert claims.deaths(tmp_path) == (2, 20)
-    time.sleep(0.1)
-    claims.held(tmp_path)
-    time.sleep(claims.LEASE)
-    claims.forgive(tmp_path)
+    claims.forgive(tmp_path)  # by a process that can't know yet whether the last owner is dead
     assert claims.deaths(tmp_path) == (0, 0)
     claimed_elsewhere(tmp_path, **{"from": 20})
     assert claims.deaths(tmp_path) == (1, 20)
