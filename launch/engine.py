@@ -23,7 +23,7 @@ from absl import flags
 from launch import order, status, sweep
 from launch.pool import TRIES
 from launch.sweep import Plan, Planned
-from llm_jax import claims, config, records
+from llm_jax import config, records
 from llm_jax.config import Chosen, UserError
 
 SECONDS_BETWEEN_LOOKS, SECONDS_BETWEEN_LINES = 2.0, 30.0
@@ -84,7 +84,7 @@ class Crew:
     def _look(self, left: Sequence[Planned]) -> None:
         living = self._engine.living(self._jobs)
         for job in self._jobs - living:
-            self._ended(job, (len(left), sum(claims.number(run.folder) for run in left)))
+            self._ended(job, (len(left), sum(run.standing for run in left)))
         self._jobs = set(living)
         free = sum(run.status == "missing" and run.ready for run in left)
         for _ in range(min(self._places - len(living), free)):
@@ -92,11 +92,11 @@ class Crew:
             keep(self._folder, self._engine.name, self._jobs)
 
     def _ended(self, job: str, progress: tuple[int, int]) -> None:
-        """A place that ends has found nothing more, or has died; where none gets to a run, all give up."""
+        """A place that ends has found nothing more, or has died; where none gets any run on, all give up."""
         self._in_vain = 0 if progress != self._progress else self._in_vain + 1
         self._progress = progress
         if self._in_vain >= TRIES * self._places:
-            raise RuntimeError(f"{self._engine.name}: workers begin no run\n{self._engine.tail(job)}")
+            raise RuntimeError(f"{self._engine.name}: workers get no run on\n{self._engine.tail(job)}")
 
 
 # ---- what a launcher keeps in the folder ----
@@ -131,7 +131,7 @@ def folder_of(experiment: Chosen) -> Path:
 
 
 def command_of(experiment: Chosen, folder: Path, python: str, joins: bool = True) -> list[str]:
-    """What a place runs, in this code's folder: a worker of the launch or, if it does not join, the rest."""
+    """What a place runs, in this code's folder: a worker of the launch or, if it doesn't join, the rest."""
     file = Path(experiment.module.__file__)
     file = file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file
     where = f"{file}:{experiment.scale}"
@@ -139,7 +139,7 @@ def command_of(experiment: Chosen, folder: Path, python: str, joins: bool = True
     command = [python, "-m", "launch.local", f"--config={where}", *overrides]
     command += [f"--folder={folder.absolute()}", f"--pack={flags.FLAGS.pack}"]
     command += [f"--workers={flags.FLAGS.each}"] if flags.FLAGS.each else []
-    return command + ["--join"] * joins
+    return [*command, "--join" if joins else "--again"]
 
 
 def planned(experiment: Chosen, folder: Path) -> Plan:

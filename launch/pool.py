@@ -21,7 +21,7 @@ from pathlib import Path
 from launch.packs import Pack
 from launch.processes import Share, Worker
 from launch.sweep import LOG, Planned
-from llm_jax import claims, manifest
+from llm_jax import claims
 from llm_jax.config import UserError
 from llm_jax.program import Shape
 from llm_jax.progress import Status, SweepProgress
@@ -43,8 +43,8 @@ class Pool:
     """Trains the runs of `packs`, at most one worker process for each share.
 
     planned: how many runs the stage has, the complete ones included (0: these are all). joins: it is one of
-    several that some launcher started, and leaves when there is nothing left that it could begin. stop: it
-    ends as by Ctrl-C once this is true.
+    several that some launcher started, and leaves when there is nothing left that it could begin. again: what
+    the launch has given up so far stays so. stop: it ends as by Ctrl-C once this is true.
     """
 
     def __init__(
@@ -54,9 +54,10 @@ class Pool:
         shares: Sequence[Share],
         planned: int = 0,
         joins: bool = False,
+        again: bool = False,
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
-        self._joins, self._asked_to_stop = joins, stop
+        self._joins, self._again, self._asked_to_stop = joins, again or joins, stop
         self._waiting = collections.deque(sorted(packs, key=lambda pack: -pack.price))
         self._runs = runs = [run for pack in packs for run in pack.runs]
         numbers: dict[Shape, int] = {}  # hashing a shape takes a while
@@ -81,7 +82,7 @@ class Pool:
         end if all were refused for one and the same reason; damage in the folder of a run is a failure of
         that run. However it ends, no worker is left, and runs in flight have saved their state.
         """
-        for run in self._runs if not self._joins else ():
+        for run in self._runs if not self._again else ():
             run.forget_failure()  # all are tried again, and no branch should take its trunk for given up
         try:
             self._occupy()
@@ -124,7 +125,8 @@ class Pool:
                 ready, key=lambda pack: (self._program(pack) not in mine, self._program(pack) in others)
             )
             self._waiting.remove(pack)
-            if free := [run for run in pack.runs if not self._is_elsewhere(run)]:
+            free = [run for run in pack.runs if not self._is_elsewhere(run) and not self._is_worn_out(run)]
+            if free:
                 mine.add(self._program(pack))
                 return pack.of(free)
         return None
@@ -144,6 +146,14 @@ class Pool:
             self._end(run, f"failed: {run.failure}")
         else:
             return False
+        return True
+
+    def _is_worn_out(self, run: Planned) -> bool:
+        """Whether it has died too often where it stands, and all of its place with it: it is given up."""
+        deaths, step = claims.deaths(run.folder)
+        if deaths < TRIES or step != run.standing:
+            return False
+        self._fail(run, f"the process that trained it died, {deaths} times at step {step:,}")
         return True
 
     def _leave(self, run: Planned) -> None:
@@ -282,7 +292,7 @@ class Pool:
 
         Deaths elsewhere count too.
         """
-        place = max(manifest.steps(run.folder / "checkpoints"), default=run.from_step)
+        place = run.standing
         self._tries[run, place] += 1
         elsewhere, there = claims.deaths(run.folder)
         tries = max(self._tries[run, place], elsewhere if there == place else 0)

@@ -5,8 +5,8 @@
 
 One array trains what needs no trunk. Branches come in an array of their own, which begins when their trunks'
 has ended. A last job finds out what is missing, makes the forecasts, trains the hold-outs and writes the
-report. A job that is preempted or out of time saves its state and is queued again. The folder is on a disk
-that all nodes see; what jobs print is in its slurm/.
+report. A job that is preempted or out of time saves its state and is queued again; one that is cancelled only
+saves it. The folder is on a disk that all nodes see; what jobs print is in its slurm/.
 """
 
 import collections
@@ -20,6 +20,7 @@ from pathlib import Path
 from absl import flags
 
 from launch import engine, packs, status
+from launch.pool import TRIES
 from launch.sweep import Plan, Planned
 from llm_jax import config
 from llm_jax.config import UserError
@@ -27,18 +28,23 @@ from llm_jax.values import AGAIN
 
 SECONDS_BETWEEN_LOOKS = 5.0
 
-# The shell gets the signals of its job, and hands on what asks to save; `stop` was not meant to come again.
+# The shell gets the signals of its job, and hands on what asks to save. USR1 says that its time is almost up:
+# it is queued again. TERM is scancel's, or a preemption's, after which Slurm itself queues what it should.
+# What was killed, for its memory it may be, comes again a few times: so a run that kills its place is found.
 SCRIPT = """#!/bin/bash
 cd {here}
 export PYTHONPATH={here}${{PYTHONPATH:+:$PYTHONPATH}}
-asked= child=
-trap 'asked=yes; [ -z "$child" ] || kill -TERM "$child"' TERM
+asked= again= child=
+save() {{ asked=yes; [ -z "$child" ] || kill -TERM "$child"; }}
+trap 'save; again=143' USR1
+trap save TERM
 {command} &
 child=$!
 [ -z "$asked" ] || kill -TERM "$child"
 wait "$child"; code=$?
 while kill -0 "$child" 2> /dev/null; do wait "$child"; code=$?; done
-[ -e {stop} ] || case $code in {again}) scontrol requeue "$SLURM_JOB_ID" ;; esac
+[ "$code" -ne 137 ] || [ -n "$asked" ] || [ "${{SLURM_RESTART_COUNT:-0}}" -ge {tries} ] || again=137
+[ -e {stop} ] || case $code in "$again"|{again}) scontrol requeue "$SLURM_JOB_ID" ;; esac
 exit $code
 """
 
@@ -62,7 +68,7 @@ class Slurm:
         waits = [f"--dependency=afterany:{':'.join(after)}"] if after else []
         return [
             *("sbatch", "--parsable", f"--job-name={self._folder.name}", f"--array=0-{places - 1}", *waits),
-            *("--requeue", "--open-mode=append", "--signal=B:TERM@120"),
+            *("--requeue", "--open-mode=append", "--signal=B:USR1@120"),
             *(f"--output={self._folder}/slurm/%A_%a.txt", *self._options),
         ]
 
@@ -71,7 +77,8 @@ class Slurm:
             here=shlex.quote(str(Path.cwd())),
             command=shlex.join(command),
             stop=shlex.quote(str(self._folder / engine.STOP)),
-            again=f"143|{AGAIN}",
+            again=AGAIN,
+            tries=TRIES,
         )
 
     def living(self, jobs: Iterable[str]) -> set[str]:
@@ -120,6 +127,9 @@ def main() -> int:
     experiment = config.chosen()
     folder = engine.folder_of(experiment)
     plan = engine.planned(experiment, folder)
+    if not flags.FLAGS.dry_run:
+        for run in plan.runs:
+            run.forget_failure()
     slurm, jobs = Slurm(folder, shlex.split(flags.FLAGS.sbatch)), []
     arrays = [(n, True) for n in waves(plan, packs.width_of(flags.FLAGS.pack), flags.FLAGS.workers)]
     for places, joins in [*arrays, (1, False)]:

@@ -72,6 +72,11 @@ class Planned:
         return self.status in ("done", "diverged", *(["stopped"] if stops else []))
 
     @property
+    def standing(self) -> int:
+        """The step that it would go on from."""
+        return max(manifest.steps(self.folder / "checkpoints"), default=self.from_step)
+
+    @property
     def ready(self) -> bool:
         """It need not wait, any more: the state it starts from stands, or its trunk will not leave one."""
         return (

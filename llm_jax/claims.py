@@ -125,11 +125,6 @@ def held(folder: str | Path) -> bool:
     return _held(there, _last(there))
 
 
-def number(folder: str | Path) -> int:
-    """How many claims there have been."""
-    return _last(store(f"{folder}/claims")) + 1
-
-
 def deaths(folder: str | Path) -> tuple[int, int]:
     """(how many owners in a row, the last ones, died after they had begun from one step, that step)."""
     there = store(f"{folder}/claims")

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import signal
 import subprocess
 import time
 import types
@@ -14,6 +15,7 @@ from test_local import BITS, plan_of, wait_for
 from launch import engine, jobset, ray_cluster, retry, slurm, status, stop, sweep, tpu
 from llm_jax import claims, config, records
 from llm_jax.config import UserError
+from llm_jax.store import store
 
 
 @pytest.fixture
@@ -80,9 +82,27 @@ def test_a_place_that_dies_is_filled_again_until_every_run_has_ended(bits, tmp_p
 def test_where_no_place_gets_to_a_run_the_launch_ends_with_what_one_printed(bits, tmp_path):
     places = Places(*[lambda: None] * 9)
     runs, crew = crew_of(places, tmp_path, bits)
-    with pytest.raises(RuntimeError, match=r"workers begin no run\nno room in job"):
+    with pytest.raises(RuntimeError, match=r"workers get no run on\nno room in job"):
         crew.train(runs, 2, lambda: None)
     assert places.stopped == [[]]
+
+
+def test_places_that_die_with_a_run_are_not_filled_for_ever(bits, tmp_path):
+    """A run that is begun again and again from one step is no progress."""
+    places = Places()
+    runs, crew = crew_of(places, tmp_path, bits)
+
+    def die():
+        there, number = store(f"{runs[0].folder}/claims"), len(places.started)
+        there.create(
+            f"{number:05d}", json.dumps({"machine": claims._machine(), "pid": 1, "born": 0}).encode()
+        )
+        there.write(f"{number:05d}.sign", b'{"beat": 1, "from": 20}')
+
+    places.lives = [die] * 20
+    with pytest.raises(RuntimeError, match="workers get no run on"):
+        crew.train(runs, 2, lambda: None)
+    assert len(places.started) == engine.TRIES + 1
 
 
 def test_what_is_stopped_leaves_no_place_running(bits, tmp_path):
@@ -174,9 +194,17 @@ def test_branches_wait_in_an_array_of_their_own_for_that_of_their_trunks(tmp_pat
     assert (slurm._depth(trunk), slurm._depth(branch)) == (0, 1)
 
 
-@pytest.mark.parametrize(("code", "stopped", "again"), [(143, 0, True), (143, 1, False), (1, 0, False)])
-def test_a_job_told_to_end_is_queued_again_unless_it_was_stopped(code, stopped, again, tmp_path):
-    """The script alone, by bash; `scontrol` is replaced by one that leaves a file."""
+@pytest.mark.parametrize(
+    ("asked", "code", "stopped", "again"),
+    [
+        (signal.SIGUSR1, 143, False, True),  # its time is over
+        (signal.SIGUSR1, 143, True, False),
+        (signal.SIGUSR1, 1, False, False),
+        (signal.SIGTERM, 143, False, False),  # scancel, or a preemption, after which Slurm itself queues it
+    ],
+)
+def test_a_job_out_of_time_is_queued_again_and_a_cancelled_one_is_not(asked, code, stopped, again, tmp_path):
+    """Both save. The script alone, by bash; `scontrol` is replaced by one that leaves a file."""
     (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho $* > {tmp_path}/asked\n")
     (tmp_path / "scontrol").chmod(0o755)
     trains = f"touch {tmp_path}/trains; while :; do sleep 0.05; done"
@@ -187,9 +215,21 @@ def test_a_job_told_to_end_is_queued_again_unless_it_was_stopped(code, stopped, 
     script = slurm.Slurm(tmp_path).script(train)
     job = subprocess.Popen(["bash", "-c", script], env=environment)
     wait_for(lambda: (tmp_path / "trains").exists())
-    job.terminate()
+    job.send_signal(asked)
     assert job.wait() == code
     assert (tmp_path / "asked").exists() == again
+
+
+def test_a_job_killed_for_its_memory_is_queued_again_a_few_times(tmp_path):
+    """What took its place with it is found by its deaths, and given up."""
+    (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho $* >> {tmp_path}/asked\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    script = slurm.Slurm(tmp_path).script(["sh", "-c", "kill -KILL $$"])
+    for restarts in ("0", str(slurm.TRIES)):
+        environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "17"}
+        job = subprocess.run(["bash", "-c", script], env=environment | {"SLURM_RESTART_COUNT": restarts})
+        assert job.returncode == 137
+    assert (tmp_path / "asked").read_text() == "requeue 17\n"
 
 
 def test_resources_of_a_ray_task_are_read_or_refused():

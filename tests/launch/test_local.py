@@ -386,11 +386,19 @@ def test_two_launchers_share_a_sweep_and_no_run_is_done_twice(bits, tmp_path):
 
 
 def test_a_place_that_joins_takes_what_a_dead_machine_had(bits, tmp_path, monkeypatch):
-    """The run of a machine that gives no sign any more, but not the one that this process has."""
+    """The run of a machine that gives no sign any more, but not the one that this process has.
+
+    And not the one that has taken three places with it: that is given up, though no pool saw it die.
+    """
     monkeypatch.setattr(claims, "LEASE", 1.0)
     run = bits.get_config("small")
-    plan = plan_of(tmp_path, run, dataclasses.replace(run, seed=1))
-    dead, mine = plan.runs
+    plan = plan_of(tmp_path, *(dataclasses.replace(run, seed=seed) for seed in range(3)))
+    dead, mine, deadly = plan.runs
+    for number in range(3):
+        there = store(deadly.folder / "claims")
+        owner = {"machine": claims._machine(), "pid": os.getpid(), "born": "another"}
+        there.create(f"{number:05d}", json.dumps(owner).encode())
+        there.write(f"{number:05d}.sign", b'{"beat": 3, "from": 0}')
     there = store(dead.folder / "claims")
     there.create("00000", b'{"machine": "another", "pid": 1}')
     there.write("00000.sign", b'{"beat": 3}')
@@ -398,8 +406,9 @@ def test_a_place_that_joins_takes_what_a_dead_machine_had(bits, tmp_path, monkey
     for item in plan.runs:
         described = facts.described(item.run, item.run.data.open())
         (item.folder / "config.json").write_text(records.dumps(described))
-    assert Pool(packed(plan.runs, 1, 1), BITS, [Share()], joins=True).run() == {}
-    assert (dead.status, mine.status) == ("done", "running")
+    failures = Pool(packed(plan.runs, 1, 1), BITS, [Share()], joins=True).run()
+    assert failures == {deadly: "the process that trained it died, 3 times at step 0"}
+    assert [item.status for item in plan.runs] == ["done", "running", "failed"]
     claim.release()
 
 
