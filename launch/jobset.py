@@ -11,6 +11,8 @@ report are made by `python -m launch.local` with the same arguments, when the wo
 """
 
 import json
+import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,10 @@ from absl import flags
 
 from launch import engine
 from llm_jax import config
+from llm_jax.config import UserError
 
 SECONDS_TO_SAVE = 120
+EIGHT_CHIPS = ("tpu-v5-lite-podslice", "tpu-v5-lite-device", "tpu-v6e-slice")  # a host may have; others: 4
 RESTARTS = 20  # of one worker, besides those that the cluster's own doings cost
 
 
@@ -35,7 +39,14 @@ def manifest(
     topology: str,
     chips: int,
 ) -> dict[str, Any]:
-    """The JobSet as JSON values."""
+    """The JobSet as JSON values; raises UserError for a slice of more than one host."""
+    here = math.prod(map(int, topology.split("x"))) if re.fullmatch(r"\d+(x\d+)+", topology) else 0
+    most = 8 if accelerator in EIGHT_CHIPS else 4
+    if not 0 < here == chips <= most:
+        raise UserError(
+            f"--topology={topology} --chips={chips}: a worker is a pod on one host, which has at most {most} "
+            f"chips of {accelerator}, and takes all of its slice's: such as --topology=2x2 --chips=4"
+        )
     container = {
         "name": "worker",
         "image": image,

@@ -8,6 +8,7 @@ failed, or there is no forecast or report, for the reasons printed; 2: something
 said in one line; 130: stopped by Ctrl-C; 143: by SIGTERM.
 """
 
+import os
 import subprocess
 import time
 import types
@@ -21,10 +22,11 @@ from absl import flags
 from launch import engine as engines
 from launch import order, packs, sweep
 from launch.pool import Pool
-from launch.processes import gpus, one_core_each, shares
+from launch.processes import gpus, on_cpus, one_core_each, shares
 from launch.sweep import Plan, Planned
 from llm_jax import config, placement, records
 from llm_jax.config import Chosen
+from llm_jax.distributed import tpus
 from llm_jax.kernels import devices
 from llm_jax.pack import pack as pack_of
 from llm_jax.placement import mesh_of
@@ -67,10 +69,10 @@ def launch(experiment: Chosen, folder: Path) -> int:
     notes = getattr(experiment.module, "plan_notes", lambda base: [])(experiment.config)
     if idle := sweep.without_effect(plan):
         notes.append(f"without effect, since the sweep sets these fields in every run: {' '.join(idle)}")
-    stop, joins = folder / engines.STOP, flags.FLAGS.join
+    stop, joins, again = folder / engines.STOP, flags.FLAGS.join, flags.FLAGS.again
     if flags.FLAGS.dry_run:
         notes += placed(planned)
-    elif not joins:
+    elif not joins and not again:
         plan.write()
         stop.unlink(missing_ok=True)
     print(f"{folder}: the plan of {experiment.module.__file__}:{experiment.scale}")
@@ -82,21 +84,22 @@ def launch(experiment: Chosen, folder: Path) -> int:
     def engine(runs: Sequence[Planned], planned: int, before: Callable[[], None]) -> Mapping[Planned, str]:
         parts = shares(workers, planned)
         packed = packs.packed(runs, len(parts), width)
-        return Pool(packed, Path(experiment.module.__file__), parts, planned, joins, stop.exists).run(before)
+        file = Path(experiment.module.__file__)
+        return Pool(packed, file, parts, planned, joins, again, stop.exists).run(before)
 
     return order.join(plan, engine) if joins else order.carry_out(plan, engine)
 
 
 def refuse_meshes(planned: Sequence[packs.Pack]) -> None:
-    """Raises UserError for packs that the CPUs can't be made up for; GPUs are seen by their workers alone."""
-    if not gpus():
+    """Raises UserError for packs that the CPUs can't be made up for; GPUs and TPUs only their workers see."""
+    if on_cpus():
         for pack in planned:
             mesh_of(pack.runs[0].run, len(pack.runs))
 
 
 def placed(planned: Sequence[packs.Pack]) -> list[str]:
-    """How what costs most lies on the devices; of GPUs only the workers know."""
-    if gpus() or not planned:
+    """How what costs most lies on the devices; of GPUs and TPUs only the workers know."""
+    if not on_cpus() or not planned:
         return []
     pack = max(planned, key=lambda pack: pack.price / len(pack.runs))
     own_rows = len({item.run.order for item in pack.runs}) > 1
@@ -128,6 +131,8 @@ def expected_time(plan: Plan) -> str:
 
 def expected_speed() -> tuple[float | None, str]:
     """FLOP/s that all workers together may reach (None: unknown), and where that number is from."""
+    if tpus(os.environ):
+        return None, "this TPU"
     if not gpus():
         return CPU_EFFICIENCY * matmul_speed(), f"{CPU_EFFICIENCY:.0%} of bare matrix products here"
     query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
@@ -160,5 +165,6 @@ if __name__ == "__main__":
     )
     flags.DEFINE_string("folder", None, "where the runs go; runs/<experiment>-<scale> if not given")
     flags.DEFINE_bool("join", False, "take part in a launch: train what is free, end when nothing is")
+    flags.DEFINE_bool("again", False, "go on with a launch: what it has given up stays so")
     elsewhere = "python -m llm_jax.train; here it is --config.execution.deterministic=true"
     config.run_main(main, {"deterministic": elsewhere})

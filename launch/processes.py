@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 from launch.packs import Pack
 from launch.sweep import Planned
+from llm_jax.config import UserError
+from llm_jax.distributed import tpus
 from llm_jax.values import AGAIN
 
 MOST_WORKERS = 8  # if nobody says how many: each takes half a gigabyte
@@ -35,8 +37,16 @@ def shares(workers: int | None, planned: int) -> list[Share]:
 
     Without GPUs each has cores of its own, all as many: small models leave a second core idle half the time,
     and threads that share cores spend 4 to 10% more on the same tokens. With GPUs, workers take turns at
-    them and divide their memory.
+    them and divide their memory. A machine with TPUs is one worker's, as libtpu serves one process: raises
+    UserError where more are asked for.
     """
+    if tpus(os.environ):
+        if (workers or 1) > 1:
+            raise UserError(
+                f"{workers} workers on a machine with TPUs, which serve one process: ask for 1; its runs are "
+                "packed, or spread over the chips by execution.mesh"
+            )
+        return [Share()]
     devices = gpus()
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     count = max(1, min(workers or len(devices) or min(len(cores), MOST_WORKERS), planned))
@@ -57,6 +67,11 @@ def shares(workers: int | None, planned: int) -> list[Share]:
 def one_core_each(parts: Sequence[Share]) -> bool:
     """Whether a run alone leaves its worker nothing that a pack could fill (analysis/packing.md)."""
     return all(part.cores is not None and len(part.cores) == 1 for part in parts)
+
+
+def on_cpus() -> bool:
+    """Whether workers train on CPUs; what other devices there are, they alone see."""
+    return not gpus() and not tpus(os.environ)
 
 
 def gpus() -> list[str]:

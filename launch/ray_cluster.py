@@ -5,13 +5,14 @@
     ray job submit -- python -m launch.ray_cluster --config=... --workers=8 --resources=TPU-v5litepod-8-head=1
 
 Each worker is a task that asks for --resources: cores, GPUs, or whatever the cluster's nodes have by name;
-the head resource of a TPU slice stands for the slice as a unit. A task whose node dies is asked for again,
-and what it trained goes on elsewhere. The folder is on a disk that all nodes see, and so is this code.
+the head resource of a TPU slice, of one host, stands for the slice as a unit. A task whose node dies is asked
+for again, and what it trained goes on elsewhere. Folder and code are on a disk that all nodes see.
 """
 
 import ctypes
 import functools
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from typing import Any
 from absl import flags
 
 from launch import engine
+from launch.tpu import refuse_many_hosts
 from llm_jax import config
 from llm_jax.config import UserError
 
@@ -104,7 +106,9 @@ class Ray:
 
 
 def asked(resources: str) -> dict[str, Any]:
-    """CPU=2,TPU=4 as the options of a Ray task; raises UserError for what can't be read."""
+    """CPU=2,TPU=4 as the options of a Ray task; raises UserError for what can't be read, or asks for the head
+    of a slice of several hosts.
+    """
     options: dict[str, Any] = {"num_cpus": 0, "resources": {}}
     for part in filter(None, resources.split(",")):
         name, _, count = part.partition("=")
@@ -112,6 +116,8 @@ def asked(resources: str) -> dict[str, Any]:
             number = float(count)
         except ValueError:
             raise UserError(f"--resources={resources}: NAME=NUMBER, such as CPU=2,TPU=4") from None
+        if head := re.fullmatch("TPU-(.+)-head", name):
+            refuse_many_hosts(f"--resources={resources}", head[1])
         if name in ("CPU", "GPU"):
             options[f"num_{name.lower()}s"] = number
         else:

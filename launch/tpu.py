@@ -96,11 +96,7 @@ class Slices:
     def __init__(
         self, prefix: str, accelerator: str, runtime: str, zone: str, project: str, spot: bool, mount: str
     ):
-        if _hosts(accelerator) > 1:
-            raise UserError(
-                f"--accelerator={accelerator} is of {_hosts(accelerator)} hosts, and a worker is of one: "
-                "ask for slices of one host, such as v5litepod-8"
-            )
+        refuse_many_hosts(f"--accelerator={accelerator}", accelerator)
         self.prefix, self._mount = re.sub("[^a-z0-9-]", "-", prefix.lower()), mount
         self._project, self._zone, self._there = project, zone, there(project, zone)
         self._kind = [f"--accelerator-type={accelerator}", f"--runtime-version={runtime}"] + ["--spot"] * spot
@@ -145,12 +141,16 @@ def deletion(job: str) -> list[str]:
     return [*_TPU, "queued-resources", "delete", name, *there(project, zone), "--force", "--quiet", "--async"]
 
 
-def _hosts(accelerator: str) -> int:
-    """Of a slice: v5e and v6e are named by chips, at most 8 to a host; all others by cores, 8 to a host."""
+def refuse_many_hosts(flag: str, accelerator: str) -> None:
+    """Raises UserError for a slice of more than one host, whose hosts a worker would have to span."""
     number = re.search(r"-(\d+)$", accelerator)
     if number is None:
-        raise UserError(f"--accelerator={accelerator}: a type and a size, such as v5litepod-8 or v4-8")
-    return -(-int(number[1]) // 8)
+        raise UserError(f"{flag}: a type and a size, such as v5litepod-8 or v4-8")
+    if int(number[1]) > 8:  # chips of v5e and v6e, cores of all others
+        raise UserError(
+            f"{flag}: {accelerator} is of several hosts, and a worker is of one: "
+            "ask for slices of one host, such as v5litepod-8"
+        )
 
 
 def really(command: Sequence[str], log: Path | None) -> tuple[int, str]:

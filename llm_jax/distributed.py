@@ -82,7 +82,8 @@ def _end_with_launcher() -> None:
 
 def address() -> str:
     """HOST:PORT, free now, on this machine: what a launcher asks of where process 0 will run."""
-    with contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as probe:
+    host = "127.0.0.1"  # without a network, all are here
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect(("192.0.2.1", 9))  # sends nothing: it finds the interface that others are reached by
         host = probe.getsockname()[0]
     with contextlib.closing(socket.socket()) as probe:
@@ -138,7 +139,12 @@ def _slurm(environment: Mapping[str, str]) -> Place:
 
 def _on_cloud_tpu(environment: Mapping[str, str]) -> bool:
     """Whether this machine has TPUs whose slice JAX has to ask the metadata server for."""
-    if "TPU_WORKER_HOSTNAMES" in environment or "tpu" not in environment.get("JAX_PLATFORMS", "tpu"):
+    return "TPU_WORKER_HOSTNAMES" not in environment and tpus(environment)
+
+
+def tpus(environment: Mapping[str, str]) -> bool:
+    """Whether this machine has TPU chips that JAX may take; all of them are one process's."""
+    if "tpu" not in environment.get("JAX_PLATFORMS", "tpu"):
         return False
     return any(Path("/dev").glob("accel[0-9]*")) or any(Path("/dev/vfio").glob("[0-9]*"))
 

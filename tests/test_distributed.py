@@ -18,7 +18,7 @@ from jax._src.clusters.slurm_cluster import SlurmCluster
 from launch.together import together
 from llm_jax import records
 from llm_jax.config import UserError
-from llm_jax.distributed import Place, place, variables
+from llm_jax.distributed import Place, address, place, variables
 from llm_jax.evaluation import standard
 from llm_jax.evaluation.runner import Evaluator
 from llm_jax.evaluation.scores import evaluate
@@ -128,6 +128,14 @@ def alone(run, tmp_path_factory):
         train(changed(run, **fields), folder)
         curves.append(curve(folder))
     return curves
+
+
+def test_processes_of_one_machine_meet_without_a_network(monkeypatch):
+    def unreachable(*_):
+        raise OSError(101, "Network is unreachable")
+
+    monkeypatch.setattr("socket.socket.connect", unreachable, raising=False)
+    assert re.fullmatch(r"127\.0\.0\.1:\d+", address())
 
 
 def test_two_processes_give_the_losses_of_one_and_each_loads_its_own_rows(experiment, alone, tmp_path):

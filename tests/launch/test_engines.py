@@ -239,6 +239,8 @@ def test_resources_of_a_ray_task_are_read_or_refused():
     }
     with pytest.raises(UserError, match=r"NAME=NUMBER"):
         ray_cluster.asked("CPU")
+    with pytest.raises(UserError, match="v5litepod-16 is of several hosts"):
+        ray_cluster.asked("TPU-v5litepod-16-head=1")
 
 
 SLICES = tpu.Slices("Runs_1", "v5litepod-8", "v2-alpha-tpuv5-lite", "us-west4-a", "mine", True, "mount it")
@@ -297,7 +299,7 @@ def test_a_slice_that_breaks_is_deleted_and_says_why(tmp_path, monkeypatch):
 
 
 def test_a_slice_of_several_hosts_is_refused():
-    with pytest.raises(UserError, match="is of 4 hosts"):
+    with pytest.raises(UserError, match="v4-32 is of several hosts"):
         tpu.Slices("runs", "v4-32", "", "", "", False, "")
 
 
@@ -331,3 +333,17 @@ def test_the_manifest_asks_for_a_slice_for_each_worker_and_makes_dead_ones_again
     (container,) = job["template"]["spec"]["containers"]
     assert container["resources"]["limits"] == {"google.com/tpu": 8}
     assert job["template"]["spec"]["restartPolicy"] == "Never", "a podFailurePolicy is refused with any other"
+
+
+@pytest.mark.parametrize(
+    ("kind", "topology", "chips"),
+    [
+        ("tpu-v5-lite-podslice", "4x4", 8),
+        ("tpu-v5-lite-podslice", "4x4", 16),
+        ("tpu-v4-podslice", "2x2x2", 8),
+        ("tpu-v5-lite-podslice", "eight", 8),
+    ],
+)
+def test_a_slice_of_several_hosts_gets_no_manifest(kind, topology, chips):
+    with pytest.raises(UserError, match="a pod on one host"):
+        jobset.manifest("sweep", ["python"], 3, "image", "disk", "/runs", kind, topology, chips)

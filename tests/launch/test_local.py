@@ -14,13 +14,14 @@ import types
 
 import pytest
 
-from launch import order, sweep
+from launch import local, order, sweep
 from launch.packs import packed
 from launch.pool import Pool
 from launch.processes import Share, shares
 from llm_jax import claims, config, facts, records
 from llm_jax.config import Chosen, UserError
 from llm_jax.scaling.forecast import Forecast
+from llm_jax.sharding import MeshConfig
 from llm_jax.store import store
 from llm_jax.train import train
 
@@ -273,6 +274,21 @@ def test_workers_take_turns_at_gpus_and_divide_their_memory(monkeypatch):
 
 
 # ---- the command ----
+
+
+def test_a_machine_with_tpus_is_one_worker_s_and_its_meshes_are_not_judged_by_the_launcher(bits, monkeypatch):
+    """libtpu serves one process; the launcher itself has CPU devices alone, and the worker has its chips."""
+    wide = config.replace(bits.get_config("small"), "execution.mesh", MeshConfig(fsdp=64))
+    pack = types.SimpleNamespace(runs=[types.SimpleNamespace(run=wide)])
+    with pytest.raises(UserError, match="64 devices"):
+        local.refuse_meshes([pack])
+    monkeypatch.setattr(pathlib.Path, "glob", lambda place, what: iter(["accel0"] * (what == "accel[0-9]*")))
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    local.refuse_meshes([pack])
+    assert shares(None, planned=9) == shares(1, planned=9) == [Share()]
+    with pytest.raises(UserError, match="8 workers on a machine with TPUs, which serve one process"):
+        shares(8, planned=9)
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path):
