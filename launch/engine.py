@@ -5,10 +5,9 @@ the experiment. The command is `python -m launch.local --join ...`: it makes the
 takes the runs that are ready and that nobody has (llm_jax/claims.py), and ends when there is none left for
 it. So an engine need not know what a run is. It says which places live, and `Crew` fills them up.
 
-What a launcher keeps in the folder: launch.json, which jobs it started and where; stop, which ends them.
+What a launcher keeps in the folder: jobs/, what it asked an engine for (jobs.py); stop, which ends it all.
 """
 
-import json
 import shlex
 import signal
 import sys
@@ -20,10 +19,10 @@ from typing import Any, Protocol
 
 from absl import flags
 
-from launch import order, status, sweep
+from launch import jobs, order, status, sweep
 from launch.pool import TRIES
 from launch.sweep import Plan, Planned
-from llm_jax import config, records
+from llm_jax import config
 from llm_jax.config import Chosen, UserError
 
 SECONDS_BETWEEN_LOOKS, SECONDS_BETWEEN_LINES = 2.0, 30.0
@@ -37,7 +36,8 @@ class Engine(Protocol):
     python: str  # what it is called there
 
     def start(self, command: Sequence[str]) -> str:
-        """Starts `command` in another place, or asks for one; returns the job."""
+        """Starts `command` in another place, or asks for one; returns the job. What costs money until it is
+        given back is listed before it is asked for (jobs.py)."""
 
     def living(self, jobs: Iterable[str]) -> set[str]:
         """Those that run, or wait for their place."""
@@ -88,8 +88,8 @@ class Crew:
         self._jobs = set(living)
         free = sum(run.status == "missing" and run.ready for run in left)
         for _ in range(min(self._places - len(living), free)):
-            self._jobs.add(self._engine.start(self._command))
-            keep(self._folder, self._engine.name, self._jobs)
+            self._jobs.add(job := self._engine.start(self._command))
+            jobs.enlist(self._folder, self._engine.name, job, flags.FLAGS.dollars_per_hour)
 
     def _ended(self, job: str, progress: tuple[int, int]) -> None:
         """A place that ends has found nothing more, or has died; where none gets any run on, all give up."""
@@ -97,15 +97,6 @@ class Crew:
         self._progress = progress
         if self._in_vain >= TRIES * self._places:
             raise RuntimeError(f"{self._engine.name}: workers get no run on\n{self._engine.tail(job)}")
-
-
-# ---- what a launcher keeps in the folder ----
-
-
-def keep(folder: Path, engine: str, jobs: Iterable[str]) -> None:
-    """launch.json: who works here, for `launch.stop` and `launch.status`."""
-    content = {"engine": engine, "jobs": sorted(jobs), "dollars_per_hour": flags.FLAGS.dollars_per_hour}
-    records.write_atomically(folder / "launch.json", json.dumps(content, indent=1) + "\n")
 
 
 # ---- the command ----

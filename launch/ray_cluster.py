@@ -125,8 +125,9 @@ def asked(resources: str) -> dict[str, Any]:
     return options
 
 
-def give_back(jobs: Iterable[str]) -> None:
+def give_back(jobs: Sequence[str]) -> list[str]:
     """For `launch.stop`: tasks belong to their launcher, which sees the file that says stop."""
+    return list(jobs)
 
 
 if __name__ == "__main__":

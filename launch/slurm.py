@@ -20,6 +20,7 @@ from pathlib import Path
 from absl import flags
 
 from launch import engine, packs, status
+from launch.jobs import enlist
 from launch.pool import TRIES
 from launch.sweep import Plan, Planned
 from llm_jax import config
@@ -86,7 +87,7 @@ class Slurm:
 
     def stop(self, jobs: Iterable[str]) -> None:
         """Those that wait; those that run see the file that says stop."""
-        if jobs := list(jobs):
+        if jobs := sorted(self.living(jobs)):
             run(["scancel", "--state=PENDING", *jobs])
 
     def tail(self, job: str) -> str:
@@ -118,9 +119,10 @@ def _depth(item: Planned) -> int:
     return 0 if item.trunk is None or item.ready else 1 + _depth(item.trunk)
 
 
-def give_back(jobs: Iterable[str]) -> None:
-    """For `launch.stop`."""
+def give_back(jobs: Sequence[str]) -> list[str]:
+    """For `launch.stop`: cancels what waits."""
     Slurm(Path()).stop(jobs)
+    return list(jobs)
 
 
 def main() -> int:
@@ -140,7 +142,7 @@ def main() -> int:
             jobs.append(f"JOB{len(jobs) + 1}")
         else:
             jobs.append(slurm.start(command, places, jobs[-1:]))
-            engine.keep(folder, slurm.name, jobs)
+            enlist(folder, slurm.name, jobs[-1], flags.FLAGS.dollars_per_hour)
     if flags.FLAGS.dry_run:
         return 0
     print(f"jobs {' '.join(jobs)}; python -m launch.status --folder={folder}", flush=True)

@@ -7,18 +7,16 @@ runs done so far. Money is known where the launcher was told --dollars_per_hour.
 """
 
 import collections
-import contextlib
 import dataclasses
 import json
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from absl import flags
 
-from launch import sweep
+from launch import jobs, sweep
 from llm_jax import claims, config, manifest
 from llm_jax.config import UserError
 from llm_jax.progress import clock
@@ -117,13 +115,6 @@ def table(found: Sequence[Row], dollars_per_hour: float = 0.0) -> str:
     return "\n".join([*lines, line(found, dollars_per_hour)])
 
 
-def launched(folder: Path) -> dict[str, Any]:
-    """launch.json: {"engine", "jobs", "dollars_per_hour"} of the last launcher that kept one; or {}."""
-    with contextlib.suppress(FileNotFoundError, ValueError):
-        return json.loads((folder / "launch.json").read_text())
-    return {}
-
-
 def named() -> Path:
     """The folder of --folder; raises UserError where that isn't given."""
     if flags.FLAGS.folder is None:
@@ -137,7 +128,7 @@ def main() -> None:
         found = rows(folder)
         if flags.FLAGS.watch and sys.stdout.isatty():
             print("\x1b[H\x1b[2J", end="")
-        print(table(found, launched(folder).get("dollars_per_hour", 0.0)), flush=True)
+        print(table(found, jobs.dollars_per_hour(folder)), flush=True)
         if not flags.FLAGS.watch or all(row.complete or row.state == "failed" for row in found):
             return
         time.sleep(flags.FLAGS.watch)

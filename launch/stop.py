@@ -3,7 +3,8 @@
     python -m launch.stop --folder=runs/isoflop-cpu
 
 All launchers and places that see the folder stop by themselves, by a file in it. Jobs that wait for a place,
-and machines that cost money, are given back through the engine that the launch used.
+and machines that cost money, are given back through their engines, of whatever launcher. Where that
+fails, a line says so, and the exit code is 1.
 """
 
 import importlib
@@ -12,30 +13,35 @@ from pathlib import Path
 
 from absl import flags
 
-from launch import engine, status
+from launch import engine, jobs, status
 from llm_jax import config
 
 SECONDS_TO_SAVE = 150.0
 
 
-def stop(folder: Path) -> None:
+def stop(folder: Path) -> list[str]:
     """Leaves word for all who see the folder, and gives places back once what ran there has been saved.
 
-    Raises UserError where no sweep is.
+    Returns the jobs whose places could not be given back. Raises UserError where no sweep is.
     """
     status.rows(folder)
     (folder / engine.STOP).touch()
-    launched, deadline = status.launched(folder), time.monotonic() + SECONDS_TO_SAVE
+    deadline = time.monotonic() + SECONDS_TO_SAVE
     while any(row.state == "running" for row in status.rows(folder)) and time.monotonic() < deadline:
         time.sleep(1)
-    if launched.get("jobs"):
-        importlib.import_module(f"launch.{launched['engine']}").give_back(launched["jobs"])
+    left = []
+    for engine_name, asked_for in jobs.listed(folder).items():
+        given_back = importlib.import_module(f"launch.{engine_name}").give_back(asked_for)
+        jobs.strike(folder, given_back)
+        left += [job for job in asked_for if job not in given_back]
+    return left
 
 
-def main() -> None:
+def main() -> int:
     folder = status.named()
-    stop(folder)
+    left = stop(folder)
     print(f"{folder}: {status.line(status.rows(folder))}; to launch again continues")
+    return 1 if left else 0
 
 
 if __name__ == "__main__":

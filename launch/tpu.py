@@ -5,14 +5,22 @@
     python -m launch.tpu ... --dry_run            # prints every command, and does nothing
 
 A slice of one host is one worker. One that is taken back (--spot), or breaks, is deleted and asked for again,
-and what it trained goes on from its checkpoints. The code is that of the last commit. The folder is on a disk
-that all slices and this machine see: --mount is the command that brings it to a slice.
+and what it trained goes on from its checkpoints. Slices are listed in the folder until they are known to have
+gone: those of a launcher that died are deleted by the next one, and all of them by launch.stop. The code is
+of the last commit. The folder is on a disk that all slices and this machine see: --mount is the command that
+brings it to a slice.
 """
 
+import concurrent.futures
 import contextlib
+import math
+import os
 import re
 import shlex
+import shutil
+import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -21,19 +29,24 @@ from pathlib import Path
 
 from absl import flags
 
-from launch import engine
-from llm_jax import config
+from launch import engine, jobs
+from llm_jax import claims, config
 from llm_jax.config import UserError
 
 SECONDS_BETWEEN_LOOKS = 20.0  # at a slice that is waited for
+SECONDS_TO_STOP = 300.0  # what runs there has to save its state and end
+DELETIONS = 5
+NO_SUCH = "NOT_FOUND"
+ALIVE = ["--ssh-flag=-oServerAliveInterval=30", "--ssh-flag=-oServerAliveCountMax=4"]  # or ssh waits for ever
 ENDED = ("FAILED", "SUSPENDED", "SUSPENDING", "DELETING")
 SET_UP = (
     "mkdir -p llm_jax && tar -xzf llm_jax.tar.gz -C llm_jax && cd llm_jax && "
     "python3 -m venv .venv && .venv/bin/pip install --quiet '.[tpu]'"
 )
 
-# Runs a command to its end, its output in a file if one is named; returns (exit code, what it printed).
-Run = Callable[[Sequence[str], Path | None], tuple[int, str]]
+# Runs a command, its output in a file if one is named, to its end, or until a look says that it is in vain;
+# returns (exit code, what it printed).
+Run = Callable[[Sequence[str], Path | None, Callable[[], bool]], tuple[int, str]]
 
 
 class Tpu:
@@ -43,51 +56,78 @@ class Tpu:
 
     def __init__(self, folder: Path, slices: "Slices", run: Run) -> None:
         self._folder, self._slices, self._run = folder, slices, run
+        self._launcher = f"{slices.prefix}-{int(time.time()):x}-{os.getpid():x}"
         self._threads: dict[str, threading.Thread] = {}
-        self._stopping = threading.Event()
+        self._stopping, self._deadline = threading.Event(), math.inf
         self._said: dict[str, str] = {}
 
     def start(self, command: Sequence[str]) -> str:
-        slice_name = f"{self._slices.prefix}-{int(time.time()):x}-{len(self._threads)}"
-        job = self._slices.job(slice_name)
-        self._threads[job] = threading.Thread(target=self._live, args=(slice_name, job, command), daemon=True)
+        if not self._threads:
+            self._clear()
+        name = f"{self._launcher}-{len(self._threads)}"
+        job = self._slices.job(name)
+        jobs.enlist(self._folder, self.name, job, flags.FLAGS.dollars_per_hour)
+        self._threads[job] = threading.Thread(target=self._live, args=(name, job, command), daemon=True)
         self._threads[job].start()
         return job
 
-    def living(self, jobs: Iterable[str]) -> set[str]:
-        return {job for job in jobs if self._threads[job].is_alive()}
+    def living(self, asked_for: Iterable[str]) -> set[str]:
+        return {job for job in asked_for if self._threads[job].is_alive()}
 
-    def stop(self, jobs: Iterable[str]) -> None:
+    def stop(self, asked_for: Iterable[str]) -> None:
         """What runs there sees the file that says stop; slices are deleted when it has ended."""
+        self._deadline = time.monotonic() + SECONDS_TO_STOP
         self._stopping.set()
-        for job in jobs:
-            self._threads[job].join()
+        try:
+            for job in asked_for:
+                self._threads[job].join()
+        except KeyboardInterrupt:
+            left = ", ".join(sorted(self.living(self._threads)))
+            print(f"not given back: {left}; python -m launch.stop --folder={self._folder} does it")
+            raise
         self._stopping.clear()
+        self._deadline = math.inf
 
     def tail(self, job: str) -> str:
         return self._said.get(job, "")
 
-    def _live(self, slice_name: str, job: str, command: Sequence[str]) -> None:
-        def do(line: Sequence[str], log: Path | None = None) -> str:
-            code, printed = self._run(line, log)
+    def _clear(self) -> None:
+        """Deletes the slices of launchers that have died; each has a claim of its own."""
+        claims.take(self._folder / "launchers" / self._launcher)
+        of: dict[str, list[str]] = {}
+        for job in jobs.listed(self._folder).get(self.name, []):
+            of.setdefault(job.rpartition("/")[2].rpartition("-")[0], []).append(job)
+        for launcher, left in of.items():
+            if claims.take(self._folder / "launchers" / launcher):
+                jobs.strike(self._folder, give_back(left, self._run))
+
+    def _live(self, name: str, job: str, command: Sequence[str]) -> None:
+        def do(line: Sequence[str], log: Path | None = None, saves: bool = False) -> str:
+            code, printed = self._run(line, log, lambda: self._in_vain(name, saves))
             if code:
                 self._said[job] = f"{shlex.join(line)}\n{printed}"
                 raise subprocess.SubprocessError
             return printed
 
         try:
-            do(self._slices.make(slice_name))
-            while (state := do(self._slices.state(slice_name)).strip()) != "ACTIVE":
+            do(self._slices.make(name))
+            while (state := do(self._slices.state(name)).strip()) != "ACTIVE":
                 if state in ENDED or self._stopping.wait(SECONDS_BETWEEN_LOOKS):
                     return
-            for line in self._slices.set_up(slice_name):
+            for line in self._slices.set_up(name):
                 do(line)
-            do(self._slices.use(slice_name, command), self._folder / "tpu" / f"{slice_name}.txt")
+            do(self._slices.use(name, command), self._folder / "tpu" / f"{name}.txt", saves=True)
         except subprocess.SubprocessError:
             pass  # `tail` says what; the crew asks for another slice
         finally:
-            with contextlib.suppress(subprocess.SubprocessError):
-                do(deletion(job))
+            jobs.strike(self._folder, give_back([job], self._run))
+
+    def _in_vain(self, name: str, saves: bool) -> bool:
+        """Whether the slice has been taken back, or a stop was asked for, and what `saves` had its time."""
+        if self._stopping.is_set() and (not saves or time.monotonic() > self._deadline):
+            return True
+        code, printed = self._run(self._slices.state(name), None, lambda: False)
+        return NO_SUCH in printed if code else printed.strip() in ENDED
 
 
 class Slices:
@@ -114,7 +154,8 @@ class Slices:
 
     def set_up(self, name: str) -> list[list[str]]:
         pack = ["git", "archive", "--format=tar.gz", f"--output={self._code}", "HEAD"]
-        copy = [*_TPU, "tpu-vm", "scp", self._code, f"{name}:llm_jax.tar.gz", "--worker=all", *self._there]
+        copy = [*_TPU, "tpu-vm", "scp", self._code, f"{name}:llm_jax.tar.gz", "--worker=all"]
+        copy += ["--quiet", *self._there]
         mount = [self.on(name, self._mount)] if self._mount else []
         return [pack, copy, self.on(name, SET_UP), *mount]
 
@@ -122,7 +163,8 @@ class Slices:
         return self.on(name, f"cd llm_jax && exec {shlex.join(command)}")
 
     def on(self, name: str, command: str) -> list[str]:
-        return [*_TPU, "tpu-vm", "ssh", name, "--worker=all", f"--command={command}", *self._there]
+        said = ["--worker=all", f"--command={command}", *ALIVE, "--quiet"]
+        return [*_TPU, "tpu-vm", "ssh", name, *said, *self._there]
 
     def _queued(self, verb: str, name: str, *options: str) -> list[str]:
         return [*_TPU, "queued-resources", verb, name, *self._there, *options]
@@ -138,7 +180,7 @@ def there(project: str, zone: str) -> list[str]:
 def deletion(job: str) -> list[str]:
     """The command that gives a slice back."""
     project, zone, name = job.split("/")
-    return [*_TPU, "queued-resources", "delete", name, *there(project, zone), "--force", "--quiet", "--async"]
+    return [*_TPU, "queued-resources", "delete", name, *there(project, zone), "--force", "--quiet"]
 
 
 def refuse_many_hosts(flag: str, accelerator: str) -> None:
@@ -153,27 +195,45 @@ def refuse_many_hosts(flag: str, accelerator: str) -> None:
         )
 
 
-def really(command: Sequence[str], log: Path | None) -> tuple[int, str]:
-    """Runs a command."""
+def really(command: Sequence[str], log: Path | None, in_vain: Callable[[], bool]) -> tuple[int, str]:
+    """Runs a command, in a session of its own: Ctrl-C reaches the launcher alone."""
     with contextlib.ExitStack() as open_files:
         if log is not None:
             log.parent.mkdir(parents=True, exist_ok=True)
         out = open_files.enter_context(log.open("a")) if log else subprocess.PIPE
-        done = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, text=True)
-    return done.returncode, done.stdout or (log.read_text()[-2000:] if log else "")
+        process = open_files.enter_context(
+            subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+        )
+        ends = signal.SIGTERM
+        while True:
+            try:
+                printed = process.communicate(timeout=SECONDS_BETWEEN_LOOKS)[0]
+                return process.returncode, printed or (log.read_text()[-2000:] if log else "")
+            except subprocess.TimeoutExpired:
+                if in_vain():
+                    os.killpg(process.pid, ends)  # its ssh, too
+                    ends = signal.SIGKILL
 
 
-def print_only(command: Sequence[str], log: Path | None) -> tuple[int, str]:
-    """Prints a command; slices are there at once."""
-    print(shlex.join(command), flush=True)
-    return 0, "ACTIVE"
+def give_back(asked_for: Sequence[str], run: Run = really) -> list[str]:
+    """Deletes slices, again where that fails; returns those that have gone. For `launch.stop`, too."""
+    with concurrent.futures.ThreadPoolExecutor(len(asked_for)) as pool:
+        problems = list(pool.map(lambda job: _problem(job, run), asked_for))
+    for job, problem in zip(asked_for, problems, strict=True):
+        if problem is not None:
+            print(f"{job}: NOT given back, and costs money: {problem}", file=sys.stderr, flush=True)
+    return [job for job, problem in zip(asked_for, problems, strict=True) if problem is None]
 
 
-def give_back(jobs: Iterable[str]) -> None:
-    """For `launch.stop`: slices cost money also where their launcher is gone."""
-    for job in jobs:
-        code, printed = really(deletion(job), None)
-        print(printed if code else f"{job.rpartition('/')[2]} is given back", flush=True)
+def _problem(job: str, run: Run) -> str | None:
+    """Why a slice can't be deleted; None once it is."""
+    printed = ""
+    for attempt in range(DELETIONS):
+        time.sleep(SECONDS_BETWEEN_LOOKS if attempt else 0)
+        code, printed = run(deletion(job), None, lambda: False)
+        if not code or NO_SUCH in printed:
+            return None
+    return printed.strip()
 
 
 def main() -> int:
@@ -182,10 +242,14 @@ def main() -> int:
     names = ("accelerator", "runtime", "zone", "project", "spot", "mount")
     slices = Slices(folder.name, *(getattr(values, name) for name in names))
     if not values.dry_run:
+        if shutil.which(_TPU[0]) is None:
+            raise UserError("no gcloud here: install Google Cloud's command line")
         return engine.carry_out(Tpu(folder, slices, really))
     engine.planned(experiment, folder)
-    tpu = Tpu(folder, slices, print_only)
-    tpu.stop([tpu.start(engine.command_of(experiment, folder, tpu.python))])
+    name, command = f"{slices.prefix}-0", engine.command_of(experiment, folder, Tpu.python)
+    make, use = [slices.make(name), slices.state(name)], slices.use(name, command)
+    for line in [*make, *slices.set_up(name), use, slices.state(name), deletion(slices.job(name))]:
+        print(shlex.join(line))
     return 0
 
 

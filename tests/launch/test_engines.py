@@ -12,7 +12,7 @@ import pytest
 from absl import flags
 from test_local import BITS, plan_of, wait_for
 
-from launch import engine, jobset, ray_cluster, retry, slurm, status, stop, sweep, tpu
+from launch import engine, jobs, jobset, ray_cluster, retry, slurm, status, stop, sweep, tpu
 from llm_jax import claims, config, records
 from llm_jax.config import UserError
 from llm_jax.store import store
@@ -76,7 +76,8 @@ def test_a_place_that_dies_is_filled_again_until_every_run_has_ended(bits, tmp_p
     before = []
     assert crew.train([first, second], 2, lambda: before.append(len(places.started))) == {second: "it broke"}
     assert (before, places.started) == ([0], [["train"]] * 3)
-    assert status.launched(tmp_path)["engine"] == "places"
+    assert jobs.listed(tmp_path) == {"places": ["job1", "job2", "job3"]}
+    assert jobs.dollars_per_hour(tmp_path) == 2.0
 
 
 def test_where_no_place_gets_to_a_run_the_launch_ends_with_what_one_printed(bits, tmp_path):
@@ -166,18 +167,14 @@ def test_what_was_given_up_is_tried_again_and_its_log_is_told(bits, tmp_path):
 
 def test_stopping_leaves_word_and_gives_back_what_waits(bits, tmp_path, monkeypatch):
     crew_of(Places(), tmp_path, bits)
-    engine.keep(tmp_path, "slurm", ["17", "18"])
+    for job in ("17", "18"):
+        jobs.enlist(tmp_path, "slurm", job)
     asked = []
-    monkeypatch.setattr(slurm, "run", lambda command: asked.append(command))
-    stop.stop(tmp_path)
+    monkeypatch.setattr(slurm, "run", lambda command: asked.append(command) or "16\n18\n")
+    assert stop.stop(tmp_path) == []
     assert (tmp_path / engine.STOP).exists()
-    assert asked == [["scancel", "--state=PENDING", "17", "18"]]
-    gcloud = Recording()
-    monkeypatch.setattr(tpu, "really", gcloud)
-    engine.keep(tmp_path, "tpu", [SLICES.job("runs-1-0")])
-    stop.stop(tmp_path)
-    assert gcloud.commands == [tpu.deletion("mine/us-west4-a/runs-1-0")]
-    assert {"runs-1-0", "--zone=us-west4-a", "--project=mine"} <= set(gcloud.commands[0])
+    assert asked[-1] == ["scancel", "--state=PENDING", "18"]
+    assert jobs.listed(tmp_path) == {}
     with pytest.raises(UserError, match="no plan here"):
         stop.stop(tmp_path / "elsewhere")
 
@@ -247,14 +244,20 @@ SLICES = tpu.Slices("Runs_1", "v5litepod-8", "v2-alpha-tpuv5-lite", "us-west4-a"
 
 
 class Recording:
-    """In place of gcloud: keeps what it is asked, and answers; nothing leaves this machine."""
+    """In place of gcloud: keeps what it is asked, and answers; nothing leaves this machine.
 
-    def __init__(self, *states, broken=""):
-        self.states, self.broken, self.commands = list(states), broken, []
+    What has `broken` in it fails, and what has `hangs` never ends by itself.
+    """
 
-    def __call__(self, command, log):
+    def __init__(self, *states, broken="", hangs="nothing"):
+        self.states, self.broken, self.hangs, self.commands = list(states), broken, hangs, []
+
+    def __call__(self, command, log, in_vain):
         self.commands.append(command)
         text = " ".join(command)
+        if self.hangs in text:
+            wait_for(in_vain)
+            return 255, "ended"
         if self.broken and self.broken in text:
             return 1, "no such luck"
         return 0, self.states.pop(0) if " describe " in text else ""
@@ -266,36 +269,93 @@ class Recording:
 VERBS = {"create", "describe", "archive", "scp", "ssh", "delete"}
 
 
-def live(recording, tmp_path, monkeypatch):
+@pytest.fixture
+def slices(tmp_path, monkeypatch):
+    """The engine, with a gcloud of one's own."""
     monkeypatch.setattr(tpu, "SECONDS_BETWEEN_LOOKS", 0.0)
-    slices = tpu.Tpu(tmp_path, SLICES, recording)
-    job = slices.start(["train"])
-    slices._threads[job].join()
+    return lambda gcloud: tpu.Tpu(tmp_path, SLICES, gcloud)
+
+
+def live(engine_):
+    job = engine_.start(["train"])
+    engine_._threads[job].join()
     assert job.startswith("mine/us-west4-a/runs-1-")
-    assert slices.living([job]) == set()
-    return slices.tail(job)
+    assert engine_.living([job]) == set()
+    return engine_.tail(job)
 
 
-def test_a_slice_is_made_waited_for_set_up_used_and_deleted(tmp_path, monkeypatch):
+def test_a_slice_is_made_waited_for_set_up_used_and_deleted(slices, tmp_path):
     gcloud = Recording("WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE")
-    live(gcloud, tmp_path, monkeypatch)
+    live(slices(gcloud))
     waits = ["describe"] * 3
     assert gcloud.verbs() == ["create", *waits, "archive", "scp", "ssh", "ssh", "ssh", "delete"]
     assert "--spot" in gcloud.commands[0] and "--force" in gcloud.commands[-1]
     assert "--command=cd llm_jax && exec train" in gcloud.commands[-2]
+    assert jobs.listed(tmp_path) == {}
 
 
 @pytest.mark.parametrize("state", ["SUSPENDED", "FAILED"])
-def test_a_slice_that_is_taken_back_is_deleted_so_that_another_is_asked_for(state, tmp_path, monkeypatch):
+def test_a_slice_that_is_taken_back_is_deleted_so_that_another_is_asked_for(state, slices):
     gcloud = Recording("WAITING_FOR_RESOURCES", state)
-    live(gcloud, tmp_path, monkeypatch)
+    live(slices(gcloud))
     assert gcloud.verbs() == ["create", "describe", "describe", "delete"]
 
 
-def test_a_slice_that_breaks_is_deleted_and_says_why(tmp_path, monkeypatch):
+def test_a_slice_that_breaks_is_deleted_and_says_why(slices):
     gcloud = Recording("ACTIVE", broken="exec train")
-    assert live(gcloud, tmp_path, monkeypatch).endswith("no such luck")
+    assert live(slices(gcloud)).endswith("no such luck")
     assert gcloud.verbs()[-2:] == ["ssh", "delete"]
+
+
+def test_a_slice_taken_back_while_it_trains_is_noticed_though_ssh_never_ends(slices):
+    gcloud = Recording("ACTIVE", "ACTIVE", "ACTIVE", "SUSPENDED", hangs="exec train")
+    assert live(slices(gcloud)).endswith("ended")
+    assert gcloud.verbs()[-5:] == ["ssh", "describe", "describe", "describe", "delete"]
+
+
+def test_a_stop_does_not_wait_for_ever_for_what_hangs(slices, monkeypatch):
+    monkeypatch.setattr(tpu, "SECONDS_TO_STOP", 0.1)
+    gcloud = Recording(*["ACTIVE"] * 10**6, hangs="exec train")
+    engine_ = slices(gcloud)
+    job = engine_.start(["train"])
+    wait_for(lambda: "exec train" in " ".join(gcloud.commands[-1]) or gcloud.verbs()[-1] == "describe")
+    engine_.stop([job])
+    assert gcloud.verbs()[-1] == "delete"
+
+
+def test_slices_are_listed_before_they_are_asked_for_until_they_have_gone(slices, tmp_path, capsys):
+    """A launcher that dies loses track of none: the next one deletes them, or `launch.stop`."""
+    known = []
+
+    class Watched(Recording):
+        def __call__(self, command, log, in_vain):
+            if "create" in command:
+                known.append(jobs.listed(tmp_path)["tpu"])
+            return super().__call__(command, log, in_vain)
+
+    live(slices(Watched("ACTIVE", broken=" delete ")))
+    (left,) = known[0]
+    assert jobs.listed(tmp_path) == {"tpu": [left]}
+    assert f"{left}: NOT given back" in capsys.readouterr().err
+    theirs = SLICES.job("runs-1-other-0")  # of a launcher at work, and of one that has died
+    dead = SLICES.job("runs-1-dead-0")
+    for job in (theirs, dead):
+        jobs.enlist(tmp_path, "tpu", job)
+    assert claims.take(tmp_path / "launchers" / "runs-1-other")
+    gcloud = Recording("ACTIVE")
+    engine_ = slices(gcloud)
+    engine_._launcher = "runs-1-next"  # a second has hardly passed
+    live(engine_)
+    assert tpu.deletion(dead) == gcloud.commands[0]
+    assert jobs.listed(tmp_path) == {"tpu": sorted([left, theirs])}
+    assert tpu.give_back([left], gcloud) == [left]
+
+
+def test_what_is_run_for_a_slice_ends_with_all_it_started(monkeypatch):
+    """As gcloud's ssh does, which keeps its output open."""
+    monkeypatch.setattr(tpu, "SECONDS_BETWEEN_LOOKS", 0.1)
+    code, printed = tpu.really(["sh", "-c", "echo begun; sleep 600 & wait"], None, lambda: True)
+    assert (code, printed) == (-signal.SIGTERM, "begun\n")
 
 
 def test_a_slice_of_several_hosts_is_refused():
@@ -304,10 +364,10 @@ def test_a_slice_of_several_hosts_is_refused():
 
 
 @pytest.mark.skipif(not shutil.which("gcloud"), reason="gcloud isn't installed")
-def test_commands_for_slices_are_as_gcloud_documents_them(tmp_path, monkeypatch):
+def test_commands_for_slices_are_as_gcloud_documents_them(slices):
     """Every flag of every command stands in the synopsis that gcloud itself prints for it."""
     gcloud = Recording("ACTIVE")
-    live(gcloud, tmp_path, monkeypatch)
+    live(slices(gcloud))
     synopses = {}
     for command in gcloud.commands:
         if command[0] == "git":
