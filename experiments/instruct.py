@@ -8,15 +8,15 @@ et al. 2024, arXiv:2405.09673, ask so of large models).
     python -m launch.local --config=experiments/instruct.py:cpu      (reads the books and conversations below)
     python -m launch.local --config=experiments/instruct.py:smoke    (Python's source, made-up conversations)
 
-Cost: smoke 17 CPU seconds; cpu 35 minutes beside much other work (load 10 to 100). It reads the training
+Cost: smoke 17 CPU seconds; cpu 40 minutes beside much other work (load 10 to 20). It reads the training
 books of pretrain_small/ and gpteacher_roleplay.json.xz and topical_chat_valid_freq.json.xz of sft/, both in
 the folder LLM_JAX_REFERENCE_DATA (by default ../shared/data).
 
 Result (cpu, 2026-11-22), nats/token: no, and only because it learns less. At the best rates LoRA's answers
-are worse by 0.298 (95% interval 0.274 to 0.321, 122 conversations) and its books better by 0.36 (two books).
-But where both have learned as much of the answers (5.10, between two rates), LoRA has lost 0.19 more on the
-books. Both best rates are the highest that were tried, so this is about short training of a model of 0.3M
-parameters, one seed. (The rates were chosen by the same 122 conversations then.)
+are worse by 0.308 (95% interval 0.272 to 0.345, 61 conversations) and its books better by 0.35 (0.24 to 0.46,
+two books). But where both have learned as much of the answers (5.12, between two rates), LoRA has lost 0.16
+more on the books. Both best rates are the highest that were tried, so this is about short training of a model
+of 0.3M parameters, one seed.
 """
 
 import dataclasses

@@ -42,8 +42,8 @@ def difference(
     """Percentiles of the difference over items, or whole groups, drawn with replacement (nan for only one).
 
     groups: what each item shares with others. The interval is no narrower than Student's t, since percentiles
-    are too sure of few units, nor, where all scores are 0 or 1, than `newcombe`'s, since they would be sure
-    that what never happened in these items never does.
+    are too sure of few units, nor, where scores are 0 or 1 (or so many right of as many), than `newcombe`'s,
+    since they would be sure that what never happened in these items never does.
     """
     items = np.array(pairs, np.float64)  # [items, model, (sum, count)]
     sums = together(items, groups)
@@ -53,21 +53,23 @@ def difference(
     with np.errstate(invalid="ignore", divide="ignore"):
         changes = drawn[:, 1, 0] / drawn[:, 1, 1] - drawn[:, 0, 0] / drawn[:, 0, 1]
     first, second = sums[:, :, 0].sum(0) / sums[:, :, 1].sum(0)
-    shares = np.isin(items[..., 0], (0, 1)).all() and (items[..., 1] == 1).all()
+    right, asked = items[..., 0], items[..., 1]
+    shares = (asked == asked.flat[0]).all() and (right == np.round(right).clip(0, asked)).all()
     low = high = math.nan
     if units > 1:
         bounds = [tuple(np.nanpercentile(changes, [50 * (1 - level), 50 * (1 + level)]))]
         variance = np.square(pulls(sums[:, 1]) - pulls(sums[:, 0])).sum() * units / (units - 1)
         half = float(stdtrit(units - 1, (1 + level) / 2)) * math.sqrt(variance)
         bounds.append((second - first - half, second - first + half))
-        bounds += [newcombe(*items[..., 0].T, level)] if shares else []
+        bounds += [newcombe(*(right / asked).T, level)] if shares else []
         low, high = min(low for low, _ in bounds), max(high for _, high in bounds)
         low, high = (max(low, -1.0), min(high, 1.0)) if shares else (low, high)
     return Difference(*map(float, (first, second, second - first, low, high)), len(items), units)
 
 
 def newcombe(first: np.ndarray, second: np.ndarray, level: float = 0.95) -> tuple[float, float]:
-    """The interval of the mean of `second` [n] minus that of `first` [n], both zeros and ones in pairs.
+    """The interval of the mean of `second` [n] minus that of `first` [n], both zeros and ones in pairs (of
+    what lies between, which varies less, it is too wide).
 
     Newcombe (Statistics in Medicine 17, 1998, 2635-2650), method 10: Wilson's intervals of the two means, put
     together by their correlation phi with its continuity correction. It has a width for 0 of n, too.
