@@ -5,7 +5,8 @@
     kubectl apply -f workers.json
 
 Each worker is a job of one pod, which takes runs as long as there are any; one that dies is made again, and
-one that the cluster takes back isn't counted as a failure. The folder is on a volume that all pods see and
+one that the cluster takes back isn't counted as a failure. After `launch.stop` workers save and end, and give
+their slices back. The folder is on a volume that all pods see and
 whoever looks at it (--claim: a PersistentVolumeClaim, mounted at the folder's parent). Forecasts and the
 report are made by `python -m launch.local` with the same arguments, when the workers have ended.
 """
@@ -13,6 +14,7 @@ report are made by `python -m launch.local` with the same arguments, when the wo
 import json
 import math
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -97,6 +99,7 @@ def main() -> None:
     )
     name = folder.name.lower().replace("_", "-")
     print(json.dumps(manifest(name, command, values.workers, *kinds), indent=1))
+    print(f"to give the slices back: kubectl delete jobset {name}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -87,7 +87,14 @@ def launch(experiment: Chosen, folder: Path) -> int:
         file = Path(experiment.module.__file__)
         return Pool(packed, file, parts, planned, joins, again, stop.exists).run(before)
 
-    return order.join(plan, engine) if joins else order.carry_out(plan, engine)
+    if not joins:
+        return order.carry_out(plan, engine)
+    try:
+        return order.join(plan, engine)
+    except KeyboardInterrupt:
+        if stop.exists():
+            return 0  # to a cluster a failure, which this is not, is a reason to start it again
+        raise
 
 
 def refuse_meshes(planned: Sequence[packs.Pack]) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from absl import flags
 
 from launch import jobs, sweep
-from llm_jax import claims, config, manifest
+from llm_jax import claims, config, manifest, records
 from llm_jax.config import UserError
 from llm_jax.progress import clock
 
@@ -58,20 +58,23 @@ def _row(folder: Path, run: dict, labels: dict[str, str]) -> Row:
         return Row(run["label"], state, detail, run["price"], part, seconds)
 
     try:
-        result = json.loads((folder / "result.json").read_text())
-    except (OSError, ValueError):
-        result = None
-    if result is not None:
+        state = sweep.status(folder, run["stops"])
+        result = records.load_run(folder)["result"] if state in sweep.ENDS else {}
+    except UserError as error:  # something in its folder is damaged
+        return row("failed", str(error), 0.0)
+    if result:
         loss = result.get("loss")
         detail = f"loss {loss:.4f}" if isinstance(loss, float) else ""
-        return row(result["status"], detail, 1.0, result["wall_seconds"] / result.get("members", 1))
-    if reason := sweep.failure(folder).get("reason"):
-        return row("failed", reason, 0.0)
+        return row(state, detail, 1.0, result["wall_seconds"] / result.get("members", 1))
+    if state == "failed":
+        return row("failed", sweep.failure(folder).get("reason", ""), 0.0)
     own = run["steps"] - run["from_step"]
-    if claims.held(folder):
+    if state == "running":
         owner = claims.owner(folder)
         step = owner.get("step", 0)
         where = f"step {step:,} of {run['steps']:,}, process {owner.get('pid')} of {owner.get('host')}"
+        if (silence := time.time() - owner.get("time", time.time())) > claims.LEASE:
+            where += f", no sign for {sweep.minutes(silence)}"  # it is dead, or a clock is wrong
         begun = max(owner.get("from") or 0, run["from_step"])
         seconds = owner.get("time", 0.0) - owner.get("begun", 0.0)
         return row("running", where, max(step - begun, 0) / own, seconds)

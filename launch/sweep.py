@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 LOG = "log.txt"
 FAILURE = "failure.json"
+ENDS = ("done", "diverged", "stopped")  # of what is complete
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -62,14 +63,16 @@ class Planned:
 
     @property
     def status(self) -> str:
-        """done, diverged, running (in some process), failed (given up by the launcher) or missing."""
-        status = records.load_run(self.folder)["status"] if self.begun else "missing"
-        return "failed" if status == "missing" and (self.folder / FAILURE).exists() else status
+        return status(self.folder, self.stops)
+
+    @property
+    def stops(self) -> bool:
+        """Whether it may be stopped early: asked without the rule, a stopped run goes on."""
+        return bool(self.run.execution.stopping.margin)
 
     @property
     def complete(self) -> bool:
-        stops = bool(self.run.execution.stopping.margin)  # asked without the rule, a stopped run goes on
-        return self.status in ("done", "diverged", *(["stopped"] if stops else []))
+        return self.status in ENDS
 
     @property
     def standing(self) -> int:
@@ -146,7 +149,7 @@ class Plan:
             "overrides": dict(self.experiment.overrides),
             "runs": [
                 {"identity": item.identity, "label": item.label, "stage": stage, "flops": item.flops}
-                | {"steps": item.run.steps, "price": item.price}
+                | {"steps": item.run.steps, "price": item.price, "stops": item.stops}
                 | {"trunk": item.trunk and item.trunk.identity, "from_step": item.from_step}
                 | dataclasses.asdict(item.run.cell)
                 for stage, items in stages.items()
@@ -168,6 +171,17 @@ class Plan:
             role=[run.cell.role for run in planned],
             budget_flops=[run.cell.budget_flops for run in planned],
         )
+
+
+def status(folder: Path, stops: bool) -> str:
+    """How a run stands, by its folder: one of ENDS, running (in some process), failed (given up) or missing.
+
+    stops: whether it may be stopped early; otherwise it isn't at its end where it was.
+    """
+    found = records.load_run(folder)["status"] if (folder / "config.json").exists() else "missing"
+    if found == "missing" or (found == "stopped" and not stops):
+        found = "running" if claims.held(folder) else "missing"
+    return "failed" if found == "missing" and (folder / FAILURE).exists() else found
 
 
 def failure(folder: Path) -> dict[str, Any]:

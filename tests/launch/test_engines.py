@@ -12,7 +12,7 @@ import pytest
 from absl import flags
 from test_local import BITS, plan_of, wait_for
 
-from launch import engine, jobs, jobset, ray_cluster, retry, slurm, status, stop, sweep, tpu
+from launch import engine, jobs, jobset, local, ray_cluster, retry, slurm, status, stop, sweep, tpu
 from llm_jax import claims, config, records
 from llm_jax.config import UserError
 from llm_jax.store import store
@@ -52,11 +52,16 @@ class Places:
         return f"no room in {job}"
 
 
+def begin(run):
+    run.folder.mkdir(exist_ok=True)
+    (run.folder / "config.json").write_text(json.dumps({"identity": run.identity}))
+
+
 def ended(run, **result):
     def end():
         claims.take(run.folder).release()
         content = {"status": "done", "wall_seconds": 10.0, "loss": 1.0} | result
-        (run.folder / "config.json").write_text(json.dumps({"identity": run.identity}))
+        begin(run)
         (run.folder / "result.json").write_text(json.dumps(content))
 
     return end
@@ -133,6 +138,51 @@ def test_the_status_says_what_is_done_runs_waits_and_failed_and_what_is_left(bit
     assert status.seconds_left(found) == pytest.approx(15 / 1.5, rel=0.05)
     assert status.line(found, 2.0).endswith("0:10 left, $0.01 left")
     claim.release()
+
+
+def test_the_status_says_for_how_long_there_was_no_sign_of_an_owner_elsewhere(bits, tmp_path):
+    """Whether it lives, one look can't know."""
+    (run,), _ = crew_of(Places(), tmp_path, bits, runs=1)
+    begin(run)
+    there = store(f"{run.folder}/claims")
+    there.create("00000", b'{"machine": "another", "pid": 1}')
+    there.write("00000.sign", json.dumps({"beat": 3, "time": time.time() - 86400}).encode())
+    (row,) = status.rows(tmp_path)
+    assert row.state == "running" and row.detail.endswith("no sign for 24.0 h")
+
+
+def test_the_status_of_a_run_is_the_launcher_s(bits, tmp_path):
+    """A run that was stopped early is complete only where the rule is asked for."""
+    base = bits.get_config("small")
+    rule = config.replace(base, "execution.stopping.margin", 0.5)
+    for number, run in enumerate((base, rule)):
+        plan = plan_of(tmp_path / str(number), run)
+        plan.write()
+        (item,) = plan.runs
+        ended(item, status="stopped")()
+        (row,) = status.rows(tmp_path / str(number))
+        assert (item.complete, row.complete) == (run is rule, run is rule)
+        (item.folder / "config.json").write_text("")
+        (row,) = status.rows(tmp_path / str(number))
+        assert row.state == "failed" and "config.json" in row.detail
+
+
+def test_a_place_that_was_stopped_has_not_failed(bits, tmp_path, monkeypatch):
+    """Or its cluster starts it again."""
+    plan = plan_of(tmp_path, bits.get_config("small"))
+    monkeypatch.setattr(local.sweep, "make_plan", lambda *_: plan)
+    monkeypatch.setattr(local.sweep, "without_effect", lambda _: [])
+    given = {"workers": 1, "pack": "off", "join": True, "again": False, "dry_run": False}
+    monkeypatch.setattr(flags, "FLAGS", types.SimpleNamespace(**given))
+
+    def asked_to_stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(local.Pool, "run", asked_to_stop)
+    with pytest.raises(KeyboardInterrupt):
+        local.launch(plan.experiment, tmp_path)
+    (tmp_path / engine.STOP).touch()
+    assert local.launch(plan.experiment, tmp_path) == 0
 
 
 def test_a_thousand_runs_are_planned_found_again_and_reported_in_less_than_five_seconds(bits, tmp_path):
