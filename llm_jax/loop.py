@@ -90,6 +90,8 @@ def train_together(members: Sequence[Member], shape: Shape, mesh: jax.sharding.M
                 "held-out documents are scored by their tokens, and this model predicts none (it has no "
                 "unembed): set --config.data.held_out_fraction=0"
             )
+        for member in members:  # or their owner would prune what is read here
+            member.hold()
         saved = agreed(lambda: [member.checkpoints.steps() for member in members])
         common = set.intersection(*map(set, saved))
         # A state alone lies whole on every device of a pack: those of many wait in the host's memory.

@@ -98,6 +98,10 @@ class Member:
 
     # ---- the start ----
 
+    def hold(self) -> None:
+        """Takes the folder of a run that has been begun; raises UserError where another process has it."""
+        agreed(lambda: self._record.hold(self.checkpoints.latest() or 0))
+
     def restore(self, parts: Program, at_most: int | None = None) -> State | None:
         """The state of its last checkpoint (up to step `at_most`), its trunk's, or what its model begins as.
 

@@ -74,11 +74,18 @@ class Record:
         check_folder(self.folder, config_json)
         place = self.folder / "config.json"
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._claim = claims.take(self.folder)
-        if self._claim is None:
-            raise UserError(f"{self.folder}: another process is running this run; wait for it or end it")
+        self._take()
         if not place.exists():
             write_atomically(place, dumps({**config_json, **self._facts}, indent=1) + "\n")
+
+    def hold(self, step: int) -> None:
+        """Takes a folder that has been begun, before its checkpoints are read; raises UserError as `start`.
+
+        step: where it will most likely go on from.
+        """
+        if self._writes and (self.folder / "config.json").exists():
+            self._take()
+            self._claim.begin(step)
 
     def resume_at(self, step: int, trunk: Mapping[str, Any] | None = None) -> None:
         """Says that the run goes on from `step` (0: from the start): rows past it no longer count.
@@ -144,6 +151,11 @@ class Record:
 
     def __exit__(self, *_: Any) -> None:
         self.close()
+
+    def _take(self) -> None:
+        self._claim = self._claim or claims.take(self.folder)
+        if self._claim is None:
+            raise UserError(f"{self.folder}: another process is running this run; wait for it or end it")
 
     def _open_part(self) -> None:
         folder = self.folder / "metrics"

@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 from changes import changed
 
-from llm_jax import config, facts, loop, member, optimizers, records, sharding
+from llm_jax import claims, config, facts, loop, member, optimizers, records, sharding
+from llm_jax.checkpoints import Checkpoints
 from llm_jax.config import UserError
 from llm_jax.data import HeldOut
 from llm_jax.held_out import score
@@ -391,6 +392,19 @@ def test_what_can_not_be_done_is_refused_before_anything_is_written(tiny_run, tm
     with pytest.raises(UserError, match=words):
         train(changed(tiny_run, **fields), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_another_process_has_is_left_before_its_checkpoints_are_read(
+    finished, tiny_run, tmp_path, monkeypatch
+):
+    """Their owner prunes them meanwhile; and nothing is compiled for nothing."""
+    shutil.copytree(finished[0], tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()
+    claim = claims.take(tmp_path / "run")
+    monkeypatch.setattr(Checkpoints, "restore", lambda *_, **__: pytest.fail("they are read"))
+    with pytest.raises(UserError, match="another process is running this run"):
+        train(tiny_run, tmp_path / "run")
+    claim.release()
 
 
 def test_a_folder_of_another_run_is_refused(finished, tiny_run):
