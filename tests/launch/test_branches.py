@@ -134,7 +134,7 @@ def test_a_killed_trunk_continues_and_its_branch_waits_for_it(wsd, tmp_path):
 
 
 def test_a_trunk_that_fails_after_the_checkpoint_serves_its_branch_all_the_same(wsd, tmp_path):
-    deadly = {"trouble": "kill", "trouble_at": 60, "seconds": 0.04}  # a save is complete long before
+    deadly = {"trouble": "kill", "trouble_at": 60, "seconds": 0.01}  # a save is complete long before
     plan = plan_of(tmp_path, changed(wsd(100), **deadly), changed(wsd(50), **deadly))
     trunk, branch = plan.sweep
     assert list(trained(plan)) == [trunk]
