@@ -11,7 +11,7 @@ Cost: smoke 18 seconds, quickstart 4 minutes, cpu an hour, each on 2 CPU cores; 
 on one H100 (not run); full some days on a pod, on a corpus of yours (not run). What was not run is estimated.
 
 Result (quickstart, 2026-11-22): N_opt ~ C^0.53 (90% interval 0.42 to 0.65, Approach 2), C^0.43 (0.34 to 0.54,
-Approach 3); the forecast for 4.4 times the largest budget was 1.572 nats/token (1.519 to 1.653), by
+Approach 3); the forecast for 4.4 times the largest budget was 1.572 nats/token (1.508 to 1.666), by
 Approach 2; the hold-out reached 1.555. At cpu C^0.37 (0.14 to 0.61) and C^0.36 (0.30 to 0.46); the forecast
 for 11 times the largest budget 1.250 (1.105 to 1.405), the hold-out 1.188.
 
