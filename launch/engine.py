@@ -22,7 +22,7 @@ from absl import flags
 from launch import jobs, order, status, sweep
 from launch.pool import TRIES
 from launch.sweep import Plan, Planned
-from llm_jax import config
+from llm_jax import config, records
 from llm_jax.config import Chosen, UserError
 
 SECONDS_BETWEEN_LOOKS, SECONDS_BETWEEN_LINES = 2.0, 30.0
@@ -114,8 +114,8 @@ def define_flags(places: str) -> None:
 
 
 def folder_of(experiment: Chosen) -> Path:
-    """Where the runs go; raises UserError for the folder of a single run."""
-    folder = Path(flags.FLAGS.folder or sweep.folder_of(experiment))
+    """Where the runs go; raises UserError for the folder of a single run, or a bucket's."""
+    folder = records.chosen_folder(flags.FLAGS.folder, sweep.folder_of(experiment))
     if (folder / "config.json").exists():
         raise UserError(f"{folder} is the folder of a single run; name another by --folder")
     return folder

@@ -353,6 +353,13 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     return out
 
 
+def chosen_folder(given: str | None, usual: Path) -> Path:
+    """The folder that is named, or else the usual one; raises UserError for a bucket: runs lie on disks."""
+    if "://" in (given or ""):
+        raise UserError(f"--folder={given}: runs lie in folders of a disk; name where the bucket is mounted")
+    return Path(given or usual)
+
+
 def check_folder(folder: Path, config_json: Mapping[str, Any]) -> None:
     """Raises UserError, naming the first field that differs, if the folder's run isn't the one asked for."""
     if not (folder / "config.json").exists():

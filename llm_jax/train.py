@@ -26,7 +26,7 @@ from llm_jax.placement import mesh_of
 from llm_jax.process import prepare_xla
 from llm_jax.program import shape_of
 from llm_jax.progress import Progress
-from llm_jax.records import how_it_ended, load_run
+from llm_jax.records import chosen_folder, how_it_ended, load_run
 from llm_jax.run import Run
 
 
@@ -73,7 +73,7 @@ def main() -> None:
         run = config.replace(run, "execution.profile_steps", flags.FLAGS.profile_steps)
     # Not among the runs of a sweep, runs/<experiment>-<scale>: it belongs to none.
     place = Path("runs") / Path(picked.module.__file__).stem
-    folder = Path(flags.FLAGS.folder or place / run.identity())
+    folder = chosen_folder(flags.FLAGS.folder, place / run.identity())
     headline = f"{folder}: {run.steps:,} steps of {run.data.tokens_per_step:,} tokens"
     was_complete = (folder / "result.json").exists()
     interrupted = threading.Event()

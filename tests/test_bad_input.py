@@ -321,6 +321,12 @@ def test_a_checkpoint_of_another_architecture_is_not_continued(trained, command,
     assert files(folder).keys() == before.keys()
 
 
+@pytest.mark.parametrize("module", ["llm_jax.train", "launch.local", "launch.slurm"])
+def test_a_bucket_is_no_folder_for_runs(command, module):
+    line = refusal(*command(module, ISOFLOP, "--folder=gs://bucket/runs"))
+    assert "--folder=gs://bucket/runs: runs lie in folders of a disk" in line
+
+
 def test_a_sweep_is_not_planned_inside_a_run(trained, command):
     before = files(trained)
     line = refusal(*command("launch.local", ISOFLOP, "--dry_run", f"--folder={trained}"))
