@@ -12,9 +12,9 @@ Cost: smoke 20 s, cpu 2 minutes, each on 2 CPU cores; gpu 20 minutes on one H100
 a pod, on a corpus of yours (not run). What was not run is estimated.
 
 Result (cpu, 2026-11-22), 90% intervals: trunks cost 1.08e12 FLOPs and independent runs 1.73e12, 37% saved.
-N_opt ~ C^0.52 (0.35 to 0.65) from trunks, C^0.47 (0.34 to 0.64) from cosine runs: not told apart (+0.05, -0.12
-to 0.14); C^0.52 by Approach 1 on the trunks. At the same N and D branches have 1.2% less loss in the mean (-2.7%
-to +0.8%). Neither law determines E: for that the sweep is too small.
+N_opt ~ C^0.52 (0.35 to 0.65) from trunks, C^0.47 (0.34 to 0.64) from cosine runs: not told apart (+0.05,
+-0.12 to 0.14); C^0.52 by Approach 1 on the trunks. At the same N and D branches have 1.2% less loss in the
+mean (-2.7% to +0.8%). Neither law determines E: for that the sweep is too small.
 
 Both ways have the rate that suits them: the middle size at the second D checks it at half and double.
 Compute is C = 6 N D, where N counts the matrices of the body and of the logits. No run sees a byte twice.
