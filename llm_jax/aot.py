@@ -4,9 +4,9 @@ python -m llm_jax.aot --config=experiments/isoflop.py:cpu --config.model=llama3-
 python -m llm_jax.aot --config=… --topology=v5p:4x8x8 --search     (batch, remat and mesh: the best that fits)
 
 The step is the trainer's own, compiled by libtpu as on the slice. Memory and exchanges are the compiler's
-numbers. Times are a roofline: products at the peak of the data sheet, memory and links at full rate, all at
-once. Nothing is run, so no speed is measured; a real step takes longer. Results are kept on disk, by the
-program's text.
+numbers. Times are a roofline: products at the peak of the data sheet, memory, links inside a slice and the
+network between slices at full rate, all at once. Nothing is run, so no speed is measured; a real step takes
+longer. Results are kept on disk, by the program's text.
 """
 
 import dataclasses
@@ -27,11 +27,11 @@ from llm_jax import config, sharding
 from llm_jax.config import UserError
 from llm_jax.data import cache_folder
 from llm_jax.data.cache import digest
+from llm_jax.files import dumps, write_atomically
 from llm_jax.kernels import devices, hlo, memory, slices
 from llm_jax.models import counting
 from llm_jax.placement import mesh_of
 from llm_jax.program import Program, shape_of
-from llm_jax.records import dumps, write_atomically
 from llm_jax.run import Run
 
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -41,10 +41,11 @@ REMATS = ("none", "dots", "full")
 def compiled_for(run: Run, topology: str, count: int = 1) -> dict[str, Any]:
     """What the compiler says of the train step of `run` on `count` slices of that name; see `--json`.
 
-    fits; peak_bytes and hbm_bytes of a chip; flops of a step by the exact count, executed_flops those of the
-    trace (with what remat repeats; None where it can't tell); collectives: {kind: count, bytes a chip
-    receives}; compile_seconds; estimated_step_seconds and what bounds it; estimated_mfu. Where it doesn't
-    fit, peak_bytes is what the compiler asked for. Raises UserError for what can't be compiled at all.
+    fits; peak_bytes and hbm_bytes of a device (a chip, or half of one: `devices.py`); flops of a step by the
+    exact count, executed_flops those of the trace (with what remat repeats; None where it can't tell);
+    collectives inside a slice and between_slices: {kind: count, bytes a device receives (`hlo.Exchange`)};
+    compile_seconds; estimated_step_seconds and what bounds it; estimated_mfu. Where it doesn't fit,
+    peak_bytes is what the compiler asked for. Raises UserError for what can't be compiled at all.
     """
     found = slices.describe(topology, count)
     mesh = mesh_of(run, 1, found)
@@ -53,7 +54,7 @@ def compiled_for(run: Run, topology: str, count: int = 1) -> dict[str, Any]:
         step = Program(shape, mesh)
         text = step.lowered.as_text()
         libtpu = importlib.metadata.version("libtpu")
-        place = cache_folder() / "aot" / f"{digest([text, topology, count, libtpu])}.json"
+        place = cache_folder() / "aot" / f"{digest([text, topology, count, libtpu, hlo.VERSION])}.json"
         if not place.exists():
             place.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(place, dumps(_compile(step) | {"libtpu": libtpu}))
@@ -62,7 +63,8 @@ def compiled_for(run: Run, topology: str, count: int = 1) -> dict[str, Any]:
     facts = {
         "topology": topology,
         "slices": count,
-        "chips": mesh.size,
+        "chips": count * math.prod(map(int, topology.partition(":")[2].split("x"))),
+        "devices": mesh.size,
         "device": found[0].device_kind,
         "mesh": {name: size for name, size in mesh.shape.items() if size > 1},
         "remat": run.execution.layout.remat,
@@ -71,7 +73,7 @@ def compiled_for(run: Run, topology: str, count: int = 1) -> dict[str, Any]:
         "hbm_bytes": chip.memory_bytes,
     }
     facts |= _flops(run, step) | compiled
-    return facts | (_roofline(run, facts, chip, topology, count) if facts["fits"] else {})
+    return facts | (_roofline(run, facts, chip, slices.generation(topology)) if facts["fits"] else {})
 
 
 def _compile(step: Program) -> dict[str, Any]:
@@ -94,6 +96,7 @@ def _compile(step: Program) -> dict[str, Any]:
         "state_bytes": plan.argument_size_in_bytes,
         "temporary_bytes": plan.temp_size_in_bytes,
         "collectives": hlo.collectives(text),
+        "between_slices": hlo.collectives(text, between_slices=True),
         "attention": "splash" if "tpu_custom_call" in text else "chunked",
         "compile_seconds": seconds,
     }
@@ -110,23 +113,25 @@ def _flops(run: Run, step: Program) -> dict[str, Any]:
 
 
 def _roofline(
-    run: Run, facts: dict[str, Any], chip: devices.Device, topology: str, count: int
+    run: Run, facts: dict[str, Any], chip: devices.Device, generation: slices.Generation
 ) -> dict[str, Any]:
-    """The least time of a step if products, memory and links all go at full rate and at once.
+    """The least time of a step if products, memory, links and network all go at full rate and at once.
 
     Memory: the state read and written once, and every temporary byte as well. Williams et al. 2009.
     """
     flops = facts["executed_flops"] or facts["flops"]
     peak = getattr(chip, getattr(run.model, "dtype", "float32"))
-    link = slices.exchange_bandwidth(topology) if count == 1 else slices.DATA_CENTRE
-    received = sum(entry["bytes"] for entry in facts["collectives"].values())
+    inside, between = (
+        sum(entry["bytes"] for entry in facts[where].values()) for where in ("collectives", "between_slices")
+    )
     seconds = {
-        "products": flops / facts["chips"] / peak,
+        "products": flops / facts["devices"] / peak,
         "memory": 2 * (facts["state_bytes"] + facts["temporary_bytes"]) / chip.bandwidth,
-        "exchange": received / link,
+        "exchange": inside / generation.links,
+        "network": between / generation.network,
     }
     slowest = max(seconds, key=seconds.__getitem__)
-    mfu = facts["flops"] and facts["flops"] / (facts["chips"] * peak * seconds[slowest])
+    mfu = facts["flops"] and facts["flops"] / (facts["devices"] * peak * seconds[slowest])
     return {
         "estimated_step_seconds": seconds[slowest],
         "estimated_seconds": seconds,
@@ -189,9 +194,9 @@ def tokens_per_second(facts: dict[str, Any]) -> float:
 def _said(facts: dict[str, Any]) -> str:
     peak, there = (facts[name] / 2**30 for name in ("peak_bytes", "hbm_bytes"))
     if not facts["fits"]:
-        return f"doesn't fit: {peak:.2f} of {there:.0f} GiB a chip"
+        return f"doesn't fit: {peak:.2f} of {there:.0f} GiB a device"
     return (
-        f"fits: {peak:.2f} of {there:.0f} GiB a chip; at best {facts['estimated_step_seconds']:.3f} s a "
+        f"fits: {peak:.2f} of {there:.0f} GiB a device; at best {facts['estimated_step_seconds']:.3f} s a "
         f"step, bound by {facts['bound_by']}"
     )
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 
+from llm_jax import files
 from llm_jax.values import UserError
 
 PROFILE = "memory.pprof"
@@ -46,8 +47,9 @@ def explaining(folder: Path, advise: Callable[[], str]) -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        with contextlib.suppress(Exception):  # what is full may fail here too
-            jax.profiler.save_device_memory_profile(str(folder / PROFILE))
+        # What is full may fail here too.
+        with contextlib.suppress(Exception), files.filled(folder) as place:
+            jax.profiler.save_device_memory_profile(str(place / PROFILE))
         first = str(error).splitlines()[0]
         raise UserError(
             f"{first}; to fit, {advise()}; `pprof -top {folder / PROFILE}` shows what was in it"

@@ -120,11 +120,13 @@ def forward(
     segments: Segments,
     rule: Rule,
     ahead: jax.Array | None = None,
+    dtype: jnp.dtype | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The result and each row's log-sum-exp, [B, G, R, T, K] and float32 [B, G, R, T, 1].
 
     ahead: how many positions the first query stands after the first key; None is self-attention. A row that
-    sees nothing has the result 0 and the log-sum-exp of minus infinity.
+    sees nothing has the result 0 and the log-sum-exp of minus infinity. dtype: the result's, if it isn't that
+    of the queries.
     """
     q_BGRTK, segments, zero = _tied(q_BGRTK, segments)
     length, pieces = q_BGRTK.shape[3], []
@@ -139,7 +141,7 @@ def forward(
             weights = jnp.exp(found - top)
             total = weights.sum(axis=-1, keepdims=True)
             out = _dot("BGRTS,BGSK->BGRTK", weights.astype(v.dtype), v) / jnp.where(total == 0, 1, total)
-            return None, (out.astype(q.dtype), top + jnp.log(total))
+            return None, (out.astype(dtype or q.dtype), top + jnp.log(total))
 
         pieces.append(jax.lax.scan(block, None, (zero + _rows(stripe), _cut(q_BGRTK, stripe)))[1])
     return tuple(_join(parts, length) for parts in zip(*pieces, strict=True))

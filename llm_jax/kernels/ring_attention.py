@@ -143,7 +143,8 @@ class Told(NamedTuple):
 
 def _forward(queries: list[Queries], keys: list[Keys], rule: Rule) -> list[tuple[jax.Array, jax.Array]]:
     """(result, log-sum-exp), float32, of each of this device's two chunks of queries."""
-    see, me, last = _seeing(chunked.forward, rule, keys), jax.lax.axis_index(AXIS), 2 * ways() - 1
+    part = functools.partial(chunked.forward, dtype=jnp.float32)  # rounded once, when all are merged
+    see, me, last = _seeing(part, rule, keys), jax.lax.axis_index(AXIS), 2 * ways() - 1
     first, second = queries
 
     def turn(carry: Any, step: jax.Array) -> tuple[Any, None]:
@@ -158,7 +159,6 @@ def _forward(queries: list[Queries], keys: list[Keys], rule: Rule) -> list[tuple
         return (held, (low, high)), None
 
     low, high = see(first, keys[0]), _merge(see(second, keys[1]), see(second, keys[0], me))
-    low = jax.tree.map(lambda x: x.astype(jnp.float32), low)
     return jax.lax.scan(turn, (keys, (low, high)), jnp.arange(1, ways()))[0][1]
 
 

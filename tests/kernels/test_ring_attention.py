@@ -54,6 +54,15 @@ def test_ring_attention_equals_the_reference_with_its_gradient(sizes, segmented,
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+def test_in_bfloat16_a_result_is_rounded_once_however_many_turns_it_takes():
+    v = jax.random.normal(jax.random.key(0), (2, 128, 2, 16), jnp.bfloat16)
+    alike = jnp.zeros_like(v)  # every key has the same weight, so nothing but results is rounded
+    with jax.set_mesh(make_mesh(MeshConfig(data=1, sequence=8))):
+        got = jax.jit(lambda v: around(alike, alike, v, jnp.zeros((2, 128), jnp.int32)))(v)
+    exact = np.cumsum(np.asarray(v, np.float64), axis=1) / np.arange(1, 129)[:, None, None]
+    np.testing.assert_allclose(np.asarray(got, np.float64), exact, rtol=2**-8, atol=1e-6)
+
+
 def test_members_of_a_packed_sweep_go_round_as_they_would_alone():
     q, k, v, segments = inputs(length=32)
     members = [jnp.stack([x, x / 2]) for x in (q, k, v)]
