@@ -47,6 +47,7 @@ from llm_jax.evaluation.kinds import Documents, Generation
 from llm_jax.evaluation.runner import Evaluator
 from llm_jax.evaluation.scores import Outcome, evaluate
 from llm_jax.evaluation.tasks import Format, Task
+from llm_jax.files import write_atomically
 from llm_jax.inference.opening import open_model
 from llm_jax.inference.pretrained import Pretrained, PretrainedTokenizer
 from llm_jax.models.transformer import Transformer
@@ -55,7 +56,6 @@ from llm_jax.posttraining import behaviours
 from llm_jax.posttraining.behaviours import RELIABLE, UNRELIABLE, Maker
 from llm_jax.posttraining.versus import ranged
 from llm_jax.posttraining.world import World
-from llm_jax.records import write_atomically
 from llm_jax.run import SCHEMA, Execution, Run
 from llm_jax.scaling import page
 from llm_jax.scaling.page import Page, Table, Tile

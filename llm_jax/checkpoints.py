@@ -12,7 +12,7 @@ checkpoints and leftovers, which are ignored and swept away by the next session'
 import concurrent.futures
 import functools
 import logging
-import shutil
+import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
-from llm_jax import manifest
+from llm_jax import files, manifest
 from llm_jax.config import UserError
 from llm_jax.distributed import agreed, leads
 
@@ -45,7 +45,8 @@ class Checkpoints:
     """The checkpoints of one run: keeps the newest `keep_last`, the steps in `keep_steps`, and step `best`.
 
     Reading never changes the folder. In a run of many processes all of them call `save`, `restore` and
-    `close`, on a file system that they share; process 0 alone writes manifests, checks them, and removes.
+    `close`, on a file system that they share; each reads what it wrote for the checksums, and process 0 alone
+    writes manifests, compares, and removes.
     `say` is told in one line when a damaged checkpoint is passed over. `confirm` is called before anything is
     removed or a manifest written, and raises where the folder is another owner's by now.
     """
@@ -59,7 +60,7 @@ class Checkpoints:
         confirm: Callable[[], None] = lambda: None,
     ) -> None:
         assert keep_last >= 1, "the newest checkpoint is always kept"
-        self.folder = Path(folder).absolute()
+        self.folder = files.path(folder).absolute()
         self._keep_last, self._keep_steps, self._say = keep_last, frozenset(keep_steps), say
         self.best: int | None = None
         self._confirm = confirm
@@ -83,11 +84,10 @@ class Checkpoints:
             arrays = _by_name(state)
             if jax.process_count() == 1 and _on_cpus(arrays):
                 # A copy takes a millisecond, and orbax's preparations, which go to the thread, fifteen.
-                begin = functools.partial(self._begin, step, _copied(arrays))
+                commit = functools.partial(self._written, step, _copied(arrays))
             else:
-                saved = self._begin(step, arrays)
-                begin = functools.partial(lambda saved: saved, saved)
-            self._saving = self._finisher.submit(self._finish, step, begin, _shapes(arrays))
+                commit = self._begin(step, arrays).result
+            self._saving = self._finisher.submit(self._finish, step, commit, _shapes(arrays))
         if wait:
             self.wait()
 
@@ -155,15 +155,19 @@ class Checkpoints:
         # Where arrays lay is a quarter of the time and never asked for: `restore` says where they go.
         context.array.saving.enable_write_sharding_file = False
         with _preparing, context:
-            return ocp.save_async(self._place(step), arrays)
+            return ocp.save_async(os.fspath(self._place(step)), arrays)
 
-    def _finish(self, step: int, begin: Callable[[], Any], shapes: dict[str, list]) -> None:
-        """In the thread: orbax's commit (in all processes), then the manifest, then the retention."""
-        begin().result()
+    def _written(self, step: int, arrays: dict[str, jax.Array]) -> None:
+        self._begin(step, arrays).result()
+
+    def _finish(self, step: int, commit: Callable[[], None], shapes: dict[str, list]) -> None:
+        """In the thread: orbax's commit and checksums, in all processes; the manifest; then the retention."""
+        commit()
+        digests = manifest.digests(self._place(step))
         if not self._leader:
             return
         self._confirm()
-        manifest.write(self._place(step), {"step": step, "arrays": shapes})
+        manifest.write(self._place(step), digests, {"step": step, "arrays": shapes})
         for old in self.steps()[: -self._keep_last]:
             if old not in self._keep_steps and old != self.best:
                 self._remove(old)
@@ -177,14 +181,14 @@ class Checkpoints:
             if old > last:
                 self._remove(old)
         kept = self.steps()
-        for path in list(self.folder.iterdir()):
+        for path in list(self.folder.glob("*")):
             name, _, ending = path.name.partition(".")
             if name.isdecimal() and (ending not in ("", "json") or int(name) not in kept):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                files.remove(path) if path.is_dir() else path.unlink()
 
     def _remove(self, step: int) -> None:
         manifest.place(self._place(step)).unlink()
-        shutil.rmtree(self._place(step), ignore_errors=True)
+        files.remove(self._place(step))
 
     def _place(self, step: int) -> Path:
         return self.folder / f"{step:08d}"
@@ -192,38 +196,38 @@ class Checkpoints:
     # ---- reading ----
 
     def _sound(self, step: int | None, at_most: int | None = None) -> int | None:
-        """The step to restore, the same in every process; process 0 alone reads and checks the files."""
-        return agreed(lambda: self._newest_sound(at_most) if step is None else self._checked(step))
-
-    def _newest_sound(self, at_most: int | None) -> int | None:
-        last = float("inf") if at_most is None else at_most
-        steps = [step for step in self.steps() if step <= last]
-        passed = [
-            f"{path.name} (its save was not finished)"
-            for path in sorted(self.folder.glob("*"), reverse=True)
-            if path.name.isdecimal() and (steps[-1] if steps else -1) < int(path.name) <= last
-        ]
-        for step in reversed(steps):
-            problem = manifest.problem(self._place(step))
+        """The step to restore, the same in every process; each of them checks its own files."""
+        steps, passed = agreed(lambda: self._candidates(step, at_most))
+        for found in steps:
+            problem = manifest.problem(self._place(found))
             if problem is None:
-                if passed:
-                    self._say(f"{self.folder}: passed over {', '.join(passed)}; continuing from step {step}")
-                return step
-            passed.append(f"{self._place(step).name} ({problem})")
+                if passed and self._leader:
+                    self._say(f"{self.folder}: passed over {', '.join(passed)}; continuing from step {found}")
+                return found
+            if step is not None:
+                raise UserError(f"{self._place(step)}: the checkpoint is damaged ({problem})")
+            passed.append(f"{self._place(found).name} ({problem})")
         if steps:
             raise UserError(
                 f"{self.folder}: no checkpoint is whole: {', '.join(passed)}; remove it to start again"
             )
         return None
 
-    def _checked(self, step: int) -> int:
-        if step not in self.steps():
-            raise UserError(
-                f"{self.folder}: no checkpoint of step {step}; there are: {self.steps() or 'none'}"
-            )
-        if problem := manifest.problem(self._place(step)):
-            raise UserError(f"{self._place(step)}: the checkpoint is damaged ({problem})")
-        return step
+    def _candidates(self, step: int | None, at_most: int | None) -> tuple[list[int], list[str]]:
+        """The steps that may be restored, the newest first, and what is passed over, with the reason."""
+        there = self.steps()
+        if step is not None:
+            if step not in there:
+                raise UserError(f"{self.folder}: no checkpoint of step {step}; there are: {there or 'none'}")
+            return [step], []
+        last = float("inf") if at_most is None else at_most
+        steps = [step for step in there if step <= last]
+        passed = [
+            f"{path.name} (its save was not finished)"
+            for path in sorted(self.folder.glob("*"), reverse=True)
+            if path.name.isdecimal() and (steps[-1] if steps else -1) < int(path.name) <= last
+        ]
+        return steps[::-1], passed
 
     def _load(self, step: int, abstract: Any, prefix: str, same_type: bool) -> Any:
         stored = manifest.read(self._place(step))["arrays"]
@@ -237,7 +241,7 @@ class Checkpoints:
         context = ocp.Context()
         context.pytree_options.loading.partial_load = bool(prefix)
         with context:
-            arrays = ocp.load(self._place(step), targets)
+            arrays = ocp.load(os.fspath(self._place(step)), targets)
         return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[name] for name in targets])
 
 

@@ -26,19 +26,21 @@ import re
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from llm_jax.config import UserError
 from llm_jax.store import Store, store
-from llm_jax.values import AGAIN
+from llm_jax.values import AGAIN, LEASE
 
-LEASE, BEAT = 60.0, 10.0  # seconds
+BEAT = 10.0  # seconds
+PATIENCE = 1800.0  # seconds without a step, or a part of an evaluation or a save, after which a run hangs
 
 _NUMBER = re.compile(r"\d{5}")
 _mine: set["Claim"] = set()
 _seen: dict[tuple[str, int], tuple[int | None, float]] = {}  # the last new sign, and when it was first seen
-_patience = float("inf")
+_patience, _before_leaving = float("inf"), lambda: None
 
 
 class Claim:
@@ -109,7 +111,7 @@ def take(folder: str | Path) -> Claim | None:
             return None
         time.sleep(min(1.0, LEASE / 20))
     owner = {"machine": _machine(), "pid": os.getpid(), "born": _born(os.getpid())}
-    owner |= {"host": platform.node(), "begun": time.time()}
+    owner |= {"host": platform.node(), "begun": time.time(), "thread": threading.get_ident()}
     if not there.create(_name(number + 1), json.dumps(owner).encode()):
         return None
     claim = Claim(there, number + 1)
@@ -167,10 +169,19 @@ def owner(folder: str | Path) -> dict[str, Any]:
     return {name: value for part in ("", "sign") for name, value in _read(there, number, part).items()}
 
 
-def leave_when_still(seconds: float) -> None:
-    """Ends this process with AGAIN, its stacks on stderr, when no run of its moves for so long."""
-    global _patience
-    _patience = seconds
+def leave_when_still(seconds: float, before: Callable[[], None] = lambda: None) -> None:
+    """Ends this process with AGAIN, its stacks on stderr, when no run of its moves for so long.
+
+    before: called first.
+    """
+    global _patience, _before_leaving
+    _patience, _before_leaving = seconds, before
+
+
+def stir() -> None:
+    """Says that the runs of this process move, though by no step: a part of an evaluation, say, is done."""
+    for claim in list(_mine):
+        claim.still = 0.0
 
 
 # ---- whether a claim is free ----
@@ -223,6 +234,15 @@ def _born(pid: int) -> str | None:
 
 
 def _beat_all() -> None:
+    while True:
+        time.sleep(BEAT)
+        for claim in list(_mine):
+            with contextlib.suppress(Exception):  # a full disk, a bucket's error: tried again, see `move`
+                claim.beat()
+
+
+def _watch() -> None:
+    """In a thread of its own: a store that doesn't answer holds up the beats."""
     looked = time.monotonic()
     while True:
         time.sleep(BEAT)
@@ -230,17 +250,17 @@ def _beat_all() -> None:
         looked = time.monotonic()
         for claim in list(_mine):
             claim.still += passed
-            with contextlib.suppress(Exception):  # a full disk, a bucket's error: tried again, see `move`
-                claim.beat()
         if min((claim.still for claim in list(_mine)), default=0.0) > _patience:
             print(f"no step for {_patience:.0f} s, here is where it hangs:", file=sys.stderr, flush=True)
             faulthandler.dump_traceback()
+            _before_leaving()
             os._exit(AGAIN)
 
 
 @functools.cache
 def _heart() -> None:
-    threading.Thread(target=_beat_all, name="claims", daemon=True).start()
+    for does in (_beat_all, _watch):
+        threading.Thread(target=does, name="claims", daemon=True).start()
 
 
 # ---- files ----

@@ -4,13 +4,15 @@ Who is there says, in this order:
     plain hosts, Ray   --coordinator=HOST:PORT --processes=N --process=I, or the environment of `variables`
     Slurm              srun's variables, where its step has several tasks
     TPU slices         TPU_WORKER_HOSTNAMES and TPU_WORKER_ID (and MEGASCALE_* of several slices), as GKE sets
-                       them; on Cloud TPU machines without them JAX asks the metadata server
+                       them; on Cloud TPU machines without them the metadata server
 All processes run the same program. What one alone can know (files, clocks, signals) is agreed on before
 anybody acts on it; process 0 writes, and all of them save.
 """
 
+import collections
 import contextlib
 import ctypes
+import faulthandler
 import itertools
 import json
 import os
@@ -20,13 +22,14 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from absl import flags
+from jax._src.clusters.cloud_tpu_cluster import GceTpuCluster  # nor to ask who is there without joining
 from jax._src.distributed import global_state as _state  # no public way to tell other processes a text
 
 from llm_jax.config import UserError
@@ -36,10 +39,11 @@ from llm_jax.values import AGAIN
 SECONDS_TO_MEET, SECONDS_OF_SILENCE, SECONDS_TO_AGREE = 300, 100, 3600
 TPU_PORT = 8482  # as JAX's own detection has it
 
-_VARIABLES = ("LLM_JAX_COORDINATOR", "LLM_JAX_PROCESSES", "LLM_JAX_PROCESS")
+VARIABLES = ("LLM_JAX_COORDINATOR", "LLM_JAX_PROCESSES", "LLM_JAX_PROCESS")
 LAUNCHER = "LLM_JAX_LAUNCHER"  # the id of the process that started this one, on the same machine
 _FLAGS = ("coordinator", "processes", "process")
 _agreed, _met = itertools.count(), itertools.count()
+_spread: dict[str, Iterator[int]] = collections.defaultdict(itertools.count)
 _others: list[socket.socket] = []  # connections to other processes
 _leaving = threading.Event()  # this process ends, and knows why
 
@@ -68,10 +72,10 @@ def define_flags() -> None:
 
 def variables(place: Place) -> dict[str, str]:
     """The environment of one process of a launcher's; Ray takes it as runtime_env={"env_vars": ...}."""
-    return dict(zip(_VARIABLES, map(str, place[:3]), strict=True))
+    return dict(zip(VARIABLES, map(str, place[:3]), strict=True))
 
 
-def _end_with_launcher() -> None:
+def end_with_launcher() -> None:
     """The system ends this process where the one of this machine that started it is killed (on Linux)."""
     launcher = os.environ.get(LAUNCHER)
     if launcher and sys.platform == "linux":
@@ -92,11 +96,11 @@ def address() -> str:
 
 
 def place(given: Mapping[str, Any], environment: Mapping[str, str]) -> Place | None:
-    """What flags (`given`, by name) and environment say; None: this process is alone, or JAX has to find out.
+    """What flags (`given`, by name) and environment say; None: this process is alone, or they don't know.
 
     Raises UserError where they say a part only, or nonsense.
     """
-    pairs = zip(_FLAGS, _VARIABLES, strict=True)
+    pairs = zip(_FLAGS, VARIABLES, strict=True)
     said = [given[n] if given.get(n) is not None else environment.get(v) for n, v in pairs]
     if any(said):
         return _plain(*said)
@@ -115,7 +119,7 @@ def place(given: Mapping[str, Any], environment: Mapping[str, str]) -> Place | N
 def _plain(coordinator: str | None, processes: Any, process: Any) -> Place:
     wanted = "--coordinator=HOST:PORT --processes=N --process=I"
     if coordinator is None or processes is None or process is None:
-        raise UserError(f"one of many processes is told by all of {wanted} (or {', '.join(_VARIABLES)})")
+        raise UserError(f"one of many processes is told by all of {wanted} (or {', '.join(VARIABLES)})")
     said = f"--coordinator={coordinator} --processes={processes} --process={process}"
     if not re.fullmatch(r"--coordinator=\S+:\d+ --processes=\d+ --process=\d+", said):
         raise UserError(f"{said}: not {wanted}")
@@ -137,9 +141,26 @@ def _slurm(environment: Mapping[str, str]) -> Place:
     return Place(f"{host}:{port}", tasks, int(environment["SLURM_PROCID"]), mine)
 
 
-def _on_cloud_tpu(environment: Mapping[str, str]) -> bool:
-    """Whether this machine has TPUs whose slice JAX has to ask the metadata server for."""
-    return "TPU_WORKER_HOSTNAMES" not in environment and tpus(environment)
+def here() -> Place | None:
+    """Where this process stands by flags, environment and Cloud TPU's metadata server; None: it is alone.
+
+    No device is touched. Raises UserError as `place`, and where the server doesn't say.
+    """
+    given = {name: flags.FLAGS[name].value for name in _FLAGS if name in flags.FLAGS}
+    found = place(given, os.environ)
+    if found is not None or "TPU_WORKER_HOSTNAMES" in os.environ or not tpus(os.environ):
+        return found
+    try:
+        if not GceTpuCluster.is_env_present():
+            return None
+        processes = GceTpuCluster.get_process_count()
+        first = GceTpuCluster.get_coordinator_address(SECONDS_TO_MEET, str(TPU_PORT))
+        return Place(first, processes, GceTpuCluster.get_process_id()) if processes > 1 else None
+    except OSError as error:
+        raise UserError(
+            "whether this machine's TPUs are a part of a slice its metadata server doesn't say "
+            f"({' '.join(str(error).split())[:100]}); TPU_WORKER_HOSTNAMES=localhost says that they are all"
+        ) from None
 
 
 def tpus(environment: Mapping[str, str]) -> bool:
@@ -159,26 +180,25 @@ def together() -> Iterator[None]:
     What goes wrong in one ends all: here with a line and exit code 2 for a UserError, AGAIN where another
     process has died, 1 for anything else; elsewhere by the broken connection.
     """
-    given = {name: flags.FLAGS[name].value for name in _FLAGS if name in flags.FLAGS}
-    found = place(given, os.environ)
-    if found is None and not _on_cloud_tpu(os.environ):
+    found = here()
+    if found is None:
         yield
         return
-    _end_with_launcher()
+    end_with_launcher()
     _join(found)
     try:
         yield
     except UserError as error:
-        _leave(2, f"error: {' '.join(str(error).split())}", seconds=60)  # all have it, sooner or later
+        leave(2, f"error: {' '.join(str(error).split())}", seconds=60)  # all have it, sooner or later
     except jax.errors.JaxRuntimeError as error:
         if not re.search("[Gg]loo|[Cc]oordination|[Pp]eer|heartbeat|UNAVAILABLE|DEADLINE", str(error)):
             traceback.print_exc()
-            _leave(1, "an error of this process")
+            leave(1, "an error of this process")
         reason = " ".join(str(error).split())[:160]
-        _leave(AGAIN, f"another process of this run has died or can't be reached ({reason})", seconds=0)
+        leave(AGAIN, f"another process of this run has died or can't be reached ({reason})", seconds=0)
     except Exception:
         traceback.print_exc()
-        _leave(1, "an error of this process")
+        leave(1, "an error of this process")
     finally:
         _leaving.set()
         for other in _others:
@@ -187,18 +207,15 @@ def together() -> Iterator[None]:
         jax.distributed.shutdown()
 
 
-def _join(found: Place | None) -> None:
+def _join(found: Place) -> None:
     # SIGTERM is ours: processes agree on the step to save at by `Votes`.
     jax.config.update("jax_enable_preemption_service", False)
     waits = {"initialization_timeout": SECONDS_TO_MEET, "heartbeat_timeout_seconds": SECONDS_OF_SILENCE}
     try:
-        if found is None:
-            jax.distributed.initialize(**waits)
-        else:
-            jax.distributed.initialize(*found, cluster_detection_method="deactivate", **waits)
+        jax.distributed.initialize(*found, cluster_detection_method="deactivate", **waits)
     except (jax.errors.JaxRuntimeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:160]
-        where = f"the {found.processes} processes at {found.coordinator}" if found else "the other processes"
+        where = f"the {found.processes} processes at {found.coordinator}"
         print(f"error: {where} did not meet: {reason}", file=sys.stderr, flush=True)
         os._exit(AGAIN)
     _watch()
@@ -228,26 +245,42 @@ def _watch() -> None:
 def _listen(other: socket.socket, name: str) -> None:
     def listen() -> None:
         try:
-            last = other.recv(1)
+            while (last := other.recv(1)) == b"?":
+                faulthandler.dump_traceback()
         except OSError:
             last = b""
         if not last and not _leaving.is_set():
-            _leave(AGAIN, f"{name} of this run has died or can't be reached", seconds=0)
+            leave(AGAIN, f"{name} of this run has died or can't be reached", seconds=0)
 
     _others.append(other)
     threading.Thread(target=listen, daemon=True).start()
 
 
-def _leave(code: int, line: str, seconds: int = 10) -> None:
-    """Ends this process at once: what is behind it would wait for processes that have gone."""
+def ask_where() -> None:
+    """Has the processes that this one has a connection to print their stacks; one may be why it hangs."""
+    for other in _others:
+        with contextlib.suppress(OSError):
+            other.sendall(b"?")
+
+
+def leave(code: int, line: str, seconds: int = 10) -> None:
+    """Ends this process: what is behind it would wait for processes that have gone.
+
+    Others of them that leave within so many `seconds` leave together, and none is ended by another's end.
+    """
     _leaving.set()
-    who = f"process {jax.process_index()} of {jax.process_count()}"
+    who = f"process {_state.process_id} of {_state.num_processes}"
     print(f"{who}: {line}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     # The others are ended where process 0 goes: what they have to say themselves comes first.
     with contextlib.suppress(Exception):
         seconds and _state.client.wait_at_barrier("llm_jax/leaving", 1000 * seconds)
     os._exit(code)
+
+
+def number() -> int | None:
+    """Which of many processes this is; None where it is alone."""
+    return _state.process_id if _state.client is not None else None
 
 
 def leads() -> bool:
@@ -275,6 +308,30 @@ def agreed(find: Callable[[], Any]) -> Any:
     if "value" not in found:
         raise UserError(found["failed"])
     return found["value"]
+
+
+def spread(
+    what: str, find: Callable[[], Sequence[Any]], do: Callable[[Any], dict[str, Any]]
+) -> dict[str, Any]:
+    """What `do` makes of the parts of some work, one in each process: all of it in process 0, elsewhere {}.
+
+    find: the parts, as many as processes, said by process 0. All call it equally often for each `what`, from
+    whatever thread; parts and results are plain JSON values. What `find` raises is raised in process 0.
+    """
+    if jax.process_count() == 1:
+        return do(find()[0])
+    client, mine = _state.client, jax.process_index()
+    key, wait = f"llm_jax/spread/{what}/{next(_spread[what])}", 1000 * SECONDS_TO_AGREE
+    if leads():
+        client.key_value_set(f"{key}/parts", json.dumps(list(find())))
+    done = do(json.loads(client.blocking_key_value_get(f"{key}/parts", wait))[mine])
+    if not leads():
+        client.key_value_set(f"{key}/{mine}", json.dumps(done))
+        return {}
+    for other in range(1, jax.process_count()):
+        done |= json.loads(client.blocking_key_value_get(f"{key}/{other}", wait))
+    client.key_value_delete(key)
+    return done
 
 
 def meet() -> None:

@@ -10,13 +10,12 @@ written). What was answered is kept, so the same command again continues.
 import json
 import math
 import os
-import pathlib
 import sys
 from collections.abc import Sequence
 
 from absl import flags
 
-from llm_jax import config, records
+from llm_jax import config, files
 from llm_jax.config import UserError
 from llm_jax.evaluation import probes, standard
 from llm_jax.evaluation.runner import Evaluator, content
@@ -25,7 +24,6 @@ from llm_jax.evaluation.tasks import Format
 from llm_jax.inference import options
 from llm_jax.process import prepare_xla
 from llm_jax.scaling.page import Table
-from llm_jax.scaling.results import plain
 
 
 def table(outcomes: Sequence[Outcome]) -> Table:
@@ -58,7 +56,7 @@ def main() -> None:
     form = Format(f.chat, f.few_shot)
     opened = options.opened(f.model)
     if f.out:
-        out = pathlib.Path(os.path.expanduser(f.out))
+        out = files.path(os.path.expanduser(f.out))
         out.mkdir(parents=True, exist_ok=True)
     evaluator = Evaluator(opened, keep=f.keep, slots=f.slots)
     try:
@@ -71,13 +69,13 @@ def main() -> None:
         print(*(f"{line}\n" for line in outcome.left_out(opened.context)), sep="", end="")
     if f.out:
         for outcome in outcomes:
-            lines = "".join(f"{json.dumps(plain(row))}\n" for row in outcome.rows())
-            records.write_atomically(out / f"{outcome.name}.jsonl", lines)
+            lines = "".join(f"{json.dumps(files.with_nulls(row))}\n" for row in outcome.rows())
+            files.write_atomically(out / f"{outcome.name}.jsonl", lines)
         result = {
             "model": {"name": opened.name, "content": evaluator.content or content(opened)},
             "tasks": {outcome.name: outcome.to_json() for outcome in outcomes},
         }
-        records.write_atomically(out / "result.json", json.dumps(plain(result), indent=1) + "\n")
+        files.write_atomically(out / "result.json", json.dumps(files.with_nulls(result), indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from llm_jax.config import UserError
+from llm_jax.files import in_bucket
 
 
 class Events:
     """For `tensorboard --logdir runs`: one session's file of events; a row is on disk when `write` returns.
 
+    In a bucket the file is there once it is closed; what is killed leaves none, and its metrics tell all.
     resumed: the step that the session goes on from; viewers drop what earlier files say of later steps.
     """
 
@@ -43,8 +45,8 @@ class Events:
 class WandB:
     """A run at Weights & Biases, by the name of its identity, so that a continued one goes on there.
 
-    Whether it is sent or kept in `folder` is theirs to say: WANDB_MODE=offline. Raises UserError where their
-    package isn't installed.
+    Whether it is sent or kept in `folder` (of a disk) is theirs to say: WANDB_MODE=offline. Raises UserError
+    where their package isn't installed.
     """
 
     def __init__(self, project: str, folder: Path, facts: Mapping[str, Any]) -> None:
@@ -57,7 +59,7 @@ class WandB:
             id=facts["identity"],
             name=facts.get("name") or facts["identity"],
             config=dict(facts.get("config", {})),
-            dir=str(folder),
+            dir=None if in_bucket(folder) else str(folder),
             resume="allow",
             reinit="create_new",  # the members of a pack are in one process
         )

@@ -8,7 +8,7 @@ import pathlib
 
 from absl import flags
 
-from llm_jax import config
+from llm_jax import config, files
 from llm_jax.config import UserError
 from llm_jax.inference import options
 from llm_jax.inference.opening import Opened, open_model
@@ -39,7 +39,9 @@ def main() -> None:
     prepare_xla(deterministic=False)
     if not f.model or not f.to:
         raise UserError("--model and --to are needed, for example --model=runs/mine --to=mine.gguf")
-    place = pathlib.Path(os.path.expanduser(f.to))
+    place = files.path(os.path.expanduser(f.to))
+    if files.in_bucket(place):
+        raise UserError(f"--to={f.to}: a model is written to a disk; copy it from there")
     if place.exists():
         raise UserError(f"--to={f.to} exists; give another name")
     if f.dtype == "q8_0" and place.suffix != ".gguf":

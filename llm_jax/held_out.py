@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from llm_jax import sharding
+from llm_jax import claims, sharding
 from llm_jax.data import HeldOut
 from llm_jax.losses import token_losses
 from llm_jax.models import Batch, Model, Params
@@ -67,6 +67,7 @@ def by_document(
         losses = np.asarray(scorer(params, batch), np.float64).reshape(-1, mask.size) * mask
         nats = nats + np.stack([np.bincount(document, row, minlength=len(tokens)) for row in losses])
         tokens += np.bincount(document, mask, minlength=len(tokens))
+        claims.stir()
     return nats, tokens
 
 

@@ -77,11 +77,6 @@ def train_together(members: Sequence[Member], shape: Shape, mesh: jax.sharding.M
     with jax.set_mesh(mesh), catching_sigterm() as terminated, contextlib.ExitStack() as folders:
         for member in members:
             folders.callback(member.close)
-        if jax.process_count() > 1 and not alone:
-            raise UserError(
-                f"a pack is for one process, and jax.distributed has joined {jax.process_count()}: train its "
-                "runs one by one"
-            )
 
         # ---- the state, new or restored; if all have a checkpoint of one step, from the last such ----
         parts, held_out = program(shape, mesh), one.source.held_out()

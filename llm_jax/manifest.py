@@ -1,16 +1,25 @@
 """A manifest of checksums: what a folder's files must be like to be trusted. It stands beside the folder.
 
 00000100/  00000100.json = {"files": {path: [bytes, SHA-256]}, ..., "checksum": that of the rest}
+
+A bucket's store has checksums of its objects itself, so that none has to be read: [bytes, MD5 or CRC-32C].
 """
 
 import concurrent.futures
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from llm_jax.records import write_atomically
+import jax
+
+from llm_jax import claims
+from llm_jax.distributed import agreed, leads, spread
+from llm_jax.files import in_bucket, write_atomically
+
+_WROTE = re.compile(r"process_(\d+)")  # in the names that orbax gives to what each process writes
 
 
 def place(folder: Path) -> Path:
@@ -23,10 +32,8 @@ def steps(checkpoints: Path) -> list[int]:
     return sorted(int(path.stem) for path in checkpoints.glob("*.json") if path.stem.isdecimal())
 
 
-def write(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Writes the manifest of all files that are in `folder` now, with `facts` in it; whole or not at all."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    files = {str(path.relative_to(folder)): found for path, found in zip(paths, _digests(paths), strict=True)}
+def write(folder: Path, files: Mapping[str, list], facts: Mapping[str, Any]) -> None:
+    """Writes the manifest of a folder whose `digests` are these, with `facts` in it; whole or not at all."""
     content = {**facts, "files": files}
     write_atomically(place(folder), json.dumps(content | {"checksum": _checksum(content)}))
 
@@ -41,29 +48,55 @@ def read(folder: Path) -> dict[str, Any] | None:
 
 
 def problem(folder: Path) -> str | None:
-    """What is wrong with the files of `folder`, in a few words; None if they are as they were."""
-    content = read(folder)
+    """What is wrong with the files of `folder`, in a few words; None if they are as they were.
+
+    All processes of a run call it: each reads its own files.
+    """
+    content = read(folder) if leads() else None
+    found = digests(folder, lambda: content["files"] if content else ())
+    return agreed(lambda: _difference(content, found))
+
+
+def digests(folder: Path, names: Callable[[], Iterable[str]] | None = None) -> dict[str, list | None]:
+    """Size and checksum of the files of `folder`, all or those named, None for one that isn't there.
+
+    All processes of a run call it, as often: each reads its own files, and process 0 is told of all.
+    """
+    if in_bucket(folder):
+        return folder.objects() if leads() else {}
+
+    def parts() -> list[list[str]]:
+        every = names or (
+            lambda: (str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+        )
+        found: list[list[str]] = [[] for _ in range(jax.process_count())]
+        for number, name in enumerate(sorted(every())):
+            wrote = _WROTE.search(name)
+            found[(int(wrote[1]) if wrote else number) % len(found)].append(name)
+        return found
+
+    def read(part: list[str]) -> dict[str, list | None]:
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:  # hashing releases the interpreter's lock
+            return dict(zip(part, pool.map(_digest, [folder / name for name in part]), strict=True))
+
+    return spread(str(folder), parts, read)
+
+
+def _difference(content: Mapping[str, Any] | None, found: Mapping[str, list | None]) -> str | None:
     if content is None:
         return "its manifest is damaged"
-    names = list(content["files"])
-    for name, found in zip(names, _digests([folder / name for name in names]), strict=True):
-        wanted = content["files"][name]
-        if found is None:
+    for name, wanted in content["files"].items():
+        there = found.get(name)
+        if there is None:
             return f"{name} is missing"
-        if found != wanted:
-            same_size = found[0] == wanted[0]
-            return f"{name} has {'changed' if same_size else f'{found[0]} of {wanted[0]} bytes'}"
+        if there != wanted:
+            same_size = there[0] == wanted[0]
+            return f"{name} has {'changed' if same_size else f'{there[0]} of {wanted[0]} bytes'}"
     return None
 
 
 def _checksum(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _digests(paths: Sequence[Path]) -> list[list | None]:
-    """In threads: hashing releases the interpreter's lock, and a large checkpoint is many files."""
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        return list(pool.map(_digest, paths))
 
 
 def _digest(path: Path) -> list | None:
@@ -73,3 +106,5 @@ def _digest(path: Path) -> list | None:
             return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
     except OSError:
         return None
+    finally:
+        claims.stir()

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from llm_jax import facts, optimizers, placement, profiling, records, trunks
+from llm_jax import facts, files, optimizers, placement, profiling, records, trunks
 from llm_jax.checkpoints import Checkpoints
 from llm_jax.config import UserError, nearest
 from llm_jax.data import Source
@@ -47,10 +47,9 @@ class Member:
     ) -> None:
         self._started = time.perf_counter()
         refuse_repeats(run, source)
-        self.run, self.source, self.folder = run, source, Path(folder)
+        self.run, self.source, self.folder = run, source, files.path(folder)
         self.hooks, self._progress = hooks, progress
         self.steps, self.first, self.done, self.status = run.steps, 0, 0, "running"
-        self.result: dict[str, Any] | None = None
         self._why: dict[str, Any] = {}
         sizes = run.data.vocabulary, getattr(run.resolved_model, "vocabulary", None) or 0
         self._guessing = math.log(max(*sizes, 2))
@@ -61,9 +60,7 @@ class Member:
         keeps = run.execution.checkpoint
         kept, whose = (keeps.keep_last, keeps.keep_steps), self._record.confirm
         self.checkpoints = Checkpoints(self.folder / "checkpoints", *kept, confirm=whose)
-        if (self.folder / "result.json").exists():
-            records.check_folder(self.folder, facts.described(run, source))
-            self.result = self._ended()
+        self.result: dict[str, Any] | None = agreed(self._found)
         if self.result is None and run.execution.tasks.names:
             self.hooks = [*hooks, Asking(run, source)]
         self._best_is = self._which_is_best()
@@ -88,6 +85,12 @@ class Member:
                 "--config.execution.checkpoint.best_is=highest (or lowest)"
             )
         return best
+
+    def _found(self) -> dict[str, Any] | None:
+        """The result that stands; raises UserError if it is another run's."""
+        if (self.folder / "result.json").exists():
+            records.check_folder(self.folder, facts.described(self.run, self.source))
+        return self._ended()
 
     def _ended(self) -> dict[str, Any] | None:
         """What result.json says; a run that was stopped early goes on where that is no longer asked for."""
@@ -158,7 +161,7 @@ class Member:
 
     def _say_if_roundings_differ(self, mesh: jax.sharding.Mesh) -> None:
         """A line on stderr where the state was computed on another number of cores than are here."""
-        place = Path(self._origin[0]["folder"]) if self._origin else self.folder
+        place = files.path(self._origin[0]["folder"]) if self._origin else self.folder
         starts = records.starts(place) if self.first else []
         before, now = starts[-1]["facts"].get("cores") if starts else None, facts.cores()
         if before not in (None, now) and mesh.devices.flat[0].platform == "cpu":
@@ -281,6 +284,7 @@ class Member:
     def _write_result(
         self, scores: dict[str, float], mesh: jax.sharding.Mesh, measured: dict[str, Any]
     ) -> dict[str, Any]:
+        self._record.confirm()
         logged = metrics(self.folder).set_index("step")
         last_steps = logged.index > self.steps - max(1, self.steps // 20)
         if (

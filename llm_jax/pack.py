@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from llm_jax import config, facts, optimizers, sharding
+from llm_jax import config, facts, files, optimizers, sharding
 from llm_jax.config import UserError
 from llm_jax.kernels import memory
 from llm_jax.loop import train_together
@@ -43,7 +43,12 @@ def train_packed(
     for run in runs:
         config.check(run)
     refuse_differences(runs)
-    places = [Path(folder) for folder in folders]
+    if jax.process_count() > 1 and len(runs) > 1:
+        raise UserError(
+            f"a pack is for one process, and jax.distributed has joined {jax.process_count()}: train its "
+            "runs one by one"
+        )
+    places = [files.path(folder) for folder in folders]
     if len({place.absolute() for place in places}) < len(runs):
         raise UserError(f"{len(runs)} members need as many folders, each its own")
     prepare_xla(runs[0].execution.deterministic)

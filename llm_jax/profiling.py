@@ -9,6 +9,7 @@ them. With several threads or devices, shares are of all their time at work.
 """
 
 import collections
+import contextlib
 import re
 import time
 from collections.abc import Callable, Iterable
@@ -17,6 +18,7 @@ from typing import Any
 
 import jax
 
+from llm_jax import files
 from llm_jax.config import UserError
 
 MOST_LINES = 15
@@ -43,11 +45,13 @@ class Trace:
         self._folder, self._quiet, self._hlo = folder / "profile", quiet, hlo
         self._first, self._last = steps
         self._began: tuple[int, float] | None = None
+        self._open = contextlib.ExitStack()
 
     def at(self, done: int) -> None:
         if self._began is None and self._first <= done < self._last:
             self._quiet()
-            jax.profiler.start_trace(str(self._folder))
+            self._place = self._open.enter_context(files.filled(self._folder))
+            jax.profiler.start_trace(str(self._place))
             self._began = done, time.perf_counter()
         elif self._began is not None and done >= self._last:
             self._stop(done)
@@ -57,10 +61,11 @@ class Trace:
         (first, began), self._began, self._last = self._began, None, 0
         seconds = time.perf_counter() - began
         jax.profiler.stop_trace()
-        trace = max(self._folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
+        trace = max(self._place.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
         planes = jax.profiler.ProfileData.from_file(str(trace)).planes
         text = table(planes, names(self._hlo() or ""), done - first, seconds)
-        (self._folder / "summary.txt").write_text(text + "\n")
+        (self._place / "summary.txt").write_text(text + "\n")
+        self._open.close()
         print(text, flush=True)
 
     def __enter__(self) -> "Trace":
@@ -70,6 +75,7 @@ class Trace:
         """A run that ends meanwhile leaves the trace without its summary."""
         if self._began is not None:
             jax.profiler.stop_trace()
+        self._open.close()
 
 
 def names(hlo: str) -> dict[str, str]:

@@ -1,39 +1,34 @@
 """Records: what a run leaves on disk for analysis, and how it is read. Nothing else is.
 
     config.json                 identity, config and where the run stands; written once, by the first start
-    metrics/00000.jsonl ...     numbered parts, one JSON row a step; a new part at each start, which says from
-                                which step it goes on, and of which run's state if not of its own
+    metrics/00000.jsonl ...     numbered parts (parts.py), one JSON row a step; a new one at each start, which
+                                says from which step it goes on, and of which run's state if not of its own
     result.json                 written last and atomically: a run is complete exactly if it stands
     tensorboard/                the metrics once more, as TensorBoard events
     checkpoints/                see checkpoints.py
     claims/                     which process writes here, and that it lives: see claims.py
 
-A row of step s is what is known when s steps are done: log it before the checkpoint of step s is saved, and
-a killed run loses no row. JSON has no numbers for nan and the infinities: they are written as the strings
-"NaN", "Infinity" and "-Infinity", which every function of this file reads back as floats. A text that reads
-so gets a backslash in front, and loses it on reading.
+The folder may be one of a disk or of a bucket (files.path). A row of step s is what is known when s steps
+are done: log it before the checkpoint of step s is saved, and a killed run loses no row. Numbers that aren't
+finite are written as files.py says, and read back here.
 """
 
 import json
 import math
-import os
-import re
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_jax import claims
+from llm_jax import claims, files
 from llm_jax.config import UserError
 from llm_jax.environment import environment
 from llm_jax.events import Events, WandB
+from llm_jax.files import dumps, parsed, plain, write_atomically
+from llm_jax.parts import Parts
 
 if TYPE_CHECKING:
     import pandas
-
-NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-_LIKE_A_NUMBER = re.compile(r"\\*(NaN|-?Infinity)")
 
 
 class Record:
@@ -52,13 +47,13 @@ class Record:
         tensorboard: bool = True,
         wandb: str = "",
     ) -> None:
-        self.folder = Path(folder).absolute()
+        self.folder = files.path(folder).absolute()
         self._writes, self._rows_per_part = writes, rows_per_part
         self._tensorboard, self._wandb = tensorboard, wandb
         self._facts: dict[str, Any] = {}
-        self._claim = self._part = None
+        self._claim: claims.Claim | None = None
+        self._parts: Parts | None = None
         self._viewers: list[Events | WandB] = []
-        self._rows = 0
         self._head: dict[str, Any] = {"resume_at": 0}
 
     def start(self, config_json: Mapping[str, Any], facts: Mapping[str, Any] | None = None) -> None:
@@ -93,18 +88,18 @@ class Record:
         trunk: the run that the state is from if it isn't this one, {"folder", "identity", ...}; its rows up
         to `step` are this run's rows too, read where they stand. The folder is kept relative to this one.
         """
-        assert self._part is None, "resume_at comes before the first row"
+        assert self._parts is None, "resume_at comes before the first row"
         self._head = {"resume_at": step}
         if trunk is not None:
-            place = os.path.relpath(Path(trunk["folder"]).absolute(), self.folder)
+            place = files.relative(files.path(trunk["folder"]).absolute(), self.folder)
             self._head["trunk"] = {**trunk, "folder": place}
         if self._writes:
             self._claim.begin(step)
             (self.folder / "result.json").unlink(missing_ok=True)  # of a run that was stopped early
-            self._open_part()
+            self._open()
 
     def log(self, step: int, row: Mapping[str, float]) -> None:
-        """Adds numbers to the row of `step`; they survive a kill as soon as it returns.
+        """Adds numbers to the row of `step`; they survive a kill as soon as parts.py says.
 
         Raises UserError if this process was still for so long that another one has taken the run over, and
         FileNotFoundError if the folder has gone, or OSError if no sign of this process can be written.
@@ -112,10 +107,9 @@ class Record:
         if not self._writes:
             return
         self.move(step)
-        if self._part is None or self._rows >= self._rows_per_part:
-            self._open_part()
-        self._part.write(dumps({"step": int(step), **row}) + "\n")
-        self._rows += 1
+        if self._parts is None:
+            self._open()
+        self._parts.add({"step": int(step), **row})
         for viewer in self._viewers:
             viewer.write(int(step), {name: float(x) for name, x in row.items() if math.isfinite(x)})
 
@@ -125,9 +119,11 @@ class Record:
             self._claim.move(step)
 
     def confirm(self) -> None:
-        """Raises as `log` does, after a look at the folder: for what others build on."""
+        """Raises as `log` does, after a look at the folder, and writes all rows: for what others build on."""
         if self._claim is not None:
             self._claim.confirm()
+        if self._parts is not None:
+            self._parts.flush()
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """Writes result.json, whole or not at all, and gives the folder free; raises as `log` does."""
@@ -138,13 +134,15 @@ class Record:
 
     def close(self) -> None:
         """Gives the folder free; without `finish` before it, the run counts as missing."""
-        for thing in (*self._viewers, self._part):
-            if thing is not None:
-                thing.close()
-        if self._claim is not None:
-            self._claim.release()
-        self._part = self._claim = None
-        self._viewers = []
+        parts, claim, self._parts, self._claim = self._parts, self._claim, None, None
+        viewers, self._viewers = self._viewers, []
+        try:
+            for thing in (*viewers, parts):
+                if thing is not None and not (claim and claim.lost):
+                    thing.close()
+        finally:
+            if claim is not None:
+                claim.release()
 
     def __enter__(self) -> "Record":
         return self
@@ -157,22 +155,14 @@ class Record:
         if self._claim is None:
             raise UserError(f"{self.folder}: another process is running this run; wait for it or end it")
 
-    def _open_part(self) -> None:
-        folder = self.folder / "metrics"
-        folder.mkdir(parents=True, exist_ok=True)
-        number = 1 + max((int(p.stem) for p in folder.glob("[0-9]*.jsonl")), default=-1)
-        head: dict[str, Any] = {"part": number}
-        if self._part is None:
-            head |= self._head | {"time": time.time(), "facts": self._facts}
-            if self._tensorboard:
-                self._viewers.append(Events(self.folder / "tensorboard", number, self._head["resume_at"]))
-            if self._wandb:
-                self._viewers.append(WandB(self._wandb, self.folder, _read(self.folder / "config.json")))
-        else:
-            self._part.close()
-        self._part = (folder / f"{number:05d}.jsonl").open("x", buffering=1)
-        self._part.write(dumps(head) + "\n")
-        self._rows = 0
+    def _open(self) -> None:
+        head = self._head | {"time": time.time(), "facts": self._facts}
+        self._parts = Parts(self.folder / "metrics", head, self._rows_per_part)
+        if self._tensorboard:
+            resumed = self._head["resume_at"]
+            self._viewers.append(Events(self.folder / "tensorboard", self._parts.first, resumed))
+        if self._wandb:
+            self._viewers.append(WandB(self._wandb, self.folder, _read(self.folder / "config.json")))
 
 
 # ---- reading ----
@@ -185,14 +175,26 @@ def load_run(folder: str | Path) -> dict[str, Any]:
     "stopped"), or "running" while a process has the folder, or "missing" (never finished: run it again and it
     continues).
     """
-    folder = Path(folder)
-    if not (folder / "config.json").exists():
+    if (run := find_run(folder)) is None:
         raise UserError(f"{folder}: no run here (it has no config.json)")
-    result = _read(folder / "result.json") if (folder / "result.json").exists() else None
+    return run
+
+
+def find_run(folder: str | Path) -> dict[str, Any] | None:
+    """As `load_run`; None where there is no run."""
+    folder = files.path(folder)
+    try:
+        facts = _read(folder / "config.json")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    try:
+        result = _read(folder / "result.json")
+    except FileNotFoundError:
+        result = None
     if result is not None and "status" not in result:
         raise UserError(f"{folder / 'result.json'} is no result; delete it, and the run is scored again")
     status = result.get("status", "done") if result else "running" if claims.held(folder) else "missing"
-    return {**_read(folder / "config.json"), "folder": str(folder), "result": result, "status": status}
+    return {**facts, "folder": str(folder), "result": result, "status": status}
 
 
 def metrics(folder: str | Path) -> "pandas.DataFrame":
@@ -202,12 +204,12 @@ def metrics(folder: str | Path) -> "pandas.DataFrame":
     """
     import pandas
 
-    return pandas.DataFrame(_rows(Path(folder)) or {"step": []})
+    return pandas.DataFrame(_rows(files.path(folder)) or {"step": []})
 
 
 def starts(folder: str | Path) -> list[dict[str, Any]]:
     """Every start of a run: {"resume_at": step, "time": seconds since 1970, "facts": {...}}; see `trunk`."""
-    return [line for line in _lines(Path(folder)) if "resume_at" in line]
+    return [line for line in _lines(files.path(folder)) if "resume_at" in line]
 
 
 def trunk(folder: str | Path) -> dict[str, Any] | None:
@@ -232,13 +234,13 @@ def load_sweep(folder: str | Path) -> "pandas.DataFrame":
     """
     import pandas
 
-    root = Path(folder)
+    root = files.path(folder)
     rows = []
-    for place in _run_folders(root):
-        run = load_run(place)
+    for run in _runs(root):
         filled = {"model": run["model"]} if run.get("start") else {}  # with what it takes from elsewhere
         row = _flat(run.get("config", {}) | filled) | _flat(run.get("cell", {})) | (run["result"] or {})
-        row |= {"run": os.path.relpath(place, root), "identity": run.get("identity"), "status": run["status"]}
+        row |= {"run": files.relative(run["folder"], root)}
+        row |= {"identity": run.get("identity"), "status": run["status"]}
         rows.append(row)
     if not rows:
         raise UserError(f"{root}: no runs here (no config.json in it or below it)")
@@ -246,51 +248,6 @@ def load_sweep(folder: str | Path) -> "pandas.DataFrame":
 
 
 # ---- files ----
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """A reader, and whoever comes after a crash, finds the old content or the new one, never a part of it.
-
-    Of several who write at once one is last.
-    """
-    half = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
-    with half.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    half.replace(path)
-
-
-def dumps(value: Any, indent: int | None = None) -> str:
-    """Valid JSON of plain values, arrays of one number, and numbers that aren't finite (as strings)."""
-    return json.dumps(plain(value), indent=indent, allow_nan=False)
-
-
-def plain(value: Any) -> Any:
-    """`value` as JSON knows it."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if hasattr(value, "item"):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if value != value else "Infinity" if value > 0 else "-Infinity"
-    if value is None or isinstance(value, (int, float, bool)):
-        return value
-    text = str(value)
-    return f"\\{text}" if _LIKE_A_NUMBER.fullmatch(text) else text
-
-
-def _parsed(value: Any) -> Any:
-    """The inverse of `plain`."""
-    if isinstance(value, dict):
-        return {key: _parsed(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_parsed(item) for item in value]
-    if not isinstance(value, str) or not _LIKE_A_NUMBER.fullmatch(value):
-        return value
-    return NOT_FINITE[value] if value in NOT_FINITE else value[1:]
 
 
 def _read(path: Path, text: bytes | None = None) -> dict[str, Any]:
@@ -301,13 +258,14 @@ def _read(path: Path, text: bytes | None = None) -> dict[str, Any]:
         value = None
     if not isinstance(value, dict):
         raise UserError(f"{path}: not a JSON object; move the run's folder away and run it again")
-    return _parsed(value)
+    return parsed(value)
 
 
 def _lines(folder: Path) -> Iterator[dict[str, Any]]:
     """The lines of all parts in order; a last line that a kill cut in half is left out."""
-    for path in sorted((folder / "metrics").glob("[0-9]*.jsonl")):
-        for line in path.read_bytes().split(b"\n")[:-1]:
+    parts = sorted((folder / "metrics").glob("[0-9]*.jsonl"))
+    for path, text in zip(parts, files.each(lambda path: path.read_bytes(), parts, folder), strict=True):
+        for line in text.split(b"\n")[:-1]:
             yield _read(path, line)
 
 
@@ -325,20 +283,21 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
 
 def _rows_of_trunk(folder: Path, trunk: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
     """The trunk's rows by step; none if its folder has gone or belongs to another run by now."""
-    place = folder / trunk["folder"]
+    place = files.path(folder, trunk["folder"])
     if not (place / "config.json").exists() or _read(place / "config.json")["identity"] != trunk["identity"]:
         return {}
     return {row["step"]: row for row in _rows(place)}
 
 
-def _run_folders(root: Path) -> Iterator[Path]:
-    """Folders with a config.json; what is inside one isn't searched."""
-    if (root / "config.json").exists():
-        yield root
-    elif root.is_dir():
-        for entry in os.scandir(root):
-            if entry.is_dir():
-                yield from _run_folders(Path(entry.path))
+def _runs(root: Path) -> list[dict[str, Any]]:
+    """The runs in a folder and below it; what is inside one isn't searched."""
+    found, places = [], [root]
+    while places:
+        there = files.each(find_run, places, root)
+        found += filter(None, there)
+        others = [place for place, run in zip(places, there, strict=True) if not run]
+        places = [inner for inside in files.each(files.folders, others, root) for inner in inside]
+    return found
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -354,10 +313,8 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def chosen_folder(given: str | None, usual: Path) -> Path:
-    """The folder that is named, or else the usual one; raises UserError for a bucket: runs lie on disks."""
-    if "://" in (given or ""):
-        raise UserError(f"--folder={given}: runs lie in folders of a disk; name where the bucket is mounted")
-    return Path(given or usual)
+    """The folder that is named, or else the usual one."""
+    return files.path(given or usual)
 
 
 def check_folder(folder: Path, config_json: Mapping[str, Any]) -> None:
@@ -370,7 +327,7 @@ def check_folder(folder: Path, config_json: Mapping[str, Any]) -> None:
                     "choose another folder"
                 )
         return
-    there, here = _read(folder / "config.json"), _parsed(plain(config_json))
+    there, here = _read(folder / "config.json"), parsed(plain(config_json))
     if there.get("identity") == here.get("identity"):
         check_tokenizer(folder, there, here)
         return

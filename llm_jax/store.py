@@ -6,16 +6,17 @@ systems keep too; in a bucket an upload with the precondition that the object ha
 
 import contextlib
 import os
-import threading
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
+
+from llm_jax.files import in_bucket, path, write_atomically
 
 
 class Store(Protocol):
     """Names are without slashes. A reader finds what was written before or after, never a part of it."""
 
     def create(self, name: str, data: bytes) -> bool:
-        """Makes `name` unless it is there; whether it has. Of many who try, one is told True."""
+        """Makes `name` unless it is there; whether it has. One of many who try, by its data, is told True."""
 
     def write(self, name: str, data: bytes) -> None:
         """Puts `data` under `name`, whatever was there."""
@@ -32,7 +33,8 @@ class Store(Protocol):
 
 def store(folder: str | Path) -> Store:
     """The store in `folder`, which is made when it is first written to."""
-    return _Bucket(str(folder)) if "://" in str(folder) else _Disk(Path(folder).absolute())
+    place = path(folder).absolute()
+    return _Bucket(place) if in_bucket(place) else _Disk(place)
 
 
 class _Disk:
@@ -58,9 +60,7 @@ class _Disk:
         return True
 
     def write(self, name: str, data: bytes) -> None:
-        half = self._folder / f".{name}.{os.getpid()}-{threading.get_ident()}.tmp"
-        half.write_bytes(data)
-        half.replace(self._folder / name)
+        write_atomically(self._folder / name, data, lasting=False)
 
     def read(self, name: str) -> bytes | None:
         with contextlib.suppress(FileNotFoundError):
@@ -74,33 +74,28 @@ class _Disk:
 
 
 class _Bucket:
-    """By gcsfs; STORAGE_EMULATOR_HOST names an emulator. Nothing is cached: others write here too."""
-
-    def __init__(self, folder: str) -> None:
-        import fsspec
-
-        protocol, _, self._folder = folder.rstrip("/").partition("://")
-        self._files: Any = fsspec.filesystem(protocol, use_listings_cache=False)
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
 
     def __str__(self) -> str:
-        return self._folder
+        return str(self._folder)
 
     def create(self, name: str, data: bytes) -> bool:
         try:
-            self._files.pipe_file(f"{self._folder}/{name}", data, mode="create")
+            (self._folder / name).create_bytes(data)
         except FileExistsError:
             return False
         return True
 
     def write(self, name: str, data: bytes) -> None:
-        self._files.pipe_file(f"{self._folder}/{name}", data)
+        (self._folder / name).write_bytes(data)
 
     def read(self, name: str) -> bytes | None:
         with contextlib.suppress(FileNotFoundError):
-            return self._files.cat_file(f"{self._folder}/{name}")
+            return (self._folder / name).read_bytes()
         return None
 
     def names(self) -> list[str]:
         with contextlib.suppress(FileNotFoundError):
-            return sorted(path.rpartition("/")[2] for path in self._files.ls(self._folder, detail=False))
+            return sorted(found.name for found in self._folder.iterdir())
         return []

@@ -18,7 +18,7 @@ from typing import Any
 
 from absl import flags
 
-from llm_jax import config, distributed, manifest
+from llm_jax import claims, config, distributed, manifest, profiling
 from llm_jax.config import UserError
 from llm_jax.loop import train_together
 from llm_jax.member import Hook, Member
@@ -71,6 +71,8 @@ def main() -> None:
         run = config.replace(run, "execution.deterministic", True)
     if flags.FLAGS.profile_steps:
         run = config.replace(run, "execution.profile_steps", flags.FLAGS.profile_steps)
+        if profiling.span(flags.FLAGS.profile_steps)[0] >= run.steps:
+            raise UserError(f"--profile_steps={flags.FLAGS.profile_steps}: the run has {run.steps:,} steps")
     # Not among the runs of a sweep, runs/<experiment>-<scale>: it belongs to none.
     place = Path("runs") / Path(picked.module.__file__).stem
     folder = chosen_folder(flags.FLAGS.folder, place / run.identity())
@@ -82,6 +84,8 @@ def main() -> None:
         interrupted.set()
         os.kill(os.getpid(), signal.SIGTERM)
 
+    if distributed.number() is not None:  # one that hangs keeps all, and nobody sees which it is
+        claims.leave_when_still(claims.PATIENCE, distributed.ask_where)
     signal.signal(signal.SIGINT, interrupt)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # until train() catches it
     try:

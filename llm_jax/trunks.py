@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from llm_jax import config, manifest, optimizers, records
+from llm_jax import config, files, manifest, optimizers, records
 from llm_jax.checkpoints import Checkpoints
 from llm_jax.config import UserError
 from llm_jax.data import Source
+from llm_jax.distributed import agreed
 from llm_jax.run import Cell, Execution, NoSweep, Run
 from llm_jax.schedules import Constant
 
@@ -154,10 +155,11 @@ def find(run: Run, source: Source, folder: Path) -> Trunk | None:
 
     Raises UserError if the named folder has no run, or one that shares no step with this one.
     """
-    begun = (folder / "result.json").exists() or manifest.steps(folder / "checkpoints")
-    if begun or not run.execution.trunk:
+    if not run.execution.trunk:
         return None
-    place = Path(run.execution.trunk)
+    if agreed(lambda: (folder / "result.json").exists() or bool(manifest.steps(folder / "checkpoints"))):
+        return None
+    place = files.path(run.execution.trunk)
     there = records.load_run(place)
     trunk = config.from_json(Run, there["config"])
     # The identity tells of the contents of the corpus too, and of results that no longer count.
@@ -167,5 +169,5 @@ def find(run: Run, source: Source, folder: Path) -> Trunk | None:
             f"execution.trunk: run {there['identity']} in {place} has no first step in common with this one; "
             "a trunk differs in tokens and schedule only, and its warm-up has as many steps"
         )
-    records.check_tokenizer(place, there, {"data": records.plain(source.record)})
+    records.check_tokenizer(place, there, {"data": files.plain(source.record)})
     return Trunk(place, there["identity"], steps)

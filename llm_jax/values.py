@@ -14,6 +14,8 @@ from typing import Any, Literal
 # The exit code that asks to be started again: it ended for a reason that isn't the run's (EX_TEMPFAIL).
 AGAIN = 75
 
+LEASE = 60.0  # seconds without a sign after which a process is taken for dead: claims.py
+
 
 class UserError(ValueError):
     """What a user got wrong, in one line that names it and says what would be right (exit code 2)."""

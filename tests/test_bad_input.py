@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from llm_jax import config
+from llm_jax import buckets, config
 from llm_jax.config import UserError
 from llm_jax.records import load_run
 from llm_jax.train import train
@@ -234,6 +234,13 @@ def test_a_mistake_is_one_line_in_a_process_of_its_own_too(place):
     assert line == "error: no flag --workers here; it belongs to python -m launch.local, which runs a sweep\n"
 
 
+def test_steps_to_profile_that_a_run_has_not_are_refused(place, command):
+    line = refusal(
+        *command("llm_jax.train", ISOFLOP, ONE_DEVICE, "--config.tokens=2048", "--profile_steps=90:95")
+    )
+    assert re.fullmatch(r"error: --profile_steps=90:95: the run has \d+ steps\n", line)
+
+
 # ---- folders that hold something else, and runs that are done ----
 
 TINY = [
@@ -276,7 +283,7 @@ def test_a_run_that_continues_says_from_which_step(trained, command, place):
 
 STOPPED = """
 import os, signal
-from llm_jax import config
+from llm_jax import buckets, config
 isoflop, _ = config.load_experiment(FILE)
 SCALES, get_config = isoflop.SCALES, isoflop.get_config
 
@@ -322,9 +329,25 @@ def test_a_checkpoint_of_another_architecture_is_not_continued(trained, command,
 
 
 @pytest.mark.parametrize("module", ["llm_jax.train", "launch.local", "launch.slurm"])
-def test_a_bucket_is_no_folder_for_runs(command, module):
+def test_a_bucket_is_refused_without_what_reads_it_and_other_stores_are_refused(command, module, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    buckets._opened.cache_clear()
     line = refusal(*command(module, ISOFLOP, "--folder=gs://bucket/runs"))
-    assert "--folder=gs://bucket/runs: runs lie in folders of a disk" in line
+    assert 'need the extra gs: pip install "llm-jax[gs]"' in line
+    line = refusal(*command(module, ISOFLOP, "--folder=s3://bucket/runs"))
+    assert "s3://bucket/runs: folders are on a disk or in a bucket, gs://bucket/name" in line
+
+
+def test_a_dry_run_needs_no_bucket_and_says_what_it_has_not_seen(command, monkeypatch):
+    pytest.importorskip("gcsfs")
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:9")
+    buckets._opened.cache_clear()
+    sweep = "launch.ray_cluster", ISOFLOP, "--folder=gs://bucket/runs"
+    code, out, err = command(*sweep, "--dry_run")
+    assert code == 0, err
+    assert "127.0.0.1:9 can't be reached (Connection refused); planned as if nothing were there" in out
+    assert "-m launch.local" in out and "--folder=gs://bucket/runs" in out
+    assert "can't be reached" in refusal(*command(*sweep))
 
 
 def test_a_sweep_is_not_planned_inside_a_run(trained, command):

@@ -3,6 +3,7 @@ import subprocess
 import sys
 from typing import Any, NamedTuple
 
+import hasty
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -367,7 +368,9 @@ print(durable, interrupted)
 def test_a_killed_session_leaves_the_last_finished_save(tmp_path, plan):
     """Killed at each single change to the folder in turn, and at twelve random moments; one step is kept."""
     command = [sys.executable, "-c", SESSIONS, str(tmp_path), plan]
-    run = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"XLA_FLAGS": ""})
+    run = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"XLA_FLAGS": hasty.flags(devices=1)}
+    )
     assert run.returncode == 0, run.stderr[-3000:]
     durable, interrupted = map(int, run.stdout.split())
     assert durable > 2 and interrupted >= 4, "too few kills hit a save"
@@ -421,7 +424,7 @@ print("fine")
 
 def test_two_processes_save_together_and_agree_on_what_to_restore(tmp_path):
     port = np.random.default_rng(os.getpid()).integers(20_000, 60_000)
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    environment = os.environ | {"XLA_FLAGS": hasty.flags(devices=2)}
     command = [sys.executable, "-c", TWO]
     ranks = [
         subprocess.Popen(

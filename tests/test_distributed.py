@@ -4,19 +4,23 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
+import time
 
+import hasty
 import jax
 import numpy as np
 import pytest
 from changes import changed
+from jax._src.clusters import cloud_tpu_cluster
 from jax._src.clusters.cloud_tpu_cluster import GkeTpuCluster
 from jax._src.clusters.slurm_cluster import SlurmCluster
 
 from launch.together import together
-from llm_jax import records
+from llm_jax import distributed, manifest, records
 from llm_jax.config import UserError
 from llm_jax.distributed import Place, address, place, variables
 from llm_jax.evaluation import standard
@@ -35,11 +39,22 @@ import dataclasses, os, signal
 
 import jax
 
+from llm_jax import manifest
 from llm_jax.data import Files, Text
 from llm_jax.models.transformer import Transformer
 from llm_jax.optimizers import AdamW
 from llm_jax.run import Execution, Run
 from llm_jax.sharding import MeshConfig
+
+digest = manifest._digest
+
+def noted(path):
+    if "ROWS" in os.environ:
+        with open(f"{os.environ['ROWS']}.digests.{jax.process_index()}", "a") as file:
+            print(path, file=file)
+    return digest(path)
+
+manifest._digest = noted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +112,7 @@ def run(experiment):
 def two(experiment, folder, *arguments, **variables):
     """Trains in two processes of four devices each by the launcher: (exit code, what all said)."""
     cache = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
-    four = {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=4")}
+    four = {"XLA_FLAGS": hasty.flags(devices=4)}
     command = ["-m", "launch.together", "--processes=2", "--", "-m", "llm_jax.train"]
     launcher = subprocess.Popen(
         [sys.executable, *command, f"--config={experiment}:x", f"--folder={folder}", *arguments],
@@ -163,6 +178,10 @@ def test_two_processes_give_the_losses_of_one_and_each_loads_its_own_rows(experi
             lines = (tmp_path / f"rows.{what}.{process}").read_text().splitlines()
             wanted = {int(row) for line in lines if line != "0" for row in line.split()}  # 0 tells the form
             assert {row % 8 // 4 for row in wanted} == {process}
+        read = (tmp_path / f"rows.digests.{process}").read_text()
+        assert set(re.findall(r"process_(\d+)/", read)) == {str(process)}  # what it wrote itself
+    checkpoint = tmp_path / "run" / "checkpoints" / "00000040"
+    assert len(manifest.read(checkpoint)["files"]) == sum(path.is_file() for path in checkpoint.rglob("*"))
 
 
 class Stops:
@@ -223,7 +242,47 @@ def test_processes_that_end_well_end_the_launcher_and_a_failure_is_its_own(capfd
     assert "process 1 of 2 ended with exit code 7" in capfd.readouterr().err
 
 
+def test_one_that_hangs_has_the_others_show_where_they_are(capfd, monkeypatch):
+    monkeypatch.setattr(distributed, "_others", [])
+    here, there = socket.socketpair()
+    distributed._listen(here, "process 0")
+    distributed._others[:] = [there]
+    distributed.ask_where()
+    shown = ""
+    for _ in range(600):
+        shown += capfd.readouterr().err
+        if "test_one_that_hangs" in shown:
+            break
+        time.sleep(0.1)
+    there.sendall(b".")
+    assert "Thread" in shown and "test_one_that_hangs" in shown
+
+
 # ---- who is there ----
+
+
+def test_on_a_cloud_tpu_machine_the_metadata_server_says_who_is_there(monkeypatch):
+    """As JAX asks it; here the answers are given in its place."""
+    said = {
+        "agent-worker-number": "2",
+        "worker-network-endpoints": "x:y:127.0.0.1,x:y:127.0.0.2,x:y:127.0.0.3",
+    }
+    said["tpu-env"] = ""
+    monkeypatch.delenv("TPU_WORKER_HOSTNAMES", raising=False)
+    monkeypatch.delenv("TPU_SKIP_MDS_QUERY", raising=False)
+    monkeypatch.setattr(distributed, "tpus", lambda _: True)
+    monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
+    monkeypatch.setattr(cloud_tpu_cluster, "get_metadata", lambda key: (said[key], 200))
+    assert distributed.here() == Place("127.0.0.1:8482", 3, 2)
+    said["worker-network-endpoints"] = "x:y:127.0.0.1"
+    assert distributed.here() is None
+
+    def unreachable(_):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(cloud_tpu_cluster, "get_metadata", unreachable)
+    with pytest.raises(UserError, match=r"metadata server doesn't say \(no route\)"):
+        distributed.here()
 
 
 def test_flags_and_environment_say_who_is_there():

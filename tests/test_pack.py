@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import hasty
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -296,7 +297,8 @@ def test_a_killed_pack_continues_bit_for_bit(member, tmp_path):
     def start(*folders):
         arguments = ",".join(map(str, folders)), *(json.dumps(config.to_json(run)) for run in runs)
         return subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, *arguments], env=os.environ | {"XLA_FLAGS": ""}
+            [sys.executable, "-c", SCRIPT, *arguments],
+            env=os.environ | {"XLA_FLAGS": hasty.flags(devices=1)},
         )
 
     process = start(tmp_path / "killed")

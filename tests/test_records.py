@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm_jax import records
+from llm_jax import files, records
 from llm_jax.config import UserError
 from llm_jax.environment import environment, git_revision
-from llm_jax.records import Record, dumps, load_run, load_sweep, metrics
+from llm_jax.files import dumps
+from llm_jax.records import Record, load_run, load_sweep, metrics
 
 CONFIG = {
     "identity": "abc",
@@ -229,7 +230,7 @@ def test_result_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 def test_of_many_who_write_one_file_at_once_all_succeed_and_one_is_last(tmp_path):
     place, texts = tmp_path / "plan.json", [str(number) * 10_000 for number in range(8)]
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda text: records.write_atomically(place, text), texts * 20))
+        list(pool.map(lambda text: files.write_atomically(place, text), texts * 20))
     assert place.read_text() in texts
     assert list(tmp_path.iterdir()) == [place]
 

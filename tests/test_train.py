@@ -332,7 +332,8 @@ train(run, sys.argv[2])
 def start(run, folder, tmp_path):
     (tmp_path / "run.json").write_text(json.dumps(config.to_json(run)))
     command = [sys.executable, "-c", SCRIPT, str(tmp_path / "run.json"), str(folder)]
-    return subprocess.Popen(command, env=os.environ | {"XLA_FLAGS": ""}, stderr=subprocess.PIPE)
+    as_users_compile = os.environ | {"XLA_FLAGS": ""}
+    return subprocess.Popen(command, env=as_users_compile, stderr=subprocess.PIPE)
 
 
 def wait_for_step(folder, step, process):

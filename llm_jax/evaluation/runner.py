@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
+from llm_jax import claims, sharding
 from llm_jax import config as configs
-from llm_jax import sharding
 from llm_jax.data.cache import cache_folder, digest
 from llm_jax.evaluation.requests import (
     Answered,
@@ -92,6 +92,7 @@ class Evaluator:
             for name, answer in itertools.chain(self._score(missing), self._generate(missing)):
                 self._kept[name] = answer
                 bar.update()
+                claims.stir()
         return [answer_of(asked[name], self._kept[name]) for name in names]
 
     # ---- probabilities ----

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llm_jax import config as configs
-from llm_jax import links, optimizers
+from llm_jax import files, links, optimizers
 from llm_jax.checkpoints import Checkpoints
 from llm_jax.config import UserError
 from llm_jax.data import Chat, DataConfig, SentencePiece
@@ -102,7 +102,11 @@ def open_model(path: str, dtype: Dtype | None = None, mesh: Mesh | None = None) 
 
 def describe(path: str | pathlib.Path) -> Described:
     """What is known of the model at `path` before its parameters are read."""
-    place = pathlib.Path(os.path.expanduser(path))
+    place = files.path(os.path.expanduser(path))
+    if files.in_bucket(place):
+        if not (place / "config.json").is_file() or not is_run(place):
+            raise UserError(f"no run at {str(path)!r}: of a bucket, runs alone can be opened")
+        return _of_run(place)
     if place.is_file() and place.suffix == ".gguf":
         from llm_jax.interop import gguf
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from llm_jax import manifest, sharding
+from llm_jax import files, manifest, sharding
 from llm_jax.config import UserError, outside_identity
 from llm_jax.data import Tokenizer
 from llm_jax.data.cache import digest
@@ -135,7 +135,9 @@ class PretrainedTokenizer(Tokenizer, kind="pretrained"):
 
     def keep(self, data: Any, source: Any, folder: pathlib.Path) -> None:
         place = folder / opening.TOKENIZER
-        if not place.exists():
+        if files.in_bucket(folder):  # each of them is whole, and the same at every start
+            tokenizers.write(opening.tokenizer_of(data, source.codec), place)
+        elif not place.exists():
             partial = place.with_name(f"{place.name}.partial")
             partial.mkdir(exist_ok=True)
             tokenizers.write(opening.tokenizer_of(data, source.codec), partial)
@@ -212,6 +214,10 @@ def _files(path: str) -> list[pathlib.Path]:
 
 
 def _stamp(path: str) -> tuple:
+    place = files.path(os.path.expanduser(path))
+    if files.in_bucket(place):
+        objects = place.objects().items()
+        return tuple((name, *facts) for name, facts in objects if name.endswith(".json"))
     facts = [(file, file.stat()) for file in _files(path)]
     return tuple((str(file.resolve()), stat.st_size, stat.st_mtime_ns) for file, stat in facts)
 
@@ -224,7 +230,7 @@ def _described(path: str, stamp: tuple) -> Described:
 @functools.lru_cache(maxsize=16)
 def _content(path: str, stamp: tuple) -> str:
     described(path)  # says what is wrong with what is no model
-    place = pathlib.Path(os.path.expanduser(path))
+    place = files.path(os.path.expanduser(path))
     if place.is_dir() and opening.is_run(place):
         run = load_run(place)
         if run["result"] is None or run["status"] == "diverged":

@@ -14,10 +14,11 @@ import numpy as np
 import pandas as pd
 
 from llm_jax.config import UserError
+from llm_jax.files import with_nulls
 from llm_jax.scaling import fits
 from llm_jax.scaling.law import Parameter, SumOfPowers, coefficient, exponent
 from llm_jax.scaling.rates import Tuning, tune
-from llm_jax.scaling.results import Estimate, Fit, estimate, plain
+from llm_jax.scaling.results import Estimate, Fit, estimate
 
 
 class Tradeoff(SumOfPowers):
@@ -109,8 +110,8 @@ class AtLoss:
         return {
             "loss": self.loss,
             "fit": self.fit and self.fit.to_json(),
-            "power": self.power and plain(self.power._asdict()),
-            "noise_scale": self.noise and plain(self.noise._asdict()),
+            "power": self.power and with_nulls(self.power._asdict()),
+            "noise_scale": self.noise and with_nulls(self.noise._asdict()),
             "refused": {f"{B:g}": why for B, why in self.tuning.refused.items()},
         }
 

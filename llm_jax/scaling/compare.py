@@ -10,11 +10,12 @@ import numpy as np
 import pandas as pd
 
 from llm_jax.config import UserError
+from llm_jax.files import with_nulls
 from llm_jax.scaling import laws, sensitivity
 from llm_jax.scaling.fits import fit_law, refit
 from llm_jax.scaling.law import Inputs, Law, Optimum, Parameter
 from llm_jax.scaling.objectives import objective
-from llm_jax.scaling.results import Estimate, Fit, plain
+from llm_jax.scaling.results import Estimate, Fit
 from llm_jax.scaling.tables import check_points
 
 COLUMN = "second recipe"  # no name that an expression could have, so no column of a user's
@@ -57,7 +58,9 @@ class Compared:
         """The comparison's numbers, then those of the fit."""
         numbers = {name: getattr(self, name) for name in ("law", "rms", "aicc", "largest", "others")}
         tests = [test._asdict() for test in self.held_out]
-        return plain(numbers | {"parameters": self.fit.free, "held_out": tests, "fit": self.fit.to_json()})
+        return with_nulls(
+            numbers | {"parameters": self.fit.free, "held_out": tests, "fit": self.fit.to_json()}
+        )
 
 
 def compare(points: pd.DataFrame, names: Sequence[str], **options: Any) -> list[Compared]:

@@ -16,8 +16,9 @@ import numpy as np
 import pandas as pd
 
 from llm_jax.config import UserError
+from llm_jax.files import with_nulls
 from llm_jax.scaling.powers import FORMULAS, PowerLaws, lines_through
-from llm_jax.scaling.results import plain, remarks, row
+from llm_jax.scaling.results import remarks, row
 from llm_jax.scaling.tables import check_points
 
 NO_INTERVALS = (
@@ -40,7 +41,7 @@ class EnvelopeFit(PowerLaws):
     def to_json(self) -> dict[str, Any]:
         """Every number of the fit as JSON values (NaN becomes null)."""
         content = {"approach": 1, "runs": self.runs, "frontier": self.frontier.to_dict("list")}
-        return plain(self.common_json() | content)
+        return with_nulls(self.common_json() | content)
 
     def table(self) -> str:
         """The fit as text."""

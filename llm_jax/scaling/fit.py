@@ -14,15 +14,15 @@ import contextlib
 import functools
 import pathlib
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
 from absl import flags
 
+from llm_jax import files
 from llm_jax.config import UserError, run_main
-from llm_jax.records import write_atomically
+from llm_jax.files import with_nulls, write_atomically
 from llm_jax.scaling import compare, laws, sensitivity
 from llm_jax.scaling.curves import METHODS
 from llm_jax.scaling.envelope import EnvelopeFit
@@ -31,7 +31,7 @@ from llm_jax.scaling.isoflop import IsoflopFit
 from llm_jax.scaling.law import Law
 from llm_jax.scaling.questions import Answer, answer, answers, check
 from llm_jax.scaling.reading import numbers, pairs, read_points
-from llm_jax.scaling.results import Fit, plain, row, written
+from llm_jax.scaling.results import Fit, row, written
 
 LAWS = ("3", "vp")
 
@@ -94,7 +94,7 @@ def main() -> None:
     if not f.points:
         raise UserError("--points is missing, for example --points=points.csv (columns N, D, loss)")
     if f.out:
-        check_folder(pathlib.Path(f.out))
+        check_folder(files.path(f.out))
     questions = [numbers(text, "predict") for text in f.predict]
     if f.bootstrap < 0 or 0 < f.bootstrap < 100:
         raise UserError(f"--bootstrap={f.bootstrap}: intervals take 100 refits or more; 0 is without")
@@ -136,8 +136,8 @@ def main() -> None:
     parts = [result.table(), text, sensitivity.table(hangs_on) if hangs_on else ""]
     _show("\n\n".join(filter(None, parts)), told, content, lambda figures: drawings(figures, result))
     if f.out and not isinstance(result, Fit):  # a table for --law=power, n-opt or d-opt
-        write_atomically(pathlib.Path(f.out) / "optima.csv", result.frontier.to_csv(index=False))
-        print(f"written: {pathlib.Path(f.out) / 'optima.csv'}")
+        write_atomically(files.path(f.out) / "optima.csv", result.frontier.to_csv(index=False))
+        print(f"written: {files.path(f.out) / 'optima.csv'}")
     if refused:
         raise refused[0]
 
@@ -181,10 +181,10 @@ def _show(
         {"at": asked} | {k: e._asdict() for k, e in found.items()} | ({"doubt": doubt} if doubt else {})
         for asked, found, doubt in answers
     ]
-    folder = pathlib.Path(flags.FLAGS.out)
+    folder = files.path(flags.FLAGS.out)
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / "fit.json"]
-    write_atomically(paths[0], written(plain(dict(content) | {"predictions": predictions})) + "\n")
+    write_atomically(paths[0], written(with_nulls(dict(content) | {"predictions": predictions})) + "\n")
     for name, figure in draw(figures).items():
         paths.append(folder / f"{name}.png")
         paths[-1].write_bytes(style.png(figure))
@@ -193,10 +193,11 @@ def _show(
 
 def check_folder(folder: pathlib.Path) -> None:
     """Raises UserError where `folder` can't be made or written to; what it made to see is taken away."""
-    made = [place for place in (folder.absolute(), *folder.absolute().parents) if not place.exists()]
+    whole = folder.absolute()
+    made = [place for place in (whole, *whole.parents) if not (files.in_bucket(whole) or place.exists())]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        files.check_writable(folder)
     except OSError as error:
         raise UserError(f"--out={folder} can't be a folder to write in: {error.strerror}") from None
     finally:

@@ -21,11 +21,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from llm_jax import files
 from llm_jax.config import UserError
-from llm_jax.records import write_atomically
+from llm_jax.files import with_nulls, write_atomically
 from llm_jax.scaling.isoflop import IsoflopFit
 from llm_jax.scaling.resampling import one_run
-from llm_jax.scaling.results import Fit, plain
+from llm_jax.scaling.results import Fit
 from llm_jax.scaling.tables import SeedNoise
 
 SCHEMA = 1
@@ -186,7 +187,9 @@ def make(
             source=source,
             freedom=freedom,
         ),
-        law=plain({"formula": fit.formula, "parameters": {k: e.value for k, e in fit.parameters.items()}}),
+        law=with_nulls(
+            {"formula": fit.formula, "parameters": {k: e.value for k, e in fit.parameters.items()}}
+        ),
         points=len(points),
         points_hash=hash_points(points),
         fitted_flops=float(fitted_flops(fit).max()),
@@ -270,7 +273,7 @@ def write(forecast: Forecast, path: str | pathlib.Path, holdout: str | pathlib.P
     holdout: the folder that the hold-out run will have. The same forecast (runs, law, N and D alike) is left
     as it was first written. Raises UserError once the hold-out run has started.
     """
-    path, holdout = pathlib.Path(path), pathlib.Path(holdout)
+    path, holdout = files.path(path), files.path(holdout)
     if path.exists():
         earlier = read(path)
         if _question(earlier) == _question(forecast):
@@ -289,7 +292,7 @@ def write(forecast: Forecast, path: str | pathlib.Path, holdout: str | pathlib.P
 
 def read(path: str | pathlib.Path) -> Forecast:
     """The forecast at `path`; UserError where there is none or it was changed after it was written."""
-    path = pathlib.Path(path)
+    path = files.path(path)
     if not path.is_file():
         raise UserError(f"no forecast at {path}")
     try:

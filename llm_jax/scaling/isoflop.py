@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from llm_jax.config import UserError, nearest
+from llm_jax.files import with_nulls
 from llm_jax.scaling import projection
 from llm_jax.scaling.curves import (
     METHODS,
@@ -31,7 +32,7 @@ from llm_jax.scaling.laws import PowerLaw
 from llm_jax.scaling.objectives import objective
 from llm_jax.scaling.posing import Choices, pose
 from llm_jax.scaling.powers import FORMULAS, PowerLaws, lines_through
-from llm_jax.scaling.results import Estimate, Optimum, estimate, heading, plain, remarks, row
+from llm_jax.scaling.results import Estimate, Optimum, estimate, heading, remarks, row
 from llm_jax.scaling.skew import shapes
 from llm_jax.scaling.solver import Data
 from llm_jax.scaling.tables import Excluded, Points, check_points, listed, name_of
@@ -109,7 +110,7 @@ class IsoflopFit(PowerLaws):
 
     def to_json(self) -> dict[str, Any]:
         """Every number of the fit as JSON values (NaN becomes null)."""
-        return plain(
+        return with_nulls(
             self.common_json()
             | {
                 "approach": self.approach,

@@ -15,7 +15,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from llm_jax import records
+from llm_jax import files
 from llm_jax.scaling import style
 
 
@@ -98,7 +98,7 @@ def write(folder: str | pathlib.Path, page: Page) -> pathlib.Path:
     """Writes report.html and a PNG of every figure to `folder`; returns the page's path."""
     import jinja2
 
-    folder = pathlib.Path(folder)
+    folder = files.path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
     for name, caption, figure in page.figures:
@@ -113,7 +113,7 @@ def write(folder: str | pathlib.Path, page: Page) -> pathlib.Path:
         undefined=jinja2.StrictUndefined,
     )
     html = environment.get_template("page.html.j2").render(page=page, figures=drawn)
-    records.write_atomically(folder / "report.html", html)
+    files.write_atomically(folder / "report.html", html)
     return folder / "report.html"
 
 

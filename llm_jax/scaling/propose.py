@@ -9,13 +9,13 @@ The law that is expected says which runs tell most of the target (plan.propose);
 """
 
 import json
-import pathlib
 from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
 from absl import flags
 
+from llm_jax import files
 from llm_jax.config import UserError, run_main
 from llm_jax.scaling import laws, plan
 from llm_jax.scaling.grids import Grid, Limits
@@ -39,7 +39,7 @@ def expected(name: str, values: Mapping[str, float]) -> tuple[Law, np.ndarray]:
 
 def fitted(folder: str) -> tuple[Law, np.ndarray, float]:
     """The law, its parameters and the noise of a run, of the fit.json in `folder`."""
-    place = pathlib.Path(folder)
+    place = files.path(folder)
     place = place / "fit.json" if place.is_dir() else place
     try:
         content = json.loads(place.read_text())
@@ -88,7 +88,7 @@ def main() -> None:
         raise UserError(f"--{given[0]} belongs to --values; with --fit it is that of the fit")
     if not 0 < f.noise < 1:
         raise UserError(f"--noise={f.noise:g}: the standard deviation of ln loss, such as 0.005")
-    if f.out and pathlib.Path(f.out).is_dir():
+    if f.out and files.path(f.out).is_dir():
         raise UserError(f"--out={f.out} is a folder; the plan is a file, such as plan.csv")
     if not (f.budget and np.isfinite(f.budget) and f.budget > 0):
         raise UserError("--budget is missing: the FLOPs of the whole plan, such as 1e20")
@@ -113,7 +113,7 @@ def main() -> None:
     at = f"N={short(target.N)}, D={short(target.D)}"
     print(f"forecast at {at}: 90% within {1.645 * error:.2%} of its loss, a run scattering by {noise:.2%}")
     if f.out:
-        grid.cells.to_csv(f.out, index=False)
+        files.path(f.out).write_text(grid.cells.to_csv(index=False))
         print(f"plan: {f.out}")
 
 

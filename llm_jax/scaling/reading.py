@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from llm_jax import files
 from llm_jax.config import UserError, nearest
 
 KINDS = ".csv (commas, semicolons or tabs), .parquet, .json or .jsonl (a list of runs)"
@@ -36,7 +37,7 @@ def read_points(path: str | pathlib.Path) -> pd.DataFrame:
 
     Raises UserError where there is no such file, it is no table, or it has no rows.
     """
-    path = pathlib.Path(path)
+    path = files.path(path)
     if not path.is_file():
         what = "a folder, not a table" if path.is_dir() else "no such file"
         folder = path if path.is_dir() else path.parent
@@ -70,7 +71,8 @@ def read_points(path: str | pathlib.Path) -> pd.DataFrame:
 
 def _parquet(path: pathlib.Path) -> pd.DataFrame:
     try:
-        return pd.read_parquet(path)
+        with path.open("rb") as file:
+            return pd.read_parquet(file)
     except (ValueError, OSError):
         raise UserError(
             f"{path} begins as a Parquet file but can't be read: it is damaged or cut off"

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from llm_jax import records
+from llm_jax import files, records
 from llm_jax.scaling import figures, page, sensitivity, style
 from llm_jax.scaling.curves import METHODS, UNFITTED, Curve, curve_of
 from llm_jax.scaling.forecast import Outcome, fitted_flops, miss
@@ -156,8 +156,8 @@ def training_curves(folder: str | pathlib.Path, runs: pd.DataFrame) -> list[pd.D
     The loss is the mean over a tenth of the run, as one batch says little.
     """
     out = []
-    for run in runs.itertuples():
-        rows = records.metrics(pathlib.Path(folder) / run.run)
+    places = [files.path(folder, run) for run in runs["run"]]
+    for run, rows in zip(runs.itertuples(), files.each(records.metrics, places, folder), strict=True):
         if "loss" not in rows:
             continue
         rows = rows.dropna(subset="loss")
@@ -290,14 +290,8 @@ def tables(report: Report) -> Iterator[tuple[str, Table]]:
         yield "Minima of the isoFLOP curves", Table(header, rows, (0, 7))
     if report.rates:
         multiples = sorted({m for check in report.rates for m in check.losses})
-        header = [
-            "N",
-            "D",
-            *(f"{m:g}x the rate" for m in multiples),
-            "seed spread",
-            "s.e. of a difference",
-            "",
-        ]
+        at = [f"{m:g}x the rate" for m in multiples]
+        header = ["N", "D", *at, "seed spread", "s.e. of a difference", ""]
         rows = [
             [
                 style.short(c.N),

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from llm_jax.config import UserError
+from llm_jax.files import with_nulls
 from llm_jax.scaling.law import Inputs, Law
 from llm_jax.scaling.posing import far_bound
 from llm_jax.scaling.resampling import one_run
@@ -171,7 +172,7 @@ class Fit:
     def to_json(self) -> dict[str, Any]:
         """Every number of the fit as JSON values (NaN becomes null)."""
         seeds, repeats = self.seed_noise
-        return plain(
+        return with_nulls(
             {
                 "schema": 1,
                 "law": {"name": self.law.name, "formula": self.law.formula},
@@ -310,16 +311,3 @@ def written(value: Any, indent: str = "") -> str:
     else:
         parts = [written(item, inner) for item in value]
     return marks[0] + "".join(f"\n{inner}{part}," for part in parts)[:-1] + f"\n{indent}{marks[1]}"
-
-
-def plain(value: Any) -> Any:
-    """numpy's numbers and arrays as JSON's, NaN and infinities as null."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if isinstance(value, np.ndarray):
-        return plain(value.tolist())
-    if isinstance(value, (float, np.floating)):
-        return float(value) if np.isfinite(value) else None
-    return int(value) if isinstance(value, np.integer) else value

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
-from llm_jax import records
+from llm_jax import files, records
 from llm_jax.scaling.plots import Panel, Series
 from llm_jax.scaling.results import Fit
 from llm_jax.scaling.style import short
@@ -62,7 +62,7 @@ def constant_rate_curves(folder: str | pathlib.Path, runs: pd.DataFrame) -> pd.D
     """
     curves = []
     for run in runs.sort_values("D").groupby("N").tail(1).itertuples():
-        rows = records.metrics(pathlib.Path(folder) / run.run).dropna(subset="loss")
+        rows = records.metrics(files.path(folder, run.run)).dropna(subset="loss")
         loss = rows["loss"].rolling(max(1, len(rows) // 20)).mean()
         constant = rows["learning_rate"] >= 0.999 * rows["learning_rate"].max()
         whole = constant.rolling(max(1, len(rows) // 20)).min() == 1  # none of the mean's batches in warm-up
@@ -80,7 +80,7 @@ def tree_panels(folder: str | pathlib.Path, runs: pd.DataFrame) -> list[Panel]:
     """
     rates, losses, window = [], [], max(1, int(runs["steps"].max()) // 100)
     for run in runs.sort_values("steps", ascending=False).itertuples():
-        rows = records.metrics(pathlib.Path(folder) / run.run).dropna(subset="loss")
+        rows = records.metrics(files.path(folder, run.run)).dropna(subset="loss")
         tokens = rows["step"] * run.D / run.steps
         smooth = rows["loss"].rolling(window, min_periods=1).mean()
         own = (rows["step"] >= run.steps_shared).to_numpy()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import synthetic_sweep as sweep
 
-from llm_jax import records
+from llm_jax import files
 from llm_jax.scaling import forecast, report
 from llm_jax.scaling.fits import fit
 from llm_jax.scaling.isoflop import fit_isoflop
@@ -207,7 +207,7 @@ def test_a_sweep_without_forecast_or_checks_whose_curves_were_all_refused_has_a_
 
 
 def test_the_facts_are_json_and_hold_fits_forecasts_and_warnings(story):
-    facts = json.loads(records.dumps(report.facts(story)))
+    facts = json.loads(files.dumps(report.facts(story)))
     assert facts["law"]["parameters"]["E"]["value"] == pytest.approx(story.law.parameters["E"].value)
     assert facts["forecasts"][0]["check"]["covered"] == {"0.9": True, "0.95": True}
     assert any("rate not optimal" in warning for warning in facts["warnings"])
