@@ -1,6 +1,7 @@
 """Shared fixtures: the compilation cache, the reference data's place, eight fake devices."""
 
 import contextlib
+import gc
 import os
 import pathlib
 import runpy
@@ -10,11 +11,10 @@ import sys
 import warnings
 from collections.abc import Iterator
 
+import hasty
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Most of a test's time is compiling, so LLVM optimizes little here.
-os.environ.setdefault(
-    "XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-)
+os.environ.setdefault("XLA_FLAGS", hasty.flags(devices=8))
 
 import jax
 import numpy as np
@@ -25,6 +25,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "xla"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+gc.set_threshold(100_000, 50, 100)  # what is traced is many objects; looking for cycles takes a tenth
 jax.devices()  # before a test sets XLA_FLAGS for the processes that it starts
 
 
@@ -47,6 +48,15 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Browser"]:  #
         pytest.skip("no chromium here: on Debian, apt-get install chromium")
     with contextlib.closing(Browser(program, tmp_path_factory.mktemp("chromium"))) as found:
         yield found
+
+
+@pytest.fixture(scope="session")
+def bucket() -> Iterator[str]:
+    """gs://runs of an emulator; tests that need it are skipped where there is none, or no gcsfs."""
+    from emulator import emulated
+
+    with emulated("runs") as place:
+        yield place
 
 
 @pytest.fixture

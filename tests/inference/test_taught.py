@@ -35,8 +35,8 @@ def taught(request, tmp_path_factory):
     run = Run(
         Transformer(layers=2, width=32, heads=4),
         data,
-        AdamW(learning_rate=1e-2),
-        tokens=100 * data.tokens_per_step,
+        AdamW(learning_rate=2e-2),
+        tokens=60 * data.tokens_per_step,
         execution=Execution(mesh=MeshConfig(data=1)),
     )
     result = train(run, place / "run")
