@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from llm_jax import config, manifest, records, trunks
+from llm_jax import config, files, manifest, records, trunks
 from llm_jax.run import Run
 
 if TYPE_CHECKING:
@@ -21,9 +21,12 @@ MOST_LINES = 12  # of a plan's trunks on the screen
 def connect(stages: Sequence[Sequence["Planned"]]) -> list[tuple["Planned", ...]]:
     """The same runs, each with the trunk it starts from, and each trunk keeping the checkpoints it must."""
     items = [item for stage in stages for item in stage]
-    complete = [item.complete for item in items]
-    standing = [manifest.steps(item.folder / "checkpoints") for item in items]
-    begun = {number for number in range(len(items)) if complete[number] or standing[number]}
+    place = items[0].folder
+    complete = files.each(lambda item: item.complete, items, place)
+    standing = files.each(lambda item: manifest.steps(item.folder / "checkpoints"), items, place)
+    begun = [number for number in range(len(items)) if complete[number] or standing[number]]
+    starts_at = files.each(lambda number: _begun_at(items[number]), begun, place)
+    begun_at = dict(zip(begun, starts_at, strict=True))
 
     def offer(trunk: int, step: int) -> int:
         """What the trunk has passed already must stand; what is ahead of it, it will keep."""
@@ -34,7 +37,7 @@ def connect(stages: Sequence[Sequence["Planned"]]) -> list[tuple["Planned", ...]
     # Complete runs come first, so that those to come start from them; then stage by stage.
     ranks = [number for number, stage in enumerate(stages) for _ in stage]
     ranks = [-1 if done else rank for done, rank in zip(complete, ranks, strict=True)]
-    starts = trunks.graph([item.run for item in items], ranks, offer, begun)
+    starts = trunks.graph([item.run for item in items], ranks, offer, set(begun))
     keep: dict[int, set[int]] = {}
     for start in starts.values():
         keep.setdefault(start.trunk, set()).add(start.from_step)
@@ -46,7 +49,7 @@ def connect(stages: Sequence[Sequence["Planned"]]) -> list[tuple["Planned", ...]
             item,
             run=_keeping(item.run, keep[number]) if number in keep else item.run,
             trunk=connected[start.trunk] if start else None,
-            from_step=start.from_step if start else _begun_at(item) if number in begun else 0,
+            from_step=start.from_step if start else begun_at.get(number, 0),
         )
     numbers = iter(range(len(items)))
     return [tuple(connected[next(numbers)] for _ in stage) for stage in stages]

@@ -1,16 +1,19 @@
 """Engines: where workers run. What one must do is little; all else is the same for all of them.
 
-An engine starts one command in as many places as asked: machines, or parts of them, that see the folder of
-the experiment. The command is `python -m launch.local --join ...`: it makes the plan from the same file,
-takes the runs that are ready and that nobody has (llm_jax/claims.py), and ends when there is none left for
-it. So an engine need not know what a run is. It says which places live, and `Crew` fills them up.
+An engine starts one command in as many places as asked: machines, parts of them, or several machines that
+train one run at a time together, on each of which it is started. All see the folder of the experiment. The
+command is `python -m launch.local --join ...`: it makes the plan from the same file, takes the runs that are
+ready and that nobody has (llm_jax/claims.py), and ends when there is none left for it. So an engine need not
+know what a run is. It says which places live, and `Crew` fills them up.
 
 What a launcher keeps in the folder: jobs/, what it asked an engine for (jobs.py); stop, which ends it all.
 """
 
+import contextlib
 import shlex
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,7 +25,7 @@ from absl import flags
 from launch import jobs, order, status, sweep
 from launch.pool import TRIES
 from launch.sweep import Plan, Planned
-from llm_jax import config, records
+from llm_jax import config, files, records
 from llm_jax.config import Chosen, UserError
 
 SECONDS_BETWEEN_LOOKS, SECONDS_BETWEEN_LINES = 2.0, 30.0
@@ -37,7 +40,7 @@ class Engine(Protocol):
 
     def start(self, command: Sequence[str]) -> str:
         """Starts `command` in another place, or asks for one; returns the job. What costs money until it is
-        given back is listed before it is asked for (jobs.py)."""
+        given back is listed before it is asked for (jobs.py). Raises UserError if there can't be one."""
 
     def living(self, jobs: Iterable[str]) -> set[str]:
         """Those that run, or wait for their place."""
@@ -47,6 +50,9 @@ class Engine(Protocol):
 
     def tail(self, job: str) -> str:
         """The last that it printed, "" where that isn't known."""
+
+    def waits(self) -> str:
+        """Why places that were asked for aren't there yet, "" where that isn't known."""
 
 
 class Crew:
@@ -61,18 +67,18 @@ class Crew:
         self, missing: Sequence[Planned], planned: int, before: Callable[[], None]
     ) -> Mapping[Planned, str]:
         """As an order.Engine. Raises RuntimeError if places end again and again before any run begins."""
-        for run in missing:
-            run.forget_failure()
+        files.each(Planned.forget_failure, missing, self._folder)
         before()
         said = 0.0
         try:
-            while left := [run for run in missing if not run.complete and not run.failure]:
+            while left := [run for run, over in zip(missing, self._over(missing), strict=True) if not over]:
                 if (self._folder / STOP).exists():
                     raise KeyboardInterrupt
                 self._look(left)
                 if time.monotonic() - said > SECONDS_BETWEEN_LINES:
                     said = time.monotonic()
-                    print(status.line(status.rows(self._folder)), flush=True)
+                    lines = [status.line(status.rows(self._folder)), self._engine.waits()]
+                    print("; waits: ".join(filter(None, lines)), flush=True)
                 time.sleep(SECONDS_BETWEEN_LOOKS)
         except KeyboardInterrupt:
             (self._folder / STOP).touch()  # places that a signal doesn't reach see it too
@@ -81,13 +87,16 @@ class Crew:
             self._engine.stop(self._engine.living(self._jobs))
         return {run: run.failure for run in missing if run.failure}
 
+    def _over(self, runs: Sequence[Planned]) -> list[bool]:
+        return files.each(lambda run: run.complete or bool(run.failure), runs, self._folder)
+
     def _look(self, left: Sequence[Planned]) -> None:
         living = self._engine.living(self._jobs)
         for job in self._jobs - living:
-            self._ended(job, (len(left), sum(run.standing for run in left)))
+            self._ended(job, (len(left), sum(files.each(lambda run: run.standing, left, self._folder))))
         self._jobs = set(living)
-        free = sum(run.status == "missing" and run.ready for run in left)
-        for _ in range(min(self._places - len(living), free)):
+        waits = files.each(lambda run: run.status == "missing" and run.ready, left, self._folder)
+        for _ in range(min(self._places - len(living), sum(waits))):
             self._jobs.add(job := self._engine.start(self._command))
             jobs.enlist(self._folder, self._engine.name, job, flags.FLAGS.dollars_per_hour)
 
@@ -102,6 +111,12 @@ class Crew:
 # ---- the command ----
 
 
+def refuse_each(hosts: int) -> None:
+    """Raises UserError where a place of several hosts should train several runs at a time."""
+    if hosts > 1 and (flags.FLAGS.each or 1) > 1:
+        raise UserError(f"--each={flags.FLAGS.each}: the {hosts} hosts of a worker train one run together")
+
+
 def define_flags(places: str) -> None:
     """The flags that all engines have beside --config; places: what --workers counts."""
     flags.adopt_module_key_flags(config)
@@ -111,14 +126,36 @@ def define_flags(places: str) -> None:
     flags.DEFINE_string("pack", "auto", "runs trained as one program: auto, off, or how many at most")
     flags.DEFINE_string("folder", None, "where the runs go, the same path everywhere")
     flags.DEFINE_float("dollars_per_hour", 0.0, "what one worker costs, for `launch.status`")
+    for flag in flags.FLAGS.get_key_flags_for_module(__name__):  # or --help leaves them out
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
 
 
 def folder_of(experiment: Chosen) -> Path:
-    """Where the runs go; raises UserError for the folder of a single run, or a bucket's."""
+    """Where the runs go; raises UserError for the folder of a single run."""
     folder = records.chosen_folder(flags.FLAGS.folder, sweep.folder_of(experiment))
-    if (folder / "config.json").exists():
-        raise UserError(f"{folder} is the folder of a single run; name another by --folder")
+    with contextlib.suppress(*_unseen()):
+        if (folder / "config.json").exists():
+            raise UserError(f"{folder} is the folder of a single run; name another by --folder")
     return folder
+
+
+def plan_of(experiment: Chosen, folder: Path) -> Plan:
+    """The plan; that of an empty folder in a dry run which can't look at it, as a bucket out of reach."""
+    try:
+        return sweep.make_plan(experiment, folder)
+    except _unseen() as error:
+        print(f"{error.filename}: {error.strerror}; planned as if nothing were there")
+        with tempfile.TemporaryDirectory() as empty:
+            return sweep.make_plan(experiment, Path(empty))
+
+
+def _unseen() -> tuple[type[OSError], ...]:
+    return (OSError,) if flags.FLAGS.dry_run else ()
+
+
+def kept_here(folder: Path, name: str) -> Path:
+    """Where the logs of an engine go: in the folder or, for a bucket's, in runs/ of this machine."""
+    return (Path("runs") / folder.name if files.in_bucket(folder) else folder) / name
 
 
 def command_of(experiment: Chosen, folder: Path, python: str, joins: bool = True) -> list[str]:
@@ -138,7 +175,7 @@ def planned(experiment: Chosen, folder: Path) -> Plan:
     order.check(experiment)
     if hasattr(experiment.module, "measure"):
         raise UserError(f"{experiment.module.__file__} measures, it trains no sweep: use launch.local")
-    plan = sweep.make_plan(experiment, folder)
+    plan = plan_of(experiment, folder)
     print(f"{folder}: the plan of {experiment.module.__file__}:{experiment.scale}")
     print(sweep.summary(plan), flush=True)
     if not flags.FLAGS.dry_run:
@@ -164,8 +201,9 @@ def stoppable(name: str, launch: Callable[[], int]) -> int:
     terminated = threading.Event()
 
     def terminate(*_: Any) -> None:
-        terminated.set()
-        raise KeyboardInterrupt
+        if not terminated.is_set():  # of a job's processes each may be told, and tell the others
+            terminated.set()
+            raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, terminate)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin without it

@@ -1,14 +1,18 @@
-"""Writes the manifest of a JobSet for Kubernetes on Google Cloud (GKE): workers on TPU slices.
+"""Writes the manifest of JobSets for Kubernetes on Google Cloud (GKE): workers on TPU slices.
 
     python -m launch.jobset --config=experiments/isoflop.py --workers=4 --image=REGISTRY/x --claim=runs \\
-        --accelerator=tpu-v5-lite-podslice --topology=2x4 --chips=8 --folder=/runs/isoflop > workers.json
-    kubectl apply -f workers.json
+        --accelerator=tpu-v5-lite-podslice --topology=4x4 --folder=/runs/isoflop > workers.json
+    kubectl apply -f workers.json                 # and kubectl delete -f workers.json gives the slices back
 
-Each worker is a job of one pod, which takes runs as long as there are any; one that dies is made again, and
-one that the cluster takes back isn't counted as a failure. After `launch.stop` workers save and end, and give
-their slices back. The folder is on a volume that all pods see and
-whoever looks at it (--claim: a PersistentVolumeClaim, mounted at the folder's parent). Forecasts and the
-report are made by `python -m launch.local` with the same arguments, when the workers have ended.
+Each worker is a JobSet, with a job for its slice (for each of --slices, which train together over the data
+centre's network) and a pod for each host. It takes runs as long as there are any. A pod that dies is made
+again; one that the cluster takes back, or that ends because another one of its worker has, isn't counted as a
+failure. The pods of a JobSet find each other by its own headless service and by what GKE tells them:
+TPU_WORKER_ID, TPU_WORKER_HOSTNAMES, and MEGASCALE_* of all its slices, which is why workers don't share one.
+After `launch.stop` workers save and end, and give their slices back. The folder is in a bucket (gs://...), or
+on a volume that all pods see and whoever looks at it (--claim: a PersistentVolumeClaim, mounted at the
+folder's parent). Forecasts and the report are made by `python -m launch.local` with the same arguments, when
+the workers have ended.
 """
 
 import json
@@ -16,45 +20,60 @@ import math
 import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from absl import flags
 
 from launch import engine
-from llm_jax import config
+from llm_jax import config, files
 from llm_jax.config import UserError
+from llm_jax.values import AGAIN, nearest
 
 SECONDS_TO_SAVE = 120
-EIGHT_CHIPS = ("tpu-v5-lite-podslice", "tpu-v5-lite-device", "tpu-v6e-slice")  # a host may have; others: 4
-RESTARTS = 20  # of one worker, besides those that the cluster's own doings cost
+STOPPED = 143  # by SIGTERM
+KNOWN = (  # cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus
+    *("tpu-v3-device", "tpu-v3-slice", "tpu-v4-podslice", "tpu-v5-lite-device", "tpu-v5-lite-podslice"),
+    *("tpu-v5p-slice", "tpu-v6e-slice", "tpu7x"),
+)
+EIGHT_CHIPS = ("tpu-v5-lite-podslice", "tpu-v5-lite-device", "tpu-v6e-slice")  # one host may have
+RESTARTS = 20  # of each host, besides those that the cluster's own doings cost
+POOL = "cloud.google.com/gke-nodepool"  # a slice of several hosts is a pool of nodes
+
+
+def hosts_of(accelerator: str, topology: str, chips: int | None) -> tuple[int, int]:
+    """(hosts of a slice, chips of each); chips: of each, where the user says so. Raises UserError."""
+    if accelerator not in KNOWN:
+        raise UserError(f"--accelerator={accelerator}: GKE has no such TPUs; {nearest(accelerator, KNOWN)}")
+    if not re.fullmatch(r"\d+(x\d+)+", topology) or not (total := math.prod(map(int, topology.split("x")))):
+        raise UserError(f"--topology={topology}: the chips of a slice along each of its sides, such as 2x4")
+    most = 8 if accelerator in EIGHT_CHIPS else 4
+    each = chips or (total if total <= most else 4)
+    if each > most or total % each:
+        raise UserError(
+            f"--topology={topology} --chips={each}: a slice of {total} chips is of hosts with as many each, "
+            f"of {accelerator} {most} at most"
+        )
+    return total // each, each
 
 
 def manifest(
     name: str,
     command: Sequence[str],
-    workers: int,
     image: str,
-    claim: str,
+    claim: str | None,
     mount: str,
     accelerator: str,
     topology: str,
-    chips: int,
+    chips: int | None = None,
+    slices: int = 1,
 ) -> dict[str, Any]:
-    """The JobSet as JSON values; raises UserError for a slice of more than one host."""
-    here = math.prod(map(int, topology.split("x"))) if re.fullmatch(r"\d+(x\d+)+", topology) else 0
-    most = 8 if accelerator in EIGHT_CHIPS else 4
-    if not 0 < here == chips <= most:
-        raise UserError(
-            f"--topology={topology} --chips={chips}: a worker is a pod on one host, which has at most {most} "
-            f"chips of {accelerator}, and takes all of its slice's: such as --topology=2x2 --chips=4"
-        )
+    """One worker's JobSet as JSON values; raises UserError for a slice that there can't be."""
+    hosts, chips = hosts_of(accelerator, topology, chips)
     container = {
         "name": "worker",
         "image": image,
         "command": list(command),
         "resources": {"limits": {"google.com/tpu": chips}},
-        "volumeMounts": [{"name": "runs", "mountPath": mount}],
     }
     pod = {
         "restartPolicy": "Never",
@@ -64,49 +83,62 @@ def manifest(
             "cloud.google.com/gke-tpu-topology": topology,
         },
         "containers": [container],
-        "volumes": [{"name": "runs", "persistentVolumeClaim": {"claimName": claim}}],
     }
+    if claim:
+        container["volumeMounts"] = [{"name": "runs", "mountPath": mount}]
+        pod["volumes"] = [{"name": "runs", "persistentVolumeClaim": {"claimName": claim}}]
     disruption = {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
+    lost_another = {"action": "Ignore", "onExitCodes": {"operator": "In", "values": [AGAIN, STOPPED]}}
     job = {
-        "parallelism": 1,
-        "completions": 1,
-        "backoffLimit": RESTARTS,
-        "podFailurePolicy": {"rules": [disruption]},
+        "parallelism": hosts,
+        "completions": hosts,
+        "completionMode": "Indexed",
+        "backoffLimit": RESTARTS * hosts,
+        "podFailurePolicy": {"rules": [disruption, lost_another]},
         "template": {"spec": pod},
     }
+    metadata: dict[str, Any] = {"name": name}
+    if hosts > 1:  # or its pods would be strewn over several slices
+        metadata["annotations"] = {"alpha.jobset.sigs.k8s.io/exclusive-topology": POOL}
     return {
         "apiVersion": "jobset.x-k8s.io/v1alpha2",
         "kind": "JobSet",
-        "metadata": {"name": name},
+        "metadata": metadata,
         "spec": {
+            "network": {"enableDNSHostnames": True, "publishNotReadyAddresses": True},
             "failurePolicy": {"maxRestarts": 0},
-            "replicatedJobs": [{"name": "worker", "replicas": workers, "template": {"spec": job}}],
+            "replicatedJobs": [{"name": "slice", "replicas": slices, "template": {"spec": job}}],
         },
     }
 
 
 def main() -> None:
     experiment, values = config.chosen(), flags.FLAGS
-    folder = Path(engine.folder_of(experiment)).absolute()
+    if values.dry_run:
+        raise UserError("--dry_run: launch.jobset asks for nothing, it only writes what kubectl is given")
+    folder = engine.folder_of(experiment).absolute()
+    if bool(values.claim) == files.in_bucket(folder):
+        raise UserError(
+            f"--folder={folder}: on a disk it needs --claim, its PersistentVolumeClaim, and in a bucket none"
+        )
+    hosts, _ = hosts_of(values.accelerator, values.topology, values.chips)
+    engine.refuse_each(hosts * values.slices)
+    name = re.sub("[^a-z0-9]+", "-", folder.name.lower()).strip("-")
     command = engine.command_of(experiment, folder, "python")
-    kinds = (
-        values.image,
-        values.claim,
-        str(folder.parent),
-        values.accelerator,
-        values.topology,
-        values.chips,
-    )
-    name = folder.name.lower().replace("_", "-")
-    print(json.dumps(manifest(name, command, values.workers, *kinds), indent=1))
-    print(f"to give the slices back: kubectl delete jobset {name}", file=sys.stderr)
+    kind = (values.image, values.claim, str(folder.parent), values.accelerator, values.topology, values.chips)
+    workers = [
+        manifest(f"{name}-{number}", command, *kind, values.slices) for number in range(values.workers)
+    ]
+    print("to give the slices back: kubectl delete -f on what was applied", file=sys.stderr)
+    print(json.dumps({"apiVersion": "v1", "kind": "List", "items": workers}, indent=1))
 
 
 if __name__ == "__main__":
-    engine.define_flags("jobs, each of one slice")
+    engine.define_flags("JobSets, each with a slice")
     flags.DEFINE_string("image", None, "a container image with this code in it", required=True)
-    flags.DEFINE_string("claim", None, "the PersistentVolumeClaim of the runs' disk", required=True)
+    flags.DEFINE_string("claim", None, "the PersistentVolumeClaim of the runs' disk, if they lie on one")
     flags.DEFINE_string("accelerator", "tpu-v5-lite-podslice", "cloud.google.com/gke-tpu-accelerator")
-    flags.DEFINE_string("topology", "2x4", "cloud.google.com/gke-tpu-topology, of one host")
-    flags.DEFINE_integer("chips", 8, "of a slice")
+    flags.DEFINE_string("topology", "2x4", "cloud.google.com/gke-tpu-topology")
+    flags.DEFINE_integer("chips", None, "of each host; else all of a slice, or 4 where it has several hosts")
+    flags.DEFINE_integer("slices", 1, "of each worker", lower_bound=1)
     config.run_main(main)

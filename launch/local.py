@@ -3,9 +3,12 @@
     python -m launch.local --config=experiments/isoflop.py:smoke --workers=2
     python -m launch.local --config=experiments/isoflop.py --config.optimizer.learning_rate=3e-3 --dry_run
 
+Several hosts of a cluster or slice that run this command at once, and are told of each other as processes of
+one run are (llm_jax/distributed.py), are one place: they train a run at a time together (hosts.py).
+
 The same command again continues: what is complete is skipped. Exit code 0: all runs are complete; 1: some
 failed, or there is no forecast or report, for the reasons printed; 2: something the user has to put right,
-said in one line; 130: stopped by Ctrl-C; 143: by SIGTERM.
+said in one line; 75: a host of its place has gone; 130: stopped by Ctrl-C; 143: by SIGTERM.
 """
 
 import os
@@ -20,13 +23,13 @@ import numpy as np
 from absl import flags
 
 from launch import engine as engines
-from launch import order, packs, sweep
+from launch import hosts, order, packs, sweep
 from launch.pool import Pool
-from launch.processes import gpus, on_cpus, one_core_each, shares
+from launch.processes import Share, gpus, on_cpus, one_core_each, shares
 from launch.sweep import Plan, Planned
-from llm_jax import config, placement, records
-from llm_jax.config import Chosen
-from llm_jax.distributed import tpus
+from llm_jax import config, distributed, files, placement, records
+from llm_jax.config import Chosen, UserError
+from llm_jax.distributed import Place, tpus
 from llm_jax.kernels import devices
 from llm_jax.pack import pack as pack_of
 from llm_jax.placement import mesh_of
@@ -40,8 +43,23 @@ def main() -> int:
     experiment = config.chosen()
     order.check(experiment)
     folder = engines.folder_of(experiment)
-    does = measure if hasattr(experiment.module, "measure") else launch
-    return engines.stoppable("local", lambda: does(experiment, folder))
+    measures = hasattr(experiment.module, "measure")
+    place = distributed.here()
+    if place is None or place.processes == 1:
+        does = measure if measures else launch
+        return engines.stoppable("local", lambda: does(experiment, folder))
+    if measures:
+        raise UserError(f"{experiment.module.__file__} measures, on one host; here are {place.processes}")
+    if (flags.FLAGS.workers or 1) > 1:
+        raise UserError(
+            f"--workers={flags.FLAGS.workers}: {place.processes} hosts train one run at a time together"
+        )
+    if flags.FLAGS.dry_run:
+        return launch(experiment, folder, place) if place.process == 0 else 0
+    if place.process:
+        return hosts.follow(place, Path(experiment.module.__file__))
+    with hosts.leading(place, (folder / engines.STOP).exists) as others:
+        return others.end(engines.stoppable("local", lambda: launch(experiment, folder, place, others)))
 
 
 def measure(experiment: Chosen, folder: Path) -> int:
@@ -51,41 +69,51 @@ def measure(experiment: Chosen, folder: Path) -> int:
     return order.measure(experiment, folder)
 
 
-def launch(experiment: Chosen, folder: Path) -> int:
+def launch(
+    experiment: Chosen, folder: Path, place: Place | None = None, others: hosts.Followers | None = None
+) -> int:
+    """The order, or what a place does of it; others: the hosts that this one leads, where it has many."""
     # This process plans and draws; devices are for the workers (a GPU's memory would be taken twice).
     jax.config.update("jax_platforms", "cpu")
-    plan = sweep.make_plan(experiment, folder)
-    workers, width, off = flags.FLAGS.workers, packs.width_of(flags.FLAGS.pack), "--pack=off"
-    parts = shares(workers, len(plan.sweep))
+    plan = engines.plan_of(experiment, folder)
+    width, off = packs.width_of(flags.FLAGS.pack), "--pack=off"
+
+    def parts_of(planned: int) -> list[Share]:
+        return [hosts.share(place)] if place else shares(flags.FLAGS.workers, planned)
+
+    parts = parts_of(len(plan.sweep))
     ways = len(parts)
-    if width is None and one_core_each(parts):
+    if place:
+        width, off = 1, f"the {place.processes} hosts of this place train each run together"
+    elif width is None and one_core_each(parts):
         width, off = 1, "a core for each worker, which one run fills; --pack=8, say, packs all the same"
     planned = [
         pack
         for stage in (plan.sweep, plan.holdout)
-        for pack in packs.packed([run for run in stage if not run.complete], ways, width)
+        for pack in packs.packed(sweep.missing(stage), ways, width)
     ]
-    refuse_meshes(planned)
+    if not place:  # whose other hosts' devices aren't seen from here
+        refuse_meshes(planned)
     notes = getattr(experiment.module, "plan_notes", lambda base: [])(experiment.config)
     if idle := sweep.without_effect(plan):
         notes.append(f"without effect, since the sweep sets these fields in every run: {' '.join(idle)}")
     stop, joins, again = folder / engines.STOP, flags.FLAGS.join, flags.FLAGS.again
     if flags.FLAGS.dry_run:
-        notes += placed(planned)
+        notes += placed(planned) if not place else []
     elif not joins and not again:
         plan.write()
         stop.unlink(missing_ok=True)
     print(f"{folder}: the plan of {experiment.module.__file__}:{experiment.scale}")
     notes += filter(None, (packs.summary(planned, ways, width, off), packs.unstopped(planned)))
-    print(sweep.summary(plan), expected_time(plan), *notes, sep="\n", flush=True)
+    print(sweep.summary(plan), expected_time(plan, ways, place), *notes, sep="\n", flush=True)
     if flags.FLAGS.dry_run:
         return 0
 
     def engine(runs: Sequence[Planned], planned: int, before: Callable[[], None]) -> Mapping[Planned, str]:
-        parts = shares(workers, planned)
+        parts = parts_of(planned)
         packed = packs.packed(runs, len(parts), width)
         file = Path(experiment.module.__file__)
-        return Pool(packed, file, parts, planned, joins, again, stop.exists).run(before)
+        return Pool(packed, file, parts, planned, joins, again, stop.exists, others).run(before)
 
     if not joins:
         return order.carry_out(plan, engine)
@@ -117,19 +145,22 @@ def placed(planned: Sequence[packs.Pack]) -> list[str]:
 # ---- how long it will take ----
 
 
-def expected_time(plan: Plan) -> str:
-    """A line that says how long the rest of the plan will take, and how that is known."""
-    missing = [run for run in plan.runs if not run.complete]
+def expected_time(plan: Plan, workers: int, place: Place | None = None) -> str:
+    """A line that says how long the rest of the plan will take `workers`, and how that is known."""
+    missing = sweep.missing(plan.runs)
     if not missing:
         return "all of it is complete"
-    workers = min(len(missing), len(shares(flags.FLAGS.workers, len(plan.sweep))))
+    workers = min(len(missing), workers)
     flops = sum(run.price for run in missing)
-    if done := [run for run in plan.runs if run.status == "done" and run.price]:
-        results = [records.load_run(run.folder)["result"] for run in done]
+    complete = [run for run in plan.runs if run not in missing and run.price]
+    if done := [run for run in complete if run.status == "done"]:
+        results = [
+            run["result"] for run in files.each(records.load_run, [run.folder for run in done], plan.folder)
+        ]
         seconds = sum(result["wall_seconds"] / result.get("members", 1) for result in results)
         expected = flops * seconds / sum(run.price for run in done) / workers
         return f"about {sweep.minutes(expected)} at the speed of the {len(done)} done"
-    speed, source = expected_speed()
+    speed, source = (None, f"the speed of {place.processes} hosts") if place else expected_speed()
     if speed is None:
         return f"how long it takes isn't known before the first run: {source} is in no table"
     expected = flops / speed + SECONDS_PER_RUN * len(missing) / workers
@@ -165,6 +196,7 @@ def matmul_speed(size: int = 1024, seconds: float = 0.3) -> float:
 
 if __name__ == "__main__":
     flags.adopt_module_key_flags(config)
+    distributed.define_flags()
     flags.DEFINE_integer("workers", None, "processes that train at once", lower_bound=1)
     flags.DEFINE_bool("dry_run", False, "print the plan and its price, and do nothing")
     flags.DEFINE_string(

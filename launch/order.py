@@ -22,11 +22,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from launch import sweep
 from launch.sweep import Plan, Planned, make_folder
-from llm_jax import config, records
+from llm_jax import config, files
 from llm_jax.config import Chosen, UserError
 from llm_jax.scaling import forecast
-from llm_jax.scaling.results import plain
 from llm_jax.scaling.trunks import savings
 
 # engine(missing, planned, before): trains the missing of the `planned` runs of a stage until each is complete
@@ -111,16 +111,18 @@ def troubles(plan: Plan, failures: Mapping[Planned, str]) -> list[str]:
 def train_missing(
     runs: Sequence[Planned], engine: Engine, before: Callable[[], None] = lambda: None
 ) -> dict[Planned, str]:
-    if missing := [run for run in runs if not run.complete]:
+    if missing := sweep.missing(runs):
         return dict(engine(missing, len(runs), before))
     before()
     return {}
 
 
 def measure(experiment: Chosen, folder: Path) -> int:
-    """Runs an experiment that measures; raises UserError before if `folder` can't be written, or holds what
-    another config measured.
+    """Runs an experiment that measures; raises UserError before if `folder` can't be written, is a bucket's,
+    or holds what another config measured.
     """
+    if files.in_bucket(folder):
+        raise UserError(f"{folder}: what an experiment measures is written on a disk; name a folder there")
     make_folder(folder)
     refuse_another(folder, config.to_json(experiment.config))
     write_result(folder, experiment, experiment.module.measure(experiment.config, folder))
@@ -142,5 +144,9 @@ def refuse_another(folder: Path, asked: Mapping[str, Any]) -> None:
 
 def write_result(folder: Path, experiment: Chosen, result: Mapping[str, Any]) -> None:
     """result.json of a whole experiment; its numbers that aren't finite are null."""
-    content = {"scale": experiment.scale, "config": config.to_json(experiment.config), **plain(result)}
-    records.write_atomically(folder / "result.json", records.dumps(content, indent=1) + "\n")
+    content = {
+        "scale": experiment.scale,
+        "config": config.to_json(experiment.config),
+        **files.with_nulls(result),
+    }
+    files.write_atomically(folder / "result.json", files.dumps(content, indent=1) + "\n")

@@ -11,25 +11,25 @@ comes second takes another and looks in again (llm_jax/claims.py).
 """
 
 import collections
-import contextlib
 import selectors
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from launch import sweep
+from launch.hosts import Followers
 from launch.packs import Pack
-from launch.processes import Share, Worker
+from launch.processes import SECONDS_TO_STOP, Share, Worker
 from launch.sweep import LOG, Planned
-from llm_jax import claims
+from llm_jax import claims, files
 from llm_jax.config import UserError
 from llm_jax.program import Shape
 from llm_jax.progress import Status, SweepProgress
 
 TRIES = 3  # of a run, from one checkpoint
-SECONDS_BETWEEN_LOOKS = 1.0  # at runs that another launcher has
+SECONDS_BETWEEN_LOOKS = 1.0  # at workers, and at runs on a disk that another launcher has
+SECONDS_BETWEEN_REQUESTS = 10.0  # at those in a bucket
 SECONDS_OF_SILENCE = 300.0  # after which a worker is taken for dead; it speaks every ten
-SECONDS_TO_STOP = 120.0  # a worker has to end its step and save its state
 
 
 def origin(run: Planned, shared: int) -> str:
@@ -44,7 +44,8 @@ class Pool:
 
     planned: how many runs the stage has, the complete ones included (0: these are all). joins: it is one of
     several that some launcher started, and leaves when there is nothing left that it could begin. again: what
-    the launch has given up so far stays so. stop: it ends as by Ctrl-C once this is true.
+    the launch has given up so far stays so. stop: it ends as by Ctrl-C once this is true. others: hosts that
+    train together with this one, each run by one worker on each; there is one share then.
     """
 
     def __init__(
@@ -56,7 +57,9 @@ class Pool:
         joins: bool = False,
         again: bool = False,
         stop: Callable[[], bool] = lambda: False,
+        others: Followers | None = None,
     ) -> None:
+        self._others = others
         self._joins, self._again, self._asked_to_stop = joins, again or joins, stop
         self._waiting = collections.deque(sorted(packs, key=lambda pack: -pack.price))
         self._runs = runs = [run for pack in packs for run in pack.runs]
@@ -70,7 +73,7 @@ class Pool:
         self._failures: dict[Planned, str] = {}
         self._refusals: list[str] = []  # those among the failures that are UserErrors
         self._said: set[str] = set()  # of packs: why they are as wide as they are, and where they lie
-        self._looked = self._left = time.monotonic()
+        self._looked = self._looked_elsewhere = self._left = time.monotonic()
         self._selector = selectors.DefaultSelector()
         self._display = SweepProgress({run.label: run.price for run in runs}, planned=planned)
 
@@ -82,8 +85,8 @@ class Pool:
         end if all were refused for one and the same reason; damage in the folder of a run is a failure of
         that run. However it ends, no worker is left, and runs in flight have saved their state.
         """
-        for run in self._runs if not self._again else ():
-            run.forget_failure()  # all are tried again, and no branch should take its trunk for given up
+        if not self._again:  # all are tried again, and no branch should take its trunk for given up
+            files.each(Planned.forget_failure, self._runs, self._runs[0].folder)
         try:
             self._occupy()
             before()
@@ -120,30 +123,39 @@ class Pool:
         """
         mine = worker.compiled
         others = set().union(*(other.compiled for other in self._workers)) - mine
-        while ready := [pack for pack in self._waiting if pack.ready]:
+        while ready := self._ready():
             pack = min(
                 ready, key=lambda pack: (self._program(pack) not in mine, self._program(pack) in others)
             )
             self._waiting.remove(pack)
-            free = [run for run in pack.runs if not self._is_elsewhere(run) and not self._is_worn_out(run)]
+            stand = files.each(lambda run: run.status, pack.runs, pack.runs[0].folder)
+            free = [
+                run
+                for run, status in zip(pack.runs, stand, strict=True)
+                if not self._is_elsewhere(run, status) and not self._is_worn_out(run)
+            ]
             if free:
                 mine.add(self._program(pack))
                 return pack.of(free)
         return None
 
+    def _ready(self) -> list[Pack]:
+        stand = files.each(lambda pack: pack.ready, self._waiting, self._runs[0].folder)
+        return [pack for pack, ready in zip(self._waiting, stand, strict=True) if ready]
+
     def _program(self, pack: Pack) -> tuple[int, int]:
         """Equal for packs that one compiled program serves."""
         return self._shape[pack.runs[0]], len(pack.runs)
 
-    def _is_elsewhere(self, run: Planned) -> bool:
+    def _is_elsewhere(self, run: Planned, status: str) -> bool:
         """Whether another launcher has it, or has brought it to its end."""
-        if run.status == "running":
+        if status == "running":
             self._leave(run)
-        elif run.complete:
-            self._end(run, f"{run.status}, by another launcher")
-        elif run.status == "failed":
+        elif status in sweep.ENDS:
+            self._end(run, f"{status}, by another launcher")
+        elif status == "failed":
             self._failures[run] = run.failure
-            self._end(run, f"failed: {run.failure}")
+            self._end(run, f"failed: {self._failures[run]}")
         else:
             return False
         return True
@@ -169,15 +181,29 @@ class Pool:
         self._looked = time.monotonic()
         if self._asked_to_stop():
             raise KeyboardInterrupt
+        if self._others is not None:
+            self._others.check()
         for worker in self._workers:
+            if self._others is not None and self._others.death():
+                worker.lost = True
+                worker.process.kill()
             worker.silence += min(passed, 2 * SECONDS_BETWEEN_LOOKS)  # not while this process was stopped
             if worker.silence > SECONDS_OF_SILENCE:
                 worker.process.kill()
-        for run in list(self._elsewhere):
-            if run.status != "running":
-                self._elsewhere.remove(run)
-                if not self._is_elsewhere(run):
-                    self._waiting.append(Pack((run,)))
+        self._look_elsewhere()
+
+    def _look_elsewhere(self) -> None:
+        folder = self._runs[0].folder
+        between = SECONDS_BETWEEN_REQUESTS if files.in_bucket(folder) else 0.0
+        if not self._elsewhere or time.monotonic() - self._looked_elsewhere < between:
+            return
+        self._looked_elsewhere = time.monotonic()
+        runs, self._elsewhere = self._elsewhere, []
+        for run, status in zip(runs, files.each(lambda run: run.status, runs, folder), strict=True):
+            if status == "running":
+                self._elsewhere.append(run)
+            elif not self._is_elsewhere(run, status):
+                self._waiting.append(Pack((run,)))
 
     def _end(self, run: Planned, note: str) -> None:
         self._display.end(run.label, note, good=note.startswith("done"))
@@ -200,7 +226,7 @@ class Pool:
                 worker.give(pack)
         starting = sum(worker.state == "starting" for worker in self._workers)
         while self._free and len(self._waiting) > starting:
-            worker = Worker(self._experiment, self._free.pop())
+            worker = Worker(self._experiment, self._free.pop(), self._others)
             self._workers.append(worker)
             self._selector.register(worker.pipe, selectors.EVENT_READ, worker)
             starting += 1
@@ -273,6 +299,8 @@ class Pool:
         self._workers.remove(worker)
         self._free.append(worker.share)
         cause = worker.cause_of_death()
+        if worker.open and files.in_bucket(worker.open[0].folder):  # it couldn't any more
+            sweep.add_to_log(worker.pack.runs[0].folder, worker.printed())
         left = {run: self._tries_left(run, cause) for run in worker.open}
         again = [run for run in worker.open if left[run]]
         if len(again) > 1 and min(left[run] for run in again) == 1:
@@ -305,15 +333,12 @@ class Pool:
     def _stop(self) -> None:
         """Ends all workers: they save what they are at; whoever takes too long, or a second Ctrl-C, kills."""
         for worker in self._workers:
-            worker.process.terminate()
+            worker.stop()
         deadline = time.monotonic() + SECONDS_TO_STOP
         try:
             for worker in self._workers:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    worker.process.wait(max(0.0, deadline - time.monotonic()))
+                worker.wait(deadline)
         finally:
             for worker in self._workers:
-                worker.process.kill()
-                worker.process.wait()
-                worker.close()
+                worker.end()
             self._selector.close()

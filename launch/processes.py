@@ -8,9 +8,10 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from launch.packs import Pack
 from launch.sweep import Planned
@@ -18,7 +19,12 @@ from llm_jax.config import UserError
 from llm_jax.distributed import tpus
 from llm_jax.values import AGAIN
 
+if TYPE_CHECKING:
+    from launch.hosts import Followers
+
 MOST_WORKERS = 8  # if nobody says how many: each takes half a gigabyte
+SECONDS_TO_STOP = 120.0  # a worker has to end its step and save its state
+SECONDS_TO_TELL = 5.0  # other hosts have why their workers died, of which this host's own may know before
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,16 +90,20 @@ def gpus() -> list[str]:
 
 
 class Worker:
-    """A worker process, the pipe of its messages, its pack, and those of the runs that haven't ended."""
+    """A worker process, the pipe of its messages, its pack, and those of the runs that haven't ended.
 
-    def __init__(self, experiment: Path, share: Share) -> None:
-        self.share = share
+    others: the other hosts of its place, whose workers do all that this one does.
+    """
+
+    def __init__(self, experiment: Path, share: Share, others: "Followers | None" = None) -> None:
+        self.share, self.others = share, others
         self.pack: Pack | None = None
         self.open: list[Planned] = []
         self.compiled: set[tuple[int, int]] = set()  # programs
         self.state: Literal["starting", "taking", "training", "leaving"] = "starting"
         self.closed = False  # it has closed its pipe
         self.silence = 0.0  # seconds since it last said something
+        self.lost = False  # it was killed because another worker of its place has died
         self.pipe, write = os.pipe()
         self._unread = b""
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115
@@ -105,16 +115,38 @@ class Worker:
                 stdout=self._errors,
                 stderr=self._errors,
                 pass_fds=(write,),
-                env=os.environ | dict(share.environment),
+                env=os.environ | dict(share.environment) | (others.begin() if others else {}),
                 start_new_session=True,  # Ctrl-C reaches the launcher only, which ends its workers itself
             )
         os.close(write)
 
     def give(self, pack: Pack) -> None:
         self.pack, self.open = pack, list(pack.runs)
-        with contextlib.suppress(BrokenPipeError):  # it has just died: the pool will see
-            self.process.stdin.write(json.dumps(pack.task()).encode() + b"\n")
+        task = pack.task()
+        if self.others:
+            self.others.say(task=task)
+        self.send(task)
+
+    def send(self, task: Mapping[str, Any]) -> None:
+        with contextlib.suppress(BrokenPipeError):  # it has just died: whoever listens will see
+            self.process.stdin.write(json.dumps(task).encode() + b"\n")
             self.process.stdin.flush()
+
+    def stop(self) -> None:
+        """Asks it to save and end."""
+        if self.others:
+            self.others.say(stop=True)
+        self.process.terminate()
+
+    def wait(self, deadline: float) -> None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(max(0.0, deadline - time.monotonic()))
+
+    def end(self) -> None:
+        """Ends it now, if it hasn't by itself."""
+        self.process.kill()
+        self.process.wait()
+        self.close()
 
     def messages(self) -> Iterator[dict[str, Any]]:
         """What it has said since the last call."""
@@ -130,6 +162,8 @@ class Worker:
 
     def cause_of_death(self) -> str:
         code = self.process.wait()
+        if self.others and (code == AGAIN or self.lost):
+            return self.others.death(SECONDS_TO_TELL) or "one of the workers of its place hung, or died"
         if code < 0:
             guess = " (out of memory?)" if -code == signal.SIGKILL else ""
             return f"its worker was killed by {signal.Signals(-code).name}{guess}"

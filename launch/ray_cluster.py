@@ -4,18 +4,24 @@
     python -m launch.ray_cluster --config=experiments/isoflop.py --workers=2 --resources=CPU=1
     ray job submit -- python -m launch.ray_cluster --config=... --workers=8 --resources=TPU-v5litepod-8-head=1
 
-Each worker is a task that asks for --resources: cores, GPUs, or whatever the cluster's nodes have by name;
-the head resource of a TPU slice, of one host, stands for the slice as a unit. A task whose node dies is asked
+Each worker is a task that asks for --resources: cores, which it then keeps to, GPUs, or whatever the
+cluster's nodes have by name. With --hosts=4 it is four such tasks, each on another node, which train one run
+at a time together; the head resource of a TPU slice stands for all its hosts. A task whose node dies is asked
 for again, and what it trained goes on elsewhere. Folder and code are on a disk that all nodes see.
 """
 
+import contextlib
 import ctypes
+import fcntl
 import functools
 import os
+import pathlib
 import re
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import types
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -23,30 +29,51 @@ from typing import Any
 from absl import flags
 
 from launch import engine
-from launch.tpu import refuse_many_hosts
+from launch.tpu import hosts_of
 from llm_jax import config
 from llm_jax.config import UserError
+from llm_jax.distributed import Place, variables
 
 SECONDS_TO_STOP = 150.0
 
 
-def work(command: Sequence[str], folder: str, path: str) -> str:
+def work(
+    command: Sequence[str],
+    folder: str,
+    path: str,
+    cores: int = 0,
+    known: Iterable[tuple[str, str]] = (),
+    coordinator: str = "",
+) -> str:
     """The task: runs `command` until it ends, and returns the last that it printed.
 
-    It doesn't outlive the task: whoever cancels that, or kills it with its node, ends the command too.
+    It doesn't outlive the task: whoever cancels that, or kills it with its node, ends the command too. cores:
+    how many it keeps to; 0: any. known, coordinator: of its place, where it is of several hosts.
     """
     prctl, parent_dies = ctypes.CDLL(None).prctl, 1
+    environment = os.environ | {"PYTHONPATH": path} | dict(known)
+    if coordinator:
+        environment["LLM_JAX_COORDINATOR"] = coordinator
 
-    with subprocess.Popen(
-        command,
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": path},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        preexec_fn=lambda: prctl(parent_dies, signal.SIGTERM),
-    ) as process:
+    with contextlib.ExitStack() as open_files:
+        mine = own_cores(cores, open_files)
+
+        def begin() -> None:
+            prctl(parent_dies, signal.SIGTERM)
+            os.sched_setaffinity(0, mine)
+
+        process = open_files.enter_context(
+            subprocess.Popen(
+                command,
+                cwd=folder,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                preexec_fn=begin,
+            )
+        )
         try:
             lines = process.stdout.readlines()
         except BaseException:
@@ -56,13 +83,58 @@ def work(command: Sequence[str], folder: str, path: str) -> str:
     return "".join(lines[-20:])
 
 
+def own_cores(count: int, open_files: contextlib.ExitStack) -> set[int]:
+    """So many cores that no other task of this machine has while `open_files` are; any if there aren't.
+
+    Ray counts cores, and says to nobody which.
+    """
+    everything, mine = os.sched_getaffinity(0), set()
+    locks = pathlib.Path(tempfile.gettempdir()) / f"llm_jax-cores-{os.getuid()}"
+    locks.mkdir(exist_ok=True)
+    for core in sorted(everything):
+        if len(mine) < count:
+            lock = open_files.enter_context((locks / str(core)).open("w"))
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                mine.add(core)
+    return mine if count and len(mine) == count else everything
+
+
+def free_address() -> str:
+    """HOST:PORT of this node, for the tasks of one place to meet at."""
+    import ray
+
+    with contextlib.closing(socket.socket()) as probe:
+        probe.bind(("", 0))
+        return f"{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
+
+
+def work_together(hosts: int, *what: Any) -> list[str]:
+    """The task on the head of a TPU slice: `work` on each of its hosts, which know of each other by it."""
+    import ray
+
+    resources = {ray.util.tpu.get_current_pod_name(): 1, "TPU": ray.util.tpu.get_num_tpu_chips_on_node()}
+    host = ray.remote(num_cpus=0, resources=resources, max_retries=0)(work)
+    return ray.get([host.remote(*what) for _ in range(hosts)])
+
+
 class Ray:
-    """The engine, on the cluster that RAY_ADDRESS names, or this machine's."""
+    """The engine, on the cluster that RAY_ADDRESS names, or this machine's; `hosts` nodes make a place."""
 
     name, python = "ray_cluster", sys.executable
 
-    def __init__(self, resources: str = "CPU=1", address: str = "auto") -> None:
-        self._resources, self._address, self._tasks = asked(resources), address, {}
+    def __init__(self, resources: str = "CPU=1", address: str = "auto", hosts: int = 1) -> None:
+        self._resources, self._slice = asked(resources)
+        self._address, self._hosts = address, hosts
+        self._tasks: dict[str, list[Any]] = {}  # of each place
+        self._groups: dict[str, Any] = {}
+        if hosts > 1 and self._slice > 1:
+            raise UserError(f"--hosts={hosts}: --resources={resources} stands for a slice's {self._slice}")
+
+    @property
+    def hosts(self) -> int:
+        """Of each place."""
+        return max(self._hosts, self._slice)
 
     @functools.cached_property
     def _ray(self) -> types.ModuleType:
@@ -81,34 +153,73 @@ class Ray:
 
     def start(self, command: Sequence[str]) -> str:
         # Whether to ask again is the crew's to say, for all engines alike.
-        place = self._ray.remote(**self._resources, max_retries=0)(work)
-        task = place.remote(list(command), os.getcwd(), os.environ.get("PYTHONPATH", os.getcwd()))
-        self._tasks[task.hex()] = task
-        return task.hex()
+        what = [list(command), os.getcwd(), os.environ.get("PYTHONPATH", os.getcwd())]
+        place = functools.partial(self._ray.remote, **self._resources, max_retries=0)
+        group = None
+        if self._slice > 1:
+            tasks = [place()(work_together).remote(self._slice, *what)]
+        elif self._hosts > 1:
+            group, tasks = self._spread(place()(work), what)
+        else:
+            tasks = [place()(work).remote(*what, self._cores)]
+        job = tasks[0].hex()
+        self._tasks[job], self._groups[job] = tasks, group
+        return job
+
+    def _spread(self, place: Any, what: Sequence[Any]) -> tuple[Any, list[Any]]:
+        """A task on each of several nodes, which are told of each other when all are there."""
+        from ray.util.placement_group import placement_group
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy as On
+
+        names = {"num_cpus": "CPU", "num_gpus": "GPU"}
+        asked_for = {names[name]: count for name, count in self._resources.items() if name in names}
+        bundle = {name: n for name, n in (asked_for | self._resources["resources"]).items() if n}
+        group = placement_group([bundle] * self._hosts, strategy="STRICT_SPREAD")
+        first = self._ray.remote(num_cpus=0, max_retries=0)(free_address)
+        address = first.options(scheduling_strategy=On(group, 0)).remote()
+        tasks = []
+        for number in range(self._hosts):
+            known = tuple(variables(Place("", self._hosts, number)).items())
+            there = place.options(scheduling_strategy=On(group, number))
+            tasks.append(there.remote(*what, self._cores, known, address))
+        return group, tasks
+
+    @property
+    def _cores(self) -> int:
+        return int(self._resources["num_cpus"])
 
     def living(self, jobs: Iterable[str]) -> set[str]:
-        tasks = [self._tasks[job] for job in jobs]
-        waiting = self._ray.wait(tasks, num_returns=len(tasks), timeout=0)[1] if tasks else []
-        return {task.hex() for task in waiting}
+        living = {job for job in jobs if self._unfinished(self._tasks[job])}
+        for job in set(jobs) - living:
+            if (group := self._groups.pop(job, None)) is not None:
+                self._ray.util.remove_placement_group(group)
+        return living
 
     def stop(self, jobs: Iterable[str]) -> None:
-        tasks = [self._tasks[job] for job in jobs]
+        tasks = [task for job in jobs for task in self._tasks[job]]
         for task in tasks:
             self._ray.cancel(task)  # as by Ctrl-C
-        if tasks:
-            self._ray.wait(tasks, num_returns=len(tasks), timeout=SECONDS_TO_STOP)
+        self._unfinished(tasks, SECONDS_TO_STOP)
+
+    def _unfinished(self, tasks: Sequence[Any], seconds: float = 0.0) -> list[Any]:
+        return self._ray.wait(tasks, num_returns=len(tasks), timeout=seconds)[1] if tasks else []
 
     def tail(self, job: str) -> str:
         try:
-            return self._ray.get(self._tasks[job], timeout=1)
+            return "".join(map(str, self._ray.get(self._tasks[job], timeout=1)))
         except self._ray.exceptions.RayError as error:
             return str(error)
 
+    def waits(self) -> str:
+        return ""
 
-def asked(resources: str) -> dict[str, Any]:
-    """CPU=2,TPU=4 as the options of a Ray task; raises UserError for what can't be read, or asks for the head
-    of a slice of several hosts.
+
+def asked(resources: str) -> tuple[dict[str, Any], int]:
+    """CPU=2,TPU=4 as the options of a Ray task, and of how many hosts the slice is whose head it asks for.
+
+    Raises UserError for what can't be read.
     """
+    hosts = 1
     options: dict[str, Any] = {"num_cpus": 0, "resources": {}}
     for part in filter(None, resources.split(",")):
         name, _, count = part.partition("=")
@@ -117,12 +228,12 @@ def asked(resources: str) -> dict[str, Any]:
         except ValueError:
             raise UserError(f"--resources={resources}: NAME=NUMBER, such as CPU=2,TPU=4") from None
         if head := re.fullmatch("TPU-(.+)-head", name):
-            refuse_many_hosts(f"--resources={resources}", head[1])
+            hosts = hosts_of(f"--resources={resources}", head[1])
         if name in ("CPU", "GPU"):
             options[f"num_{name.lower()}s"] = number
         else:
             options["resources"][name] = number
-    return options
+    return options, hosts
 
 
 def give_back(jobs: Sequence[str]) -> list[str]:
@@ -130,7 +241,14 @@ def give_back(jobs: Sequence[str]) -> list[str]:
     return list(jobs)
 
 
+def main() -> int:
+    cluster = Ray(flags.FLAGS.resources, hosts=flags.FLAGS.hosts)
+    engine.refuse_each(cluster.hosts)
+    return engine.carry_out(cluster)
+
+
 if __name__ == "__main__":
     engine.define_flags("tasks at once")
     flags.DEFINE_string("resources", "CPU=1", "what each asks for, such as CPU=4,GPU=1")
-    config.run_main(lambda: engine.carry_out(Ray(flags.FLAGS.resources)))
+    flags.DEFINE_integer("hosts", 1, "nodes of each, which train one run together", lower_bound=1)
+    config.run_main(main)

@@ -5,8 +5,9 @@
 
 One array trains what needs no trunk. Branches come in an array of their own, which begins when their trunks'
 has ended. A last job finds out what is missing, makes the forecasts, trains the hold-outs and writes the
-report. A job that is preempted or out of time saves its state and is queued again; one that is cancelled only
-saves it. The folder is on a disk that all nodes see; what jobs print is in its slurm/.
+report. With --hosts=4 each job has four nodes, which train one run at a time together. A job that is
+preempted or out of time saves its state and is queued again; one that is cancelled only saves it. The folder
+is on a disk that all nodes see; what jobs print is in its slurm/.
 """
 
 import collections
@@ -19,11 +20,11 @@ from pathlib import Path
 
 from absl import flags
 
-from launch import engine, packs, status
+from launch import engine, packs, status, sweep
 from launch.jobs import enlist
 from launch.pool import TRIES
 from launch.sweep import Plan, Planned
-from llm_jax import config
+from llm_jax import config, files
 from llm_jax.config import UserError
 from llm_jax.values import AGAIN
 
@@ -32,31 +33,40 @@ SECONDS_BETWEEN_LOOKS = 5.0
 # The shell gets the signals of its job, and hands on what asks to save. USR1 says that its time is almost up:
 # it is queued again. TERM is scancel's, or a preemption's, after which Slurm itself queues what it should.
 # What was killed, for its memory it may be, comes again a few times: so a run that kills its place is found.
+# On several nodes it is a step: srun would kill it, so scancel asks; of TERM Slurm itself tells its tasks.
+# One job of an array has the array's own number, which means all of them: each goes by its place there.
 SCRIPT = """#!/bin/bash
 cd {here}
 export PYTHONPATH={here}${{PYTHONPATH:+:$PYTHONPATH}}
-asked= again= child=
-save() {{ asked=yes; [ -z "$child" ] || kill -TERM "$child"; }}
-trap 'save; again=143' USR1
-trap save TERM
+asked= child=
+task="${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID"
+save() {{ asked=$1; [ -z "$child" ] || {ask}; }}
+trap 'save time' USR1
+trap '{cancel}' TERM
 {command} &
 child=$!
-[ -z "$asked" ] || kill -TERM "$child"
+[ -z "$asked" ] || {ask}
 wait "$child"; code=$?
 while kill -0 "$child" 2> /dev/null; do wait "$child"; code=$?; done
-[ "$code" -ne 137 ] || [ -n "$asked" ] || [ "${{SLURM_RESTART_COUNT:-0}}" -ge {tries} ] || again=137
-[ -e {stop} ] || case $code in "$again"|{again}) scontrol requeue "$SLURM_JOB_ID" ;; esac
+[ "$code" -ne 137 ] || [ "${{SLURM_RESTART_COUNT:-0}}" -lt {tries} ] || asked=in-vain
+case $asked:$code in
+    :137|:{again}|time:143|time:{again}) [ -e {stop} ] || scontrol requeue "$task" ;;
+esac
 exit $code
 """
 
 
+ASK, ASK_ALL = 'kill -TERM "$child"', 'scancel --signal=TERM "$task"'
+SRUN = ("srun", "--ntasks-per-node=1", "--cpu-bind=none", "--kill-on-bad-exit=0", "--wait=0")
+
+
 class Slurm:
-    """The engine; a job is an array of places, all with one number."""
+    """The engine; a job is an array of places, all with one number. hosts: the nodes of each place."""
 
     name, python = "slurm", sys.executable
 
-    def __init__(self, folder: Path, options: Sequence[str] = ()) -> None:
-        self._folder, self._options = folder.absolute(), list(options)
+    def __init__(self, folder: Path, options: Sequence[str] = (), hosts: int = 1) -> None:
+        self._folder, self._options, self._hosts = folder.absolute(), list(options), hosts
 
     def start(self, command: Sequence[str], places: int = 1, after: Sequence[str] = ()) -> str:
         """An array of `places` that begins when the jobs `after` have ended, however that was."""
@@ -67,16 +77,21 @@ class Slurm:
     def line(self, places: int, after: Sequence[str] = ()) -> list[str]:
         """The sbatch command."""
         waits = [f"--dependency=afterany:{':'.join(after)}"] if after else []
+        nodes = [f"--nodes={self._hosts}", "--ntasks-per-node=1"] if self._hosts > 1 else []
         return [
             *("sbatch", "--parsable", f"--job-name={self._folder.name}", f"--array=0-{places - 1}", *waits),
+            *nodes,
             *("--requeue", "--open-mode=append", "--signal=B:USR1@120"),
             *(f"--output={self._folder}/slurm/%A_%a.txt", *self._options),
         ]
 
     def script(self, command: Sequence[str]) -> str:
+        many = self._hosts > 1
         return SCRIPT.format(
             here=shlex.quote(str(Path.cwd())),
-            command=shlex.join(command),
+            command=shlex.join([*(SRUN if many else ()), *command]),
+            ask=ASK_ALL if many else ASK,
+            cancel="asked=cancelled" if many else "save cancelled",
             stop=shlex.quote(str(self._folder / engine.STOP)),
             again=AGAIN,
             tries=TRIES,
@@ -109,9 +124,8 @@ def run(command: Sequence[str], text: str = "") -> str:
 def waves(plan: Plan, width: int | None, places: int) -> list[int]:
     """How many places each array has: that of the runs which need no trunk, that of their branches, ..."""
     missing: dict[int, list[Planned]] = collections.defaultdict(list)
-    for item in plan.sweep:
-        if not item.complete:
-            missing[_depth(item)].append(item)
+    for item in sweep.missing(plan.sweep):
+        missing[_depth(item)].append(item)
     return [min(places, len(packs.packed(missing[depth], places, width))) for depth in sorted(missing)]
 
 
@@ -128,12 +142,16 @@ def give_back(jobs: Sequence[str]) -> list[str]:
 def main() -> int:
     experiment = config.chosen()
     folder = engine.folder_of(experiment)
+    engine.refuse_each(flags.FLAGS.hosts)
+    if files.in_bucket(folder):
+        raise UserError(f"--folder={folder}: Slurm's jobs write on a disk that nodes share; name one there")
     plan = engine.planned(experiment, folder)
     if not flags.FLAGS.dry_run:
-        for run in plan.runs:
-            run.forget_failure()
-    slurm, jobs = Slurm(folder, shlex.split(flags.FLAGS.sbatch)), []
-    arrays = [(n, True) for n in waves(plan, packs.width_of(flags.FLAGS.pack), flags.FLAGS.workers)]
+        files.each(Planned.forget_failure, plan.runs, folder)
+    hosts = flags.FLAGS.hosts
+    slurm, jobs = Slurm(folder, shlex.split(flags.FLAGS.sbatch), hosts), []
+    width = packs.width_of(flags.FLAGS.pack) if hosts == 1 else 1
+    arrays = [(n, True) for n in waves(plan, width, flags.FLAGS.workers)]
     for places, joins in [*arrays, (1, False)]:
         command = engine.command_of(experiment, folder, slurm.python, joins)
         if flags.FLAGS.dry_run:
@@ -163,6 +181,7 @@ def wait(slurm: Slurm, folder: Path, jobs: Sequence[str]) -> int:
 
 if __name__ == "__main__":
     engine.define_flags("jobs of the largest array")
+    flags.DEFINE_integer("hosts", 1, "nodes of each job, which train one run together", lower_bound=1)
     flags.DEFINE_bool("wait", False, "stay until all jobs have ended")
     flags.DEFINE_string("sbatch", "", "further options for sbatch, such as --partition and --time")
     config.run_main(main)

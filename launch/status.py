@@ -17,7 +17,7 @@ from pathlib import Path
 from absl import flags
 
 from launch import jobs, sweep
-from llm_jax import claims, config, manifest, records
+from llm_jax import claims, config, files, manifest
 from llm_jax.config import UserError
 from llm_jax.progress import clock
 
@@ -44,13 +44,13 @@ class Row:
 
 
 def rows(folder: Path) -> list[Row]:
-    """A row for each run of the plan in `folder`; raises UserError where there is no plan."""
+    """A row for each run of the plan in `folder`; raises UserError where none is, OSError out of reach."""
     try:
         runs = json.loads((folder / "plan.json").read_text())["runs"]
-    except (OSError, ValueError, KeyError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError):
         raise UserError(f"{folder}: no plan here; name the folder of a sweep by --folder") from None
     labels = {run["identity"]: run["label"] for run in runs}
-    return [_row(folder / run["identity"], run, labels) for run in runs]
+    return files.each(lambda run: _row(folder / run["identity"], run, labels), runs, folder)
 
 
 def _row(folder: Path, run: dict, labels: dict[str, str]) -> Row:
@@ -58,8 +58,7 @@ def _row(folder: Path, run: dict, labels: dict[str, str]) -> Row:
         return Row(run["label"], state, detail, run["price"], part, seconds)
 
     try:
-        state = sweep.status(folder, run["stops"])
-        result = records.load_run(folder)["result"] if state in sweep.ENDS else {}
+        state, result = sweep.status_and_result(folder, run.get("stops", True))
     except UserError as error:  # something in its folder is damaged
         return row("failed", str(error), 0.0)
     if result:
@@ -122,7 +121,7 @@ def named() -> Path:
     """The folder of --folder; raises UserError where that isn't given."""
     if flags.FLAGS.folder is None:
         raise UserError("of which sweep? --folder=runs/NAME names its folder")
-    return Path(flags.FLAGS.folder)
+    return files.path(flags.FLAGS.folder)
 
 
 def main() -> None:
@@ -139,5 +138,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_string("folder", None, "the folder of a sweep")
-    flags.DEFINE_float("watch", None, "draw it again every so many seconds, until nothing runs or waits")
+    again = "draw it again every so many seconds, until nothing runs or waits"
+    flags.DEFINE_float("watch", None, again, lower_bound=0)
     config.run_main(main)

@@ -10,16 +10,15 @@ import dataclasses
 import functools
 import itertools
 import json
-import tempfile
 import time
 import types
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch import branches
-from llm_jax import claims, config, manifest, records
+from llm_jax import claims, config, files, manifest, records
 from llm_jax.config import Chosen, UserError
 from llm_jax.data import DataConfig, Source
 from llm_jax.models import ModelConfig, counting
@@ -92,18 +91,18 @@ class Planned:
     def task(self) -> dict[str, Any]:
         """All that a worker needs to know, as JSON values."""
         run = self.run
-        if self.trunk is not None and self.trunk.is_there:
+        if self.trunk is not None and self.trunk.record():
             run = config.replace(run, "execution.trunk", str(self.trunk.folder))
         known = {"label": self.label, "folder": str(self.folder), "run": config.to_json(run)}
         return known | {"stale": claims.stale(self.folder)}
 
-    @property
-    def is_there(self) -> bool:
-        """Its folder has its own record, not that of another run."""
+    def record(self) -> dict[str, Any] | None:
+        """What its folder has of it, if it isn't damaged or another run's."""
         try:
-            return self.begun and records.load_run(self.folder)["identity"] == self.identity
+            found = records.find_run(self.folder)
+            return found if found and found["identity"] == self.identity else None
         except UserError:
-            return False
+            return None
 
     @property
     def failure(self) -> str:
@@ -114,7 +113,7 @@ class Planned:
         """Says in the run's folder why it was given up, with its log's tail; the next launch tries again."""
         self.folder.mkdir(parents=True, exist_ok=True)
         content = {"identity": self.identity, "reason": reason, "time": time.time(), "log": tail(self.folder)}
-        records.write_atomically(self.folder / FAILURE, records.dumps(content, indent=1) + "\n")
+        files.write_atomically(self.folder / FAILURE, files.dumps(content, indent=1) + "\n")
 
     def forget_failure(self) -> None:
         forget_failure(self.folder)
@@ -157,7 +156,7 @@ class Plan:
             ],
         }
         make_folder(self.folder)
-        records.write_atomically(self.folder / "plan.json", records.dumps(content, indent=1) + "\n")
+        files.write_atomically(self.folder / "plan.json", files.dumps(content, indent=1) + "\n")
 
     def table(self, runs: Sequence[Planned]) -> "pandas.DataFrame":
         """The records of `runs`, one row each as `records.load_sweep` gives them; those that exist."""
@@ -173,15 +172,29 @@ class Plan:
         )
 
 
+def missing(runs: Iterable[Planned]) -> list[Planned]:
+    """Those that aren't complete."""
+    runs = list(runs)
+    complete = files.each(lambda run: run.complete, runs, runs[0].folder if runs else "")
+    return [run for run, done in zip(runs, complete, strict=True) if not done]
+
+
 def status(folder: Path, stops: bool) -> str:
     """How a run stands, by its folder: one of ENDS, running (in some process), failed (given up) or missing.
 
     stops: whether it may be stopped early; otherwise it isn't at its end where it was.
     """
-    found = records.load_run(folder)["status"] if (folder / "config.json").exists() else "missing"
-    if found == "missing" or (found == "stopped" and not stops):
-        found = "running" if claims.held(folder) else "missing"
-    return "failed" if found == "missing" and (folder / FAILURE).exists() else found
+    return status_and_result(folder, stops)[0]
+
+
+def status_and_result(folder: Path, stops: bool) -> tuple[str, dict[str, Any]]:
+    """`status`, and what result.json says where the run is complete, else {}; each file is looked at once."""
+    run = records.find_run(folder)
+    if run and run["result"] and (run["status"] != "stopped" or stops):
+        return run["status"], run["result"]
+    known = run and not run["result"]  # whether a process has it
+    found = run["status"] if known else "running" if claims.held(folder) else "missing"
+    return "failed" if found == "missing" and failure(folder) else found, {}
 
 
 def failure(folder: Path) -> dict[str, Any]:
@@ -193,9 +206,21 @@ def failure(folder: Path) -> dict[str, Any]:
 
 def forget_failure(folder: Path) -> None:
     """Lets the run be tried again, as often as a new one."""
-    if (folder / FAILURE).exists() or claims.deaths(folder)[0]:
+    if failure(folder) or claims.deaths(folder)[0]:
         claims.forgive(folder)
         (folder / FAILURE).unlink(missing_ok=True)
+
+
+def add_to_log(folder: Path, text: str, name: str = LOG) -> None:
+    """Adds to the log of a run, as far as that can be done."""
+    place = folder / name
+    with contextlib.suppress(OSError):
+        if not files.in_bucket(folder):
+            with place.open("a") as log:
+                log.write(text)
+        elif text:
+            before = place.read_text(errors="replace") if place.exists() else ""
+            place.write_text(before + text)
 
 
 def tail(folder: Path, lines: int = 20) -> list[str]:
@@ -215,7 +240,7 @@ def make_folder(folder: Path) -> None:
     """Makes an experiment's folder; raises UserError if it can't be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        files.check_writable(folder)
     except OSError as error:
         raise UserError(
             f"{folder} can't be an experiment's folder: {error.strerror}; name another by --folder"
@@ -240,10 +265,11 @@ def make_plan(experiment: Chosen, folder: Path) -> Plan:
         planned[stage].append(
             Planned(run, identity, folder / identity, label, flops(run), shape_of(run, _source(run.data)))
         )
-    for item in itertools.chain(*planned.values()):
-        if item.is_there:
-            here = {"data": records.plain(_source(item.run.data).record)}
-            records.check_tokenizer(item.folder, records.load_run(item.folder), here)
+    items = list(itertools.chain(*planned.values()))
+    for item, there in zip(items, files.each(Planned.record, items, folder), strict=True):
+        if there:
+            here = {"data": files.plain(_source(item.run.data).record)}
+            records.check_tokenizer(item.folder, there, here)
     return Plan(experiment, folder, *branches.connect([planned["sweep"], planned["holdout"]]))
 
 
@@ -313,6 +339,7 @@ def summary(plan: Plan) -> str:
     """The plan as a text: runs by role and budget, what is shared and complete, the price of the rest."""
     import pandas
 
+    open_ones = set(missing(plan.runs))
     rows = pandas.DataFrame(
         {
             "role": item.run.cell.role,
@@ -320,7 +347,7 @@ def summary(plan: Plan) -> str:
             "tokens": item.run.steps * item.run.data.tokens_per_step,
             "flops": item.flops,
             "price": item.price,
-            "complete": item.complete,
+            "complete": item not in open_ones,
         }
         for item in plan.runs
     )

@@ -1,14 +1,17 @@
 """Runs an experiment on Cloud TPUs: slices are asked for as queued resources, set up, used and deleted.
 
     python -m launch.tpu --config=experiments/isoflop.py --workers=4 --accelerator=v5litepod-8 --spot \\
-        --runtime=v2-alpha-tpuv5-lite --zone=us-west4-a --folder=/mnt/runs/isoflop --mount="sudo mount ..."
+        --zone=us-west4-a --folder=/mnt/runs/isoflop --mount="sudo mount ..."
     python -m launch.tpu ... --dry_run            # prints every command, and does nothing
 
-A slice of one host is one worker. One that is taken back (--spot), or breaks, is deleted and asked for again,
-and what it trained goes on from its checkpoints. Slices are listed in the folder until they are known to have
-gone: those of a launcher that died are deleted by the next one, and all of them by launch.stop. The code is
-of the last commit. The folder is on a disk that all slices and this machine see: --mount is the command that
-brings it to a slice.
+A slice is one worker: where it is of several hosts (v5litepod-16), they train one run at a time together.
+One that is taken back (--spot), or breaks, is deleted and asked for again, and what it trained goes on from
+its checkpoints. What gcloud refuses for a reason that lasts (no project, no such zone) ends the launch; where
+slices or quota are wanting, it says so and asks again. Slices are listed in the folder until they are known
+to have gone: those of a launcher that died are deleted by the next one, and all of them by launch.stop. The
+code is of the last commit. The folder is in a bucket, --folder=gs://..., or on a disk that all slices and
+this machine see: --mount is the command that brings it to a slice. For slices of several hosts gcloud's ssh
+goes by your key, which an agent has to have: ssh-add ~/.ssh/google_compute_engine.
 """
 
 import concurrent.futures
@@ -29,24 +32,29 @@ from pathlib import Path
 
 from absl import flags
 
-from launch import engine, jobs
-from llm_jax import claims, config
+from launch import engine, gcloud, jobs
+from launch.gcloud import NO_SUCH
+from llm_jax import claims, config, files
 from llm_jax.config import UserError
 
 SECONDS_BETWEEN_LOOKS = 20.0  # at a slice that is waited for
 SECONDS_TO_STOP = 300.0  # what runs there has to save its state and end
 DELETIONS = 5
-NO_SUCH = "NOT_FOUND"
 ALIVE = ["--ssh-flag=-oServerAliveInterval=30", "--ssh-flag=-oServerAliveCountMax=4"]  # or ssh waits for ever
 ENDED = ("FAILED", "SUSPENDED", "SUSPENDING", "DELETING")
-SET_UP = (
+SET_UP = (  # uv brings a Python that is new enough, whatever the image has
     "mkdir -p llm_jax && tar -xzf llm_jax.tar.gz -C llm_jax && cd llm_jax && "
-    "python3 -m venv .venv && .venv/bin/pip install --quiet '.[tpu]'"
+    "python3 -m pip install --quiet --user uv && python3 -m uv venv --quiet --python 3.11 .venv && "
+    "python3 -m uv pip install --quiet --python .venv '.[tpu,gs]'"
 )
 
 # Runs a command, its output in a file if one is named, to its end, or until a look says that it is in vain;
 # returns (exit code, what it printed).
 Run = Callable[[Sequence[str], Path | None, Callable[[], bool]], tuple[int, str]]
+
+
+def never() -> bool:
+    return False
 
 
 class Tpu:
@@ -60,8 +68,12 @@ class Tpu:
         self._threads: dict[str, threading.Thread] = {}
         self._stopping, self._deadline = threading.Event(), math.inf
         self._said: dict[str, str] = {}
+        self._waits: dict[str, str] = {}
+        self._granted, self._refused = False, ""
 
     def start(self, command: Sequence[str]) -> str:
+        if self._refused:
+            raise UserError(f"gcloud: {self._refused}")
         if not self._threads:
             self._clear()
         name = f"{self._launcher}-{len(self._threads)}"
@@ -91,6 +103,10 @@ class Tpu:
     def tail(self, job: str) -> str:
         return self._said.get(job, "")
 
+    def waits(self) -> str:
+        why = [*self._waits.values()]
+        return f"gcloud: {why[-1]}" if why else ""
+
     def _clear(self) -> None:
         """Deletes the slices of launchers that have died; each has a claim of its own."""
         claims.take(self._folder / "launchers" / self._launcher)
@@ -102,31 +118,61 @@ class Tpu:
                 jobs.strike(self._folder, give_back(left, self._run))
 
     def _live(self, name: str, job: str, command: Sequence[str]) -> None:
-        def do(line: Sequence[str], log: Path | None = None, saves: bool = False) -> str:
-            code, printed = self._run(line, log, lambda: self._in_vain(name, saves))
+        def do(line: Sequence[str], log: Path | None = None, in_vain: Callable[[], bool] = never) -> str:
+            code, printed = self._run(line, log, in_vain)
             if code:
                 self._said[job] = f"{shlex.join(line)}\n{printed}"
                 raise subprocess.SubprocessError
             return printed
 
+        asked_for = True
         try:
-            do(self._slices.make(name))
+            if not (asked_for := self._ask_for(name, job)):
+                return
             while (state := do(self._slices.state(name)).strip()) != "ACTIVE":
                 if state in ENDED or self._stopping.wait(SECONDS_BETWEEN_LOOKS):
                     return
             for line in self._slices.set_up(name):
-                do(line)
-            do(self._slices.use(name, command), self._folder / "tpu" / f"{name}.txt", saves=True)
+                do(line, None, lambda: self._in_vain(name))
+            log = engine.kept_here(self._folder, "tpu") / f"{name}.txt"
+            do(self._slices.use(name, command), log, lambda: self._in_vain(name, saves=True))
         except subprocess.SubprocessError:
             pass  # `tail` says what; the crew asks for another slice
         finally:
-            jobs.strike(self._folder, give_back([job], self._run))
+            self._slices.code(name).unlink(missing_ok=True)
+            self._waits.pop(job, None)
+            there = asked_for or self._may_be_there(name)
+            jobs.strike(self._folder, give_back([job], self._run) if there else [job])
 
-    def _in_vain(self, name: str, saves: bool) -> bool:
+    def _ask_for(self, name: str, job: str) -> bool:
+        """Asks for a slice, again while what speaks against it may pass; False if none is to be had.
+
+        Once one was granted the arguments are right, so that whatever comes later may pass.
+        """
+        while True:
+            code, printed = self._run(line := self._slices.make(name), None, never)
+            if not code or gcloud.EXISTS in printed:  # by an answer that was lost
+                self._granted = True
+                self._waits.pop(job, None)
+                return True
+            self._said[job] = f"{shlex.join(line)}\n{printed}"
+            if not self._granted and gcloud.lasts(printed):
+                self._refused = gcloud.error(printed)
+                return False
+            self._waits[job] = gcloud.error(printed)
+            if self._stopping.wait(SECONDS_BETWEEN_LOOKS):
+                return False
+
+    def _may_be_there(self, name: str) -> bool:
+        """Whether a slice that was refused has to be deleted all the same: gcloud knows it, or can't say."""
+        code, printed = self._run(self._slices.state(name), None, never)
+        return not code or not (NO_SUCH in printed or gcloud.lasts(printed))
+
+    def _in_vain(self, name: str, saves: bool = False) -> bool:
         """Whether the slice has been taken back, or a stop was asked for, and what `saves` had its time."""
         if self._stopping.is_set() and (not saves or time.monotonic() > self._deadline):
             return True
-        code, printed = self._run(self._slices.state(name), None, lambda: False)
+        code, printed = self._run(self._slices.state(name), None, never)
         return NO_SUCH in printed if code else printed.strip() in ENDED
 
 
@@ -136,11 +182,10 @@ class Slices:
     def __init__(
         self, prefix: str, accelerator: str, runtime: str, zone: str, project: str, spot: bool, mount: str
     ):
-        refuse_many_hosts(f"--accelerator={accelerator}", accelerator)
+        self.hosts = hosts_of(f"--accelerator={accelerator}", accelerator)
         self.prefix, self._mount = re.sub("[^a-z0-9-]", "-", prefix.lower()), mount
         self._project, self._zone, self._there = project, zone, there(project, zone)
         self._kind = [f"--accelerator-type={accelerator}", f"--runtime-version={runtime}"] + ["--spot"] * spot
-        self._code = str(Path(tempfile.gettempdir()) / f"{self.prefix}.tar.gz")
 
     def job(self, name: str) -> str:
         """All that is needed to delete it."""
@@ -152,9 +197,14 @@ class Slices:
     def state(self, name: str) -> list[str]:
         return self._queued("describe", name, "--format=value(state.state)")
 
+    def code(self, name: str) -> Path:
+        """Where the code is packed here; slices that are set up at once don't write one file."""
+        return Path(tempfile.gettempdir()) / f"{name}.tar.gz"
+
     def set_up(self, name: str) -> list[list[str]]:
-        pack = ["git", "archive", "--format=tar.gz", f"--output={self._code}", "HEAD"]
-        copy = [*_TPU, "tpu-vm", "scp", self._code, f"{name}:llm_jax.tar.gz", "--worker=all"]
+        code = self.code(name)
+        pack = ["git", "archive", "--format=tar.gz", f"--output={code}", "HEAD"]
+        copy = [*_TPU, "tpu-vm", "scp", str(code), f"{name}:llm_jax.tar.gz", "--worker=all"]
         copy += ["--quiet", *self._there]
         mount = [self.on(name, self._mount)] if self._mount else []
         return [pack, copy, self.on(name, SET_UP), *mount]
@@ -183,26 +233,31 @@ def deletion(job: str) -> list[str]:
     return [*_TPU, "queued-resources", "delete", name, *there(project, zone), "--force", "--quiet"]
 
 
-def refuse_many_hosts(flag: str, accelerator: str) -> None:
-    """Raises UserError for a slice of more than one host, whose hosts a worker would have to span."""
-    number = re.search(r"-(\d+)$", accelerator)
-    if number is None:
+def hosts_of(flag: str, accelerator: str) -> int:
+    """How many hosts a slice has, by the name of its type; raises UserError if that can't be read."""
+    read = re.fullmatch(r"(\w+)-(\d+)", accelerator)
+    if read is None:
         raise UserError(f"{flag}: a type and a size, such as v5litepod-8 or v4-8")
-    if int(number[1]) > 8:  # chips of v5e and v6e, cores of all others
-        raise UserError(
-            f"{flag}: {accelerator} is of several hosts, and a worker is of one: "
-            "ask for slices of one host, such as v5litepod-8"
-        )
+    size = int(read[2])
+    if read[1] in ("v5litepod", "v5e", "v6e"):  # chips: up to 8 are on one host, of more each host has 4
+        return 1 if size <= 8 else -(-size // 4)
+    return -(-size // 8)  # cores, two a chip: each host has 4 chips
 
 
 def really(command: Sequence[str], log: Path | None, in_vain: Callable[[], bool]) -> tuple[int, str]:
-    """Runs a command, in a session of its own: Ctrl-C reaches the launcher alone."""
+    """Runs a command, in a session of its own: Ctrl-C reaches the launcher alone.
+
+    What this Python imports isn't gcloud's, which is written in it too.
+    """
+    without = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
     with contextlib.ExitStack() as open_files:
         if log is not None:
             log.parent.mkdir(parents=True, exist_ok=True)
         out = open_files.enter_context(log.open("a")) if log else subprocess.PIPE
         process = open_files.enter_context(
-            subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+            subprocess.Popen(
+                command, stdout=out, stderr=subprocess.STDOUT, text=True, start_new_session=True, env=without
+            )
         )
         ends = signal.SIGTERM
         while True:
@@ -211,7 +266,8 @@ def really(command: Sequence[str], log: Path | None, in_vain: Callable[[], bool]
                 return process.returncode, printed or (log.read_text()[-2000:] if log else "")
             except subprocess.TimeoutExpired:
                 if in_vain():
-                    os.killpg(process.pid, ends)  # its ssh, too
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(process.pid, ends)  # its ssh, too
                     ends = signal.SIGKILL
 
 
@@ -230,33 +286,50 @@ def _problem(job: str, run: Run) -> str | None:
     printed = ""
     for attempt in range(DELETIONS):
         time.sleep(SECONDS_BETWEEN_LOOKS if attempt else 0)
-        code, printed = run(deletion(job), None, lambda: False)
+        code, printed = run(deletion(job), None, never)
         if not code or NO_SUCH in printed:
             return None
-    return printed.strip()
+    return gcloud.error(printed)
 
 
 def main() -> int:
     experiment, values = config.chosen(), flags.FLAGS
     folder = engine.folder_of(experiment)
-    names = ("accelerator", "runtime", "zone", "project", "spot", "mount")
-    slices = Slices(folder.name, *(getattr(values, name) for name in names))
+    runtime = gcloud.family_of(values.accelerator).runtime
+    if not values.mount and not files.in_bucket(folder):
+        raise UserError(
+            f"--folder={folder} is on this machine's disk, which slices don't see: name a bucket, gs://..., "
+            "or bring the disk there by --mount"
+        )
+    names = ("zone", "project", "spot", "mount")
+    kind = (values.accelerator, values.runtime or runtime)
+    slices = Slices(folder.name, *kind, *(getattr(values, name) for name in names))
+    engine.refuse_each(slices.hosts)
+    if shutil.which("git") is None:
+        raise UserError("no git here, by which slices get the code: install it")
+    changes = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True).stdout
+    if changes:
+        names = ", ".join(line[3:] for line in changes.splitlines())
+        print(f"not committed, so slices don't get it: {names}")
     if not values.dry_run:
         if shutil.which(_TPU[0]) is None:
             raise UserError("no gcloud here: install Google Cloud's command line")
         return engine.carry_out(Tpu(folder, slices, really))
     engine.planned(experiment, folder)
     name, command = f"{slices.prefix}-0", engine.command_of(experiment, folder, Tpu.python)
-    make, use = [slices.make(name), slices.state(name)], slices.use(name, command)
-    for line in [*make, *slices.set_up(name), use, slices.state(name), deletion(slices.job(name))]:
+    print(shlex.join(slices.make(name)))
+    print(f"# every {SECONDS_BETWEEN_LOOKS:.0f} s until it says ACTIVE:\n{shlex.join(slices.state(name))}")
+    for line in [*slices.set_up(name), slices.use(name, command)]:
         print(shlex.join(line))
+    print(f"# beside it, to see whether the slice was taken back:\n{shlex.join(slices.state(name))}")
+    print(shlex.join(deletion(slices.job(name))))
     return 0
 
 
 if __name__ == "__main__":
     engine.define_flags("slices at once")
-    flags.DEFINE_string("accelerator", "v5litepod-8", "the type of a slice, of one host")
-    flags.DEFINE_string("runtime", "v2-alpha-tpuv5-lite", "its runtime version")
+    flags.DEFINE_string("accelerator", "v5litepod-8", "the type of a slice")
+    flags.DEFINE_string("runtime", None, "its runtime version; what Google names for JAX if not given")
     flags.DEFINE_string("zone", None, "where", required=True)
     flags.DEFINE_string("project", "", "whose; gcloud's own if not given")
     flags.DEFINE_bool("spot", False, "slices that may be taken back, for less money")

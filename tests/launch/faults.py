@@ -2,17 +2,20 @@
 
     python tests/launch/faults.py --kills=100
 
-Workers and launchers get SIGKILL while they start, train, save and end; the same command continues. Then
-every run must have ended once, have had one owner at a time, and have, bit for bit, the losses of the same
-run in a sweep that nobody disturbed. In packs, where a kill changes who is computed with whom, losses are
-equal to 1e-5. Prints what was killed, and exits with 1 at the first difference.
+Workers and launchers get SIGKILL while they start, train, save and end; the same command continues. In every
+other pair of sweeps two launchers work at once. Then every run must have ended once, have had one owner at a
+time, and have, bit for bit, the losses of the same run in a sweep that nobody disturbed. In packs, where a
+kill changes who is computed with whom, losses are equal to 1e-5. Prints what was killed, and exits with 1 at
+the first difference.
+
+One owner at a time: between a claim's first row and its last one, and between a checkpoint's first file and
+its manifest, no other claim was made.
 """
 
 import argparse
 import collections
 import contextlib
 import dataclasses
-import itertools
 import json
 import os
 import pathlib
@@ -51,15 +54,18 @@ def sweep(base):
     ]
 
 
-def launch(folder, packing):
+def launch(folder, packing, workers=2):
     command = [sys.executable, "-m", "launch.local", f"--config={__file__}", f"--folder={folder}", packing]
     with (folder.parent / f"{folder.name}.txt").open("a") as log:
-        return subprocess.Popen([*command, "--workers=2"], cwd=ROOT, stdout=log, stderr=log)
+        return subprocess.Popen([*command, f"--workers={workers}"], cwd=ROOT, stdout=log, stderr=log)
 
 
 def children(pid):
-    found = pathlib.Path(f"/proc/{pid}/task").glob("*/children")
-    return [int(child) for file in found for child in file.read_text().split()]
+    found = []
+    with contextlib.suppress(OSError):  # it has ended
+        for file in pathlib.Path(f"/proc/{pid}/task").glob("*/children"):
+            found += map(int, file.read_text().split())
+    return found
 
 
 def doing(folder, pid):
@@ -69,36 +75,73 @@ def doing(folder, pid):
         if owner.get("pid") == pid and "ended" not in owner:
             if owner.get("from") is None or not parts or len(parts[-1].read_bytes().splitlines()) < 2:
                 return "starting"
-            saves = (place / "checkpoints").glob("[0-9]*")
-            return "training" if all(path.with_suffix(".json").exists() for path in saves) else "saving"
+            with contextlib.suppress(FileNotFoundError):  # renamed or removed meanwhile
+                for save in (place / "checkpoints").glob("[0-9]*"):
+                    own = save.stat().st_mtime > owner["begun"]  # and not left by who was killed before
+                    if own and not save.with_suffix(".json").exists():
+                        return "saving"
+            return "training"
     return "between runs"
 
 
-def disturbed(folder, rng, kills, packing):
+def kill(folder, launchers, rng, whom):
+    """Kills a launcher or one of their workers, any or one that is at `whom`; what it was at, or None."""
+    if whom == "launcher":
+        os.kill(rng.choice(launchers).pid, signal.SIGKILL)
+        return whom
+    wanted = {"worker": None, "training": ("training", "saving")}.get(whom, (whom,))
+    workers = [pid for one in launchers for pid in children(one.pid) if claims._born(pid)]
+    at = {pid: what for pid in workers if (what := doing(folder, pid)) in (wanted or [what])}
+    if not at:
+        return None
+    pid = rng.choice(list(at))
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGSTOP)  # what it is at now it is at when it dies
+        at[pid] = doing(folder, pid)
+        right = wanted is None or at[pid] in wanted
+        os.kill(pid, signal.SIGKILL if right else signal.SIGCONT)
+        return f"worker, {at[pid]}" if right else None
+
+
+def disturbed(folder, rng, kills, packing, together):
     """Launches until all is complete, with so many `kills` on the way; what was killed.
 
-    Most of a worker's time is its start, so half of the kills wait for one that trains.
+    together: how many launchers work at once. Most of a worker's time is its start, and saves are short, so
+    half of the kills wait for one that trains or one that saves.
     """
     killed = collections.Counter()
     for _ in range(LAUNCHES):
-        launcher, whom = launch(folder, packing), ""
-        while launcher.poll() is None and sum(killed.values()) < kills:
+        launchers, whom = [launch(folder, packing, workers=2 // together) for _ in range(together)], ""
+        while sum(killed.values()) < kills:
+            if not (living := [one for one in launchers if one.poll() is None]):
+                break
             if not whom:
-                whom = rng.choice(["launcher", "worker", "training", "training"])
+                whom = rng.choice(["launcher", "worker", "training", "saving"])
                 time.sleep(rng.uniform(0.1, 2.0))
-            at = {pid: doing(folder, pid) for pid in children(launcher.pid)}
-            pids = [pid for pid, what in at.items() if whom == "worker" or what in ("training", "saving")]
-            pid = launcher.pid if whom == "launcher" else rng.choice(pids or [None])
-            if pid is None:
-                time.sleep(0.05)
-            elif launcher.poll() is None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-                    killed["launcher" if pid == launcher.pid else f"worker, {at[pid]}"] += 1
+            if what := kill(folder, living, rng, whom):
+                killed[what] += 1
                 whom = ""
-        if launcher.wait() == 0:
+            else:
+                time.sleep(0.01)
+        if 0 in [one.wait() for one in launchers]:
             return killed
     raise AssertionError(f"{folder} isn't complete after {LAUNCHES} launches")
+
+
+def alone_at_it(run):
+    """Raises AssertionError if the run had two owners at once."""
+    made = [json.loads(path.read_text())["begun"] for path in (run / "claims").glob("[0-9]????")]
+    spans = []
+    for part in (run / "metrics").glob("*.jsonl"):
+        head, whole, _ = part.read_text().partition("\n")
+        if whole:
+            spans.append((json.loads(head)["time"], part.stat().st_mtime))
+    for manifest in (run / "checkpoints").glob("[0-9]*.json"):
+        files = [path.stat().st_mtime for path in manifest.with_suffix("").rglob("*") if path.is_file()]
+        spans.append((min(files), manifest.stat().st_mtime))
+    for first, last in spans:
+        others = [begun for begun in made if first < begun <= last]
+        assert not others, f"{run} had two owners at once, at {others} since 1970"
 
 
 def check(folder, alone, tolerance):
@@ -110,11 +153,7 @@ def check(folder, alone, tolerance):
         ours, theirs = (records.metrics(one)["loss"].to_numpy() for one in (run, place))
         assert len(ours) == len(theirs) and abs(ours - theirs).max() <= tolerance, f"{run}: another result"
         assert abs(found["train_loss"] - wanted["train_loss"]) <= tolerance, f"{run}: another result"
-        numbers = sorted(path for path in (run / "claims").iterdir() if path.suffix == "")
-        for before, after in itertools.pairwise(numbers):
-            sign = before.with_suffix(".sign")
-            last = json.loads(sign.read_text())["time"] if sign.exists() else 0.0
-            assert last <= json.loads(after.read_text())["begun"], f"{run} had two owners at once"
+        alone_at_it(run)
         ended = (run / "result.json").stat().st_mtime
         assert all(start["time"] <= ended for start in records.starts(run)), f"{run} was trained twice"
 
@@ -122,15 +161,15 @@ def check(folder, alone, tolerance):
 def campaign(kills, folder, seed=0):
     """Sweeps until `kills` processes have been killed; how many of what, and in how many sweeps."""
     rng, total, sweeps, alone = random.Random(seed), collections.Counter(), 0, set()
-    ways = [("--pack=off", 0.0), ("--pack=4", 1e-5)]
+    ways = [(*pack, together) for together in (1, 2) for pack in (("--pack=off", 0.0), ("--pack=4", 1e-5))]
     folder.mkdir(exist_ok=True)
     while (left := kills - sum(total.values())) > 0:
-        packing, tolerance = ways[sweeps % len(ways)]
+        packing, tolerance, together = ways[sweeps % len(ways)]
         place, undisturbed = folder / f"sweep-{sweeps}", folder / f"alone{packing}"
         if packing not in alone:
             assert launch(undisturbed, packing).wait() == 0, f"see {undisturbed}.txt"
             alone.add(packing)
-        total += disturbed(place, rng, min(left, MOST_KILLS), packing)
+        total += disturbed(place, rng, min(left, MOST_KILLS), packing, together)
         check(place, undisturbed, tolerance)
         sweeps += 1
         print(f"{sum(total.values())} kills in {sweeps} sweeps: {dict(sorted(total.items()))}", flush=True)

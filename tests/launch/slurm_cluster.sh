@@ -1,12 +1,13 @@
 #!/bin/bash
-# A real Slurm cluster of one node with two processors: this machine. As root, without systemd.
+# A real Slurm cluster on this machine: of one node, or NODES, with two processors each. As root, without
+# systemd.
 #
-#   slurm_cluster.sh start FOLDER    configuration, state and logs go to FOLDER; prints where SLURM_CONF is
+#   slurm_cluster.sh start FOLDER [NODES]    configuration, state and logs go to FOLDER; prints where SLURM_CONF is
 #   slurm_cluster.sh stop FOLDER
 #
 # Needs Debian's slurm-wlm and munge. Fails with a line that says what is missing.
 set -euo pipefail
-what=$1 folder=$2
+what=$1 folder=$2 nodes=${3:-1}
 
 fail() { echo "$1" >&2; exit 1; }
 
@@ -17,8 +18,8 @@ if [ "$what" = stop ]; then
     [ -n "$(squeue --noheader 2> /dev/null)" ] || break
     sleep 0.5
   done
-  for daemon in slurmd slurmctld munged; do
-    [ ! -s "$folder/$daemon.pid" ] || kill "$(cat "$folder/$daemon.pid")" 2> /dev/null || true
+  for daemon in "$folder"/slurmd.*.pid "$folder"/slurmctld.pid "$folder"/munged.pid; do
+    [ ! -s "$daemon" ] || kill "$(cat "$daemon")" 2> /dev/null || true
   done
   exit 0
 fi
@@ -33,11 +34,11 @@ chown -R munge: /run/munge /var/log/munge /etc/munge /var/lib/munge
 munge -n > /dev/null 2>&1 || runuser -u munge -- /usr/sbin/munged --force
 cp /run/munge/munged.pid "$folder/munged.pid" 2> /dev/null || true
 
+port=$((30000 + $$ % 10000))
 cat > "$folder/slurm.conf" << CONF
 ClusterName=tests
 SlurmctldHost=$(hostname -s)(127.0.0.1)
 SlurmctldPort=$((20000 + $$ % 10000))
-SlurmdPort=$((30000 + $$ % 10000))
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
@@ -51,19 +52,25 @@ ReturnToService=2
 SchedulerParameters=batch_sched_delay=1,sched_interval=2,requeue_delay=1
 MpiDefault=none
 StateSaveLocation=$folder/state
-SlurmdSpoolDir=$folder/spool
+SlurmdSpoolDir=$folder/spool.%n
 SlurmctldPidFile=$folder/slurmctld.pid
-SlurmdPidFile=$folder/slurmd.pid
+SlurmdPidFile=$folder/slurmd.%n.pid
 SlurmctldLogFile=$folder/slurmctld.log
-SlurmdLogFile=$folder/slurmd.log
-NodeName=$(hostname -s) NodeAddr=127.0.0.1 CPUs=2 State=UNKNOWN
+SlurmdLogFile=$folder/slurmd.%n.log
 PartitionName=tests Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 CONF
-mkdir -p "$folder/state" "$folder/spool"
+names=("$(hostname -s)")  # which others find; the other nodes need not be found
+for number in $(seq 2 "$nodes"); do names+=("$(hostname -s)-$number"); done
+for name in "${names[@]}"; do
+  port=$((port + 1))
+  echo "NodeName=$name NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 Port=$port CPUs=2 State=UNKNOWN"
+done >> "$folder/slurm.conf"
+mkdir -p "$folder/state"
 export SLURM_CONF="$folder/slurm.conf"
-slurmctld && slurmd
+slurmctld
+for name in "${names[@]}"; do slurmd -N "$name"; done
 for _ in $(seq 120); do
-  [ "$(sinfo --noheader --format=%T 2> /dev/null)" = idle ] && echo "$SLURM_CONF" && exit 0
+  [ "$(sinfo --noheader --format='%T %D' 2> /dev/null)" = "idle $nodes" ] && echo "$SLURM_CONF" && exit 0
   sleep 0.5
 done
 fail "Slurm's node did not become idle: $(tail -n 3 "$folder"/slurm*.log)"

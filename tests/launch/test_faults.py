@@ -1,7 +1,12 @@
 """The campaign of `make faults`, shorter: kills at random moments lose nothing and change nothing."""
 
+import os
+import time
+
 import faults
 import pytest
+
+from llm_jax.records import Record
 
 
 @pytest.mark.slow
@@ -9,3 +14,16 @@ def test_ten_kills_at_random_moments_lose_no_run_and_change_no_result(tmp_path, 
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(faults.ROOT / ".cache" / "xla"))
     killed, sweeps = faults.campaign(10, tmp_path)
     assert sum(killed.values()) == 10 and sweeps >= 1
+
+
+def test_the_campaign_sees_an_owner_that_writes_on_after_the_next_one_has_claimed_its_run(tmp_path):
+    for start in range(2):
+        with Record(tmp_path, tensorboard=False) as record:
+            record.start({"identity": "one"}, {})
+            record.resume_at(start)
+            record.log(start + 1, {"loss": 1.0})
+    faults.alone_at_it(tmp_path)
+    late = time.time() + 1
+    os.utime(tmp_path / "metrics" / "00000.jsonl", (late, late))
+    with pytest.raises(AssertionError, match="had two owners at once"):
+        faults.alone_at_it(tmp_path)

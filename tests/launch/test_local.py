@@ -18,7 +18,7 @@ from launch import local, order, sweep
 from launch.packs import packed
 from launch.pool import Pool
 from launch.processes import Share, shares
-from llm_jax import claims, config, facts, records
+from llm_jax import claims, config, facts, files, records
 from llm_jax.config import Chosen, UserError
 from llm_jax.scaling.forecast import Forecast
 from llm_jax.sharding import MeshConfig
@@ -421,7 +421,7 @@ def test_a_place_that_joins_takes_what_a_dead_machine_had(bits, tmp_path, monkey
     claim = claims.take(mine.folder)
     for item in plan.runs:
         described = facts.described(item.run, item.run.data.open())
-        (item.folder / "config.json").write_text(records.dumps(described))
+        (item.folder / "config.json").write_text(files.dumps(described))
     failures = Pool(packed(plan.runs, 1, 1), BITS, [Share()], joins=True).run()
     assert failures == {deadly: "the process that trained it died, 3 times at step 0"}
     assert [item.status for item in plan.runs] == ["done", "running", "failed"]
@@ -430,7 +430,7 @@ def test_a_place_that_joins_takes_what_a_dead_machine_had(bits, tmp_path, monkey
 
 def test_what_was_measured_is_not_written_over_by_another_config(tmp_path):
     order.refuse_another(tmp_path, {"rounds": 2})
-    records.write_atomically(tmp_path / "result.json", '{"config": {"rounds": 2, "sizes": [1, 2]}}')
+    files.write_atomically(tmp_path / "result.json", '{"config": {"rounds": 2, "sizes": [1, 2]}}')
     order.refuse_another(tmp_path, {"rounds": 2, "sizes": (1, 2)})
     with pytest.raises(UserError, match="a result with another sizes; name another folder by --folder"):
         order.refuse_another(tmp_path, {"rounds": 2, "sizes": (1, 3)})

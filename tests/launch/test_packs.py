@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import hasty
 import numpy as np
 import pytest
 from test_local import BITS, ROOT, changed, plan_of, trained, trained_though_killed
@@ -25,7 +26,7 @@ def run():
 @pytest.fixture(autouse=True)
 def where_workers_find_things(monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "xla"))
-    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setenv("XLA_FLAGS", hasty.flags(devices=1))
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(packs, "LEAST_STEPS", 0)  # these runs are short
 

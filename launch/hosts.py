@@ -1,0 +1,298 @@
+"""A place of several hosts, which train one run at a time together: a slice of TPUs, some nodes of a cluster.
+
+All hosts start the same command. Host 0 leads: it plans and has the pool, of one worker. The others follow:
+each connects to host 0, and starts, feeds and ends a worker of its own as it is told there. The workers meet
+by jax.distributed, each time anew. What the leader says is a JSON line, as are the answers:
+
+    {"start": {...}}                  a worker with these environment variables, in the place of any before it
+    {"task": {...}}, {"stop": true}   what to train, with all others; to save and end
+    {"end": code}                     the place is done, and this command ends with this code
+    {"host": number}                  the follower's first line
+    {"died": cause, "of": address}    its worker, that of so many that were to meet there
+    {"asked": signal}                 the follower has been told to end: all save, and all end
+
+A leader that is done waits for hosts that have not come yet, to tell them so. A host that has gone ends the
+whole place, with AGAIN: whoever started it starts it again, and what was trained goes on from its
+checkpoints. One whose worker alone has died gets another, as do all others with it.
+"""
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from launch.processes import SECONDS_TO_STOP, Share, Worker, gpus
+from llm_jax import distributed
+from llm_jax.config import UserError
+from llm_jax.distributed import Place
+from llm_jax.values import AGAIN
+
+SECONDS_TO_COME = 900.0  # hosts of a place may be started one after the other
+# Of a connection to a host that has vanished, which says nothing, not even goodbye; where a system has it.
+_KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 6, "TCP_USER_TIMEOUT": 90_000}
+
+
+def share(place: Place) -> Share:
+    """What of its host the worker of such a place gets: all that the place has of it."""
+    if place.devices is None:
+        return Share()
+    return Share(environment=(("CUDA_VISIBLE_DEVICES", ",".join(gpus()[n] for n in place.devices)),))
+
+
+class Link:
+    """Lines of JSON between two hosts. who: what to call the other one; open: whether it is there."""
+
+    def __init__(self, connected: socket.socket, who: str) -> None:
+        connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in _KEEPALIVE.items():
+            if hasattr(socket, name):
+                connected.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+        connected.settimeout(None)
+        self.socket, self.who, self.open = connected, who, True
+        self._unread = b""
+
+    def say(self, **message: Any) -> None:
+        with contextlib.suppress(OSError):  # who has gone is found by `messages`
+            self.socket.sendall(json.dumps(message).encode() + b"\n")
+
+    def messages(self) -> Iterator[dict[str, Any]]:
+        """What has come since the last call; waits for it."""
+        try:
+            data = self.socket.recv(1 << 16)
+        except OSError:
+            data = b""
+        self.open = bool(data)
+        *lines, self._unread = (self._unread + data).split(b"\n")
+        try:
+            yield from map(json.loads, lines)
+        except ValueError:  # something else speaks there
+            self.open = False
+
+
+# ---- host 0 ----
+
+
+class Followers:
+    """The other hosts, as host 0 sees them. stops: once this is true, no host is waited for."""
+
+    def __init__(self, place: Place, stops: Callable[[], bool] = lambda: False) -> None:
+        self._place, self._host = place, place.coordinator.rpartition(":")[0]
+        self._links: dict[int, Link] = {}
+        self._news = threading.Condition()
+        self._address, self._death, self._gone = "", "", ""
+        self._begun, self._code, self._stops = time.monotonic(), 0, stops
+        self.ended = False
+        port = int(place.coordinator.rpartition(":")[2])
+        try:
+            self._server = socket.create_server(("", port), backlog=place.processes)
+        except OSError as error:
+            raise UserError(
+                f"port {port} of host 0, at which its place meets: {error.strerror}; choose another "
+                f"by --coordinator={self._host}:PORT on every host"
+            ) from None
+        threading.Thread(target=self._greet, daemon=True).start()
+
+    def begin(self) -> dict[str, str]:
+        """Starts their workers, when all hosts are here; the environment variables of host 0's own."""
+        with self._news:
+            began = time.monotonic()
+            while self._absent() and not self._gone and time.monotonic() < began + SECONDS_TO_COME:
+                self._news.wait(1.0)
+                if self._stops():
+                    raise KeyboardInterrupt
+            if absent := self._absent():
+                self._gone = self._gone or f"after {SECONDS_TO_COME:.0f} s without {', '.join(absent)}"
+        self.check()
+        port = distributed.address().rpartition(":")[2]
+        self._address, self._death = f"{self._host}:{port}", ""
+        for number, link in self._links.items():
+            link.say(start=self._variables(number))
+        return self._variables(0)
+
+    def say(self, **message: Any) -> None:
+        for link in self._links.values():
+            link.say(**message)
+
+    def death(self, seconds: float = 0.0) -> str:
+        """Why the first of their workers to die has died; "" if all live, as far as is known so soon."""
+        with self._news:
+            self._news.wait_for(lambda: self._death or self._gone, seconds)
+            return self._death
+
+    def check(self) -> None:
+        """Raises SystemExit(AGAIN), with a line, where the place is not whole any more."""
+        if self._gone:
+            print(f"this place of {self._place.processes} hosts ends: {self._gone}", file=sys.stderr)
+            raise SystemExit(AGAIN)
+
+    def end(self, code: int) -> int:
+        """Tells all to end as this host does; where that is well, those too that are still to come."""
+        with self._news, contextlib.suppress(KeyboardInterrupt):
+            self.ended, self._code = True, code
+            self.say(end=code)
+            if code == 0 and not (self._gone or self._stops()) and (absent := self._absent()):
+                print(f"all is done; {', '.join(absent)} will be told", flush=True)
+                left = self._begun + SECONDS_TO_COME - time.monotonic()
+                self._news.wait_for(lambda: not self._absent(), max(0.0, left))
+        return code
+
+    def _absent(self) -> list[str]:
+        return [f"host {n}" for n in range(1, self._place.processes) if n not in self._links]
+
+    def _variables(self, number: int) -> dict[str, str]:
+        there = Place(self._address, self._place.processes, number)
+        return distributed.variables(there) | {distributed.LAUNCHER: ""}  # it sees the end of its input
+
+    def _greet(self) -> None:
+        while True:
+            connected, address = self._server.accept()
+            threading.Thread(
+                target=self._listen, args=(Link(connected, f"the host at {address[0]}"),), daemon=True
+            ).start()
+
+    def _listen(self, link: Link) -> None:
+        known = False  # whoever isn't a host of this place says nothing here
+        while link.open:
+            for message in link.messages():
+                with self._news:
+                    match message:
+                        case {"host": int(number)} if f"host {number}" in self._absent():
+                            link.who, known = f"host {number}", True
+                            self._links[number] = link
+                            if self.ended:
+                                link.say(end=self._code)
+                        case {"died": cause, "of": self._address} if known and not self._death:
+                            self._death = f"{link.who}: {cause}"
+                        case {"asked": int(asked)} if known and not self.ended:
+                            os.kill(os.getpid(), asked)
+                    self._news.notify_all()
+        with self._news:
+            if known and not self.ended:
+                self._gone = self._gone or f"{link.who} has gone"
+            self._news.notify_all()
+
+
+@contextlib.contextmanager
+def leading(place: Place, stops: Callable[[], bool] = lambda: False) -> Iterator[Followers]:
+    """The other hosts of a place that this one leads; they end when it does, however that is."""
+    distributed.end_with_launcher()
+    others = Followers(place, stops)
+    try:
+        yield others
+    except SystemExit as end:
+        others.end(end.code)
+        raise
+    except (UserError, OSError):  # as the command ends
+        others.end(2)
+        raise
+    finally:
+        if not others.ended:
+            others.end(1)
+
+
+# ---- the others ----
+
+
+def follow(place: Place, experiment: Path) -> int:
+    """Does as host 0 of the place says, to the end; the exit code of all, or AGAIN where host 0 has gone.
+
+    1 where it never came, which whoever starts this counts as a failure, or it would be so for ever.
+    """
+    distributed.end_with_launcher()
+    link, who = _connected(place), f"host {place.process} of {place.processes}"
+    if link is None:
+        print(f"{who}: nobody at {place.coordinator}, which is host 0's", file=sys.stderr)
+        return 1
+    link.say(host=place.process)
+    patience = [float("inf")]
+
+    def asked(number: int, _: Any) -> None:
+        link.say(asked=number)
+        patience[0] = min(patience[0], time.monotonic() + SECONDS_TO_STOP)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, asked)
+    code = Hand(link, experiment, share(place), patience).work()
+    if code is None:
+        print(f"{who}: {link.who} has gone, and with it this place", file=sys.stderr)
+    return AGAIN if code is None else code
+
+
+def _connected(place: Place) -> Link | None:
+    """A link to host 0, which may come later, and whose name may come with it."""
+    host, _, port = place.coordinator.rpartition(":")
+    deadline = time.monotonic() + SECONDS_TO_COME
+    while time.monotonic() < deadline:
+        try:
+            return Link(socket.create_connection((host, int(port)), timeout=10.0), "host 0")
+        except OSError:
+            time.sleep(1.0)
+    return None
+
+
+class Hand:
+    """What a follower has in its hand: the link, and its worker, if it has been told to start one."""
+
+    def __init__(self, link: Link, experiment: Path, mine: Share, patience: list[float]) -> None:
+        self._link, self._experiment, self._share, self._patience = link, experiment, mine, patience
+        self._worker: Worker | None = None
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(link.socket, selectors.EVENT_READ, self._obey)
+
+    def work(self) -> int | None:
+        """Blocks until the leader says with which code to end, or has gone (None)."""
+        code = None
+        try:
+            while code is None and self._link.open and time.monotonic() < self._patience[0]:
+                for key, _ in self._selector.select(timeout=1.0):
+                    code = key.data() if code is None else code
+            return code
+        finally:
+            self._drop()
+
+    def _obey(self) -> int | None:
+        for message in self._link.messages():
+            match message:
+                case {"start": variables}:
+                    self._drop(seconds=0.0)
+                    mine = Share(self._share.cores, (*self._share.environment, *variables.items()))
+                    self._worker = Worker(self._experiment, mine)
+                    self._address = variables[distributed.VARIABLES[0]]
+                    self._selector.register(self._worker.pipe, selectors.EVENT_READ, self._hear)
+                case {"task": task} if self._worker is not None:
+                    self._worker.send(task)
+                case {"stop": True} if self._worker is not None:
+                    self._worker.stop()
+                case {"end": code}:
+                    return code
+        return None
+
+    def _hear(self) -> None:
+        """What a follower's worker says the leader's says too, but that it has died."""
+        for _ in self._worker.messages():
+            pass
+        if self._worker.closed:
+            if self._worker.process.wait() != AGAIN:  # else it has lost another, which is the cause
+                *_, last = ["", *self._worker.printed().splitlines()]
+                cause = self._worker.cause_of_death() + (f" ({last[:200]})" if last else "")
+                self._link.say(died=cause, of=self._address)
+            self._drop()
+
+    def _drop(self, seconds: float = SECONDS_TO_STOP) -> None:
+        """Ends the worker, if there is one, which has so long to save."""
+        if self._worker is not None:
+            self._selector.unregister(self._worker.pipe)
+            self._worker.stop()
+            try:
+                self._worker.wait(time.monotonic() + seconds)
+            finally:
+                self._worker.end()
+            self._worker = None

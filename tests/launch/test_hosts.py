@@ -1,0 +1,304 @@
+"""Several hosts as one place: here all on this machine, each with one device, joined by gloo."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import types
+from pathlib import Path
+
+import hasty
+import jsonschema
+import pytest
+from absl import flags
+from test_clusters import LONG_SECONDS, SWEEP, training
+from test_local import launched, wait_for, where_workers_find_things  # noqa: F401
+
+from launch import engine, hosts, jobset, slurm, tpu
+from launch.processes import Share
+from llm_jax import config, distributed, records
+from llm_jax.config import UserError
+from llm_jax.distributed import Place, variables
+from llm_jax.train import train
+from llm_jax.values import AGAIN
+
+
+@pytest.fixture(autouse=True)
+def one_device_each(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", hasty.flags(devices=1))
+
+
+def of_place(pid, number):
+    """Whether a process is number so and so of a place."""
+    try:
+        with open(f"/proc/{pid}/environ", "rb") as file:
+            return f"LLM_JAX_PROCESS={number}".encode() in file.read().split(b"\0")
+    except OSError:
+        return False
+
+
+def workers():
+    found = subprocess.run(["pgrep", "-f", "launch.worker --experiment"], capture_output=True, text=True)
+    return [int(pid) for pid in found.stdout.split()]
+
+
+@pytest.mark.slow
+def test_two_hosts_train_a_sweep_as_one_does_though_the_worker_of_one_is_killed(tmp_path):
+    mine, folder = tmp_path / "mine.py", tmp_path / "sweep"
+    mine.symlink_to(SWEEP)
+    (tmp_path / "bits.py").symlink_to(SWEEP.parent / "bits.py")
+    together = ["-m", "launch.together", "--processes=2", "--", "-m", "launch.local"]
+    place = subprocess.Popen(
+        [sys.executable, *together, f"--config={mine}:pair", f"--folder={folder}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    wait_for(lambda: training(folder), place)
+    (second,) = [pid for pid in workers() if of_place(pid, 1) and str(mine) in command_of(pid)]
+    os.kill(second, signal.SIGKILL)
+    said, _ = place.communicate(timeout=LONG_SECONDS)
+    assert place.returncode == 0, said
+    assert re.search(r"host 1: its worker was killed by SIGKILL .*; try 2 of 3 continues it", said)
+    assert "the 2 hosts of this place train each run together" in said
+    assert said.count("2/2 runs done") == 1  # host 0 alone speaks
+    assert not [pid for pid in workers() if str(mine) in command_of(pid)]
+    module, _ = config.load_experiment(str(SWEEP))
+    runs = module.sweep(module.get_config("pair"))
+    found = [records.load_run(folder / run.identity())["result"] for run in runs]
+    for run, result in zip(runs, found, strict=True):
+        alone = train(config.replace(run, "data.seconds", 0.0), tmp_path / "alone" / run.identity())
+        assert result["train_loss"] == pytest.approx(alone["train_loss"], abs=1e-5)
+    assert sorted(len(records.starts(folder / run.identity())) for run in runs) == [1, 2]
+
+
+def command_of(pid):
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return file.read().replace(b"\0", b" ").decode()
+    except OSError:
+        return ""
+
+
+def two_of(monkeypatch, number):
+    for name, value in variables(Place(distributed.address(), 2, number)).items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_hosts_refuse_alike_and_plan_once(number, command, monkeypatch, tmp_path):
+    two_of(monkeypatch, number)
+    where = f"--config={SWEEP}:pair", f"--folder={tmp_path}"
+    code, _, error = command("launch.local", *where, "--workers=2")
+    assert (code, error) == (2, "error: --workers=2: 2 hosts train one run at a time together\n")
+    code, _, error = command("launch.local", "--config=experiments/counting.py:smoke", "--coordinator=h")
+    assert code == 2 and "--coordinator=h --processes=2" in error
+    code, _, error = command("launch.local", "--config=experiments/packing.py:smoke")
+    assert code == 2 and error.endswith("packing.py measures, on one host; here are 2\n")
+    code, out, _ = command("launch.local", *where, "--dry_run")
+    assert code in (0, None) and ("packs: none (the 2 hosts" in out) == (number == 0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_host_whose_first_never_comes_has_failed(monkeypatch, capsys):
+    monkeypatch.setattr(hosts, "SECONDS_TO_COME", 0.1)
+    place = Place(distributed.address(), 2, 1)
+    assert hosts.follow(place, SWEEP) == 1
+    assert capsys.readouterr().err == f"host 1 of 2: nobody at {place.coordinator}, which is host 0's\n"
+
+
+def test_the_first_host_ends_where_another_never_comes_or_goes(monkeypatch, capsys):
+    monkeypatch.setattr(hosts, "SECONDS_TO_COME", 5.0)
+    place = Place(f"127.0.0.1:{distributed.address().rpartition(':')[2]}", 3, 0)
+    with pytest.raises(SystemExit) as end, hosts.leading(place) as others:
+        links = [hosts._connected(place) for _ in range(2)]
+        for number, link in enumerate(links, 1):
+            link.say(host=number)
+        first = others.begin()
+        started = [next(iter(link.messages()))["start"] for link in links]
+        assert [dict(known)["LLM_JAX_PROCESS"] for known in (first, *started)] == ["0", "1", "2"]
+        assert len({known["LLM_JAX_COORDINATOR"] for known in (first, *started)}) == 1
+        links[1].say(died="its worker broke", of="an earlier place")
+        links[1].say(died="its worker broke", of=first["LLM_JAX_COORDINATOR"])
+        assert others.death(LONG_SECONDS) == "host 2: its worker broke"
+        others.check()
+        links[0].socket.close()
+        wait_for(lambda: others._gone)
+        others.check()
+    assert end.value.code == AGAIN
+    assert "this place of 3 hosts ends: host 1 has gone" in capsys.readouterr().err
+    assert list(links[1].messages()) == [{"end": AGAIN}]
+    monkeypatch.setattr(hosts, "SECONDS_TO_COME", 0.1)
+    alone = Place(distributed.address(), 2, 0)
+    with pytest.raises(SystemExit), hosts.leading(alone) as others:
+        others.begin()
+    assert "without host 1" in capsys.readouterr().err
+
+
+def test_a_host_that_comes_when_all_is_done_is_told_so(monkeypatch):
+    """Else it would wait for its first, and be started again, for ever."""
+    place = Place(f"127.0.0.1:{distributed.address().rpartition(':')[2]}", 2, 0)
+    found = []
+    late = threading.Timer(0.5, lambda: found.append(hosts.follow(place._replace(process=1), SWEEP)))
+    monkeypatch.setattr(hosts.signal, "signal", lambda *_: None)  # of the main thread alone
+    late.start()
+    with hosts.leading(place) as others:
+        assert others.end(0) == 0
+    late.join()
+    assert found == [0]
+
+
+def test_nobody_but_a_host_of_the_place_is_obeyed(monkeypatch):
+    killed = []
+    monkeypatch.setattr(os, "kill", lambda *asked: killed.append(asked))
+    place = Place(f"127.0.0.1:{distributed.address().rpartition(':')[2]}", 2, 0)
+    with hosts.leading(place) as others:
+        strangers = [hosts._connected(place) for _ in range(3)]
+        strangers[0].say(asked=15)
+        strangers[1].socket.sendall(b"GET / HTTP/1.1\n")
+        strangers[2].say(host=2)
+        host = hosts._connected(place)
+        host.say(host=1)
+        wait_for(lambda: others._links)
+        host.say(asked=10)
+        wait_for(lambda: killed)
+        assert [asked for _, asked in killed] == [10] and set(others._links) == {1}
+        others.check()
+
+
+def test_a_launch_that_is_stopped_waits_for_no_host():
+    place = Place(f"127.0.0.1:{distributed.address().rpartition(':')[2]}", 2, 0)
+    with pytest.raises(KeyboardInterrupt), hosts.leading(place, lambda: True) as others:
+        others.begin()
+
+
+def test_a_taken_port_is_named():
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"port {port} of host 0"):
+            hosts.Followers(Place(f"h:{port}", 2, 0))
+
+
+def test_a_host_that_is_told_to_end_has_the_first_told(monkeypatch):
+    """As where a node is given back: all save, and none is left behind."""
+    place = Place(f"127.0.0.1:{distributed.address().rpartition(':')[2]}", 2, 0)
+    told = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda *_: told.set())
+    try:
+        with hosts.leading(place) as others:
+            link = hosts._connected(place)
+            link.say(host=1)
+            link.say(asked=signal.SIGTERM)
+            wait_for(told.is_set)
+            others.end(143)
+            assert list(link.messages()) == [{"end": 143}]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_a_task_of_a_node_keeps_to_its_devices(monkeypatch):
+    monkeypatch.setattr(hosts, "gpus", lambda: ["4", "6"])
+    assert hosts.share(Place("h:1", 4, 1, [1])) == Share(environment=(("CUDA_VISIBLE_DEVICES", "6"),))
+    assert hosts.share(Place("h:1", 4, 1)) == Share()
+
+
+# ---- as engines ask for them ----
+
+
+def test_a_job_of_several_nodes_is_started_and_asked_by_slurm_on_all_of_them(tmp_path):
+    many = slurm.Slurm(tmp_path, ["--partition=gpu"], hosts=4)
+    assert {"--nodes=4", "--ntasks-per-node=1"} <= set(many.line(2))
+    script = many.script(["train", "it"])
+    assert re.search(r"^srun .*--ntasks-per-node=1 .*train it &$", script, re.M)
+    assert 'scancel --signal=TERM "$task"' in script and "kill -TERM" not in script
+    alone = slurm.Slurm(tmp_path)
+    assert "\nsrun" not in alone.script(["train"]) and not any("--nodes" in word for word in alone.line(2))
+
+
+def test_a_place_of_several_hosts_trains_one_run_at_a_time(monkeypatch):
+    monkeypatch.setattr(flags, "FLAGS", types.SimpleNamespace(each=2))
+    engine.refuse_each(1)
+    with pytest.raises(UserError, match="--each=2: the 4 hosts of a worker train one run together"):
+        engine.refuse_each(4)
+
+
+def test_hosts_of_a_slice_follow_from_the_name_of_its_type():
+    """As Google's pages have them: v5e and v6e are named by chips, the others by cores."""
+    hosts = {"v5litepod-8": 1, "v5litepod-16": 4, "v5litepod-256": 64, "v6e-8": 1, "v6e-32": 8}
+    hosts |= {"v4-8": 1, "v4-32": 4, "v5p-8": 1, "v5p-128": 16, "v3-32": 4}
+    assert {kind: tpu.Slices("runs", kind, "", "", "", False, "").hosts for kind in hosts} == hosts
+    with pytest.raises(UserError, match="a type and a size, such as v5litepod-8"):
+        tpu.hosts_of("--accelerator=v4", "v4")
+
+
+def test_a_slice_is_set_up_and_used_on_all_its_hosts():
+    many = tpu.Slices("runs", "v4-32", "", "", "", False, "mount it")
+    there = [line for line in (*many.set_up("x"), many.use("x", ["train"])) if line[0] == "gcloud"]
+    assert len(there) == 4 and all("--worker=all" in line for line in there)
+
+
+V5E = "tpu-v5-lite-podslice"
+
+
+def test_the_manifest_asks_for_a_slice_and_makes_dead_pods_again():
+    made = jobset.manifest("sweep-0", ["python"], "image", "disk", "/runs", V5E, "2x4")
+    (replicated,) = made["spec"]["replicatedJobs"]
+    job = replicated["template"]["spec"]
+    assert (replicated["replicas"], job["completions"], job["backoffLimit"]) == (1, 1, jobset.RESTARTS)
+    (container,) = job["template"]["spec"]["containers"]
+    assert container["resources"]["limits"] == {"google.com/tpu": 8}
+    assert job["template"]["spec"]["restartPolicy"] == "Never", "a podFailurePolicy is refused with any other"
+    assert job["template"]["spec"]["volumes"][0]["persistentVolumeClaim"] == {"claimName": "disk"}
+    made = jobset.manifest("sweep-0", ["python"], "image", None, "gs://bucket", V5E, "2x4")
+    assert "gs://bucket" not in json.dumps(made) and "volume" not in json.dumps(made)
+
+
+def test_the_manifest_has_a_pod_for_each_host_of_each_slice_that_trains_together():
+    made = jobset.manifest("sweep-0", ["python"], "image", "disk", "/runs", V5E, "4x8", slices=2)
+    (replicated,) = made["spec"]["replicatedJobs"]
+    job = replicated["template"]["spec"]
+    assert (replicated["replicas"], job["parallelism"], job["completions"]) == (2, 8, 8)
+    assert (job["completionMode"], made["spec"]["network"]["enableDNSHostnames"]) == ("Indexed", True)
+    assert job["template"]["spec"]["containers"][0]["resources"]["limits"] == {"google.com/tpu": 4}
+    assert jobset.POOL in made["metadata"]["annotations"].values(), "all pods of a job on one slice"
+    ignored = [rule["onExitCodes"]["values"] for rule in job["podFailurePolicy"]["rules"][1:]]
+    assert ignored == [[AGAIN, 143]], "who ends for another pod's end hasn't failed"
+
+
+@pytest.mark.parametrize("topology", ["2x4", "16x16"])
+def test_the_manifest_has_fields_that_the_definition_of_jobsets_has_and_no_others(topology):
+    schema = json.loads((Path(__file__).parent / "jobset.json").read_text())
+    made = jobset.manifest("sweep-0", ["python"], "image", "disk", "/runs", V5E, topology)
+    jsonschema.validate(made, schema)
+    made["spec"]["replicatedJobs"][0]["template"]["spec"]["backofLimit"] = 1
+    with pytest.raises(jsonschema.ValidationError, match="'backofLimit' was unexpected"):
+        jsonschema.validate(made, schema)
+
+
+@pytest.mark.parametrize(
+    ("kind", "topology", "chips", "hosts"),
+    [
+        (V5E, "2x4", None, (1, 8)),
+        (V5E, "2x4", 4, (2, 4)),
+        (V5E, "16x16", None, (64, 4)),
+        ("tpu-v4-podslice", "2x2x1", None, (1, 4)),
+        ("tpu-v4-podslice", "2x2x2", None, (2, 4)),
+    ],
+)
+def test_hosts_of_a_topology(kind, topology, chips, hosts):
+    assert jobset.hosts_of(kind, topology, chips) == hosts
+
+
+@pytest.mark.parametrize(
+    ("kind", "topology", "chips"),
+    [(V5E, "3x5", None), (V5E, "4x4", 16), ("tpu-v4-podslice", "2x2x2", 8), (V5E, "eight", 8)],
+)
+def test_what_no_slice_is_gets_no_manifest(kind, topology, chips):
+    with pytest.raises(UserError, match=f"--topology={topology}"):
+        jobset.hosts_of(kind, topology, chips)
+    with pytest.raises(UserError, match="--accelerator=tpu-v99: GKE has no such TPUs"):
+        jobset.hosts_of("tpu-v99", topology, chips)
