@@ -23,7 +23,7 @@ from typing import Any, Protocol
 from absl import flags
 
 from launch import jobs, order, status, sweep
-from launch.pool import TRIES
+from launch.pool import TRIES, WorkersError
 from launch.sweep import Plan, Planned
 from llm_jax import config, files, records
 from llm_jax.config import Chosen, UserError
@@ -66,7 +66,7 @@ class Crew:
     def train(
         self, missing: Sequence[Planned], planned: int, before: Callable[[], None]
     ) -> Mapping[Planned, str]:
-        """As an order.Engine. Raises RuntimeError if places end again and again before any run begins."""
+        """As an order.Engine. Raises WorkersError if places end again and again before any run begins."""
         files.each(Planned.forget_failure, missing, self._folder)
         before()
         said = 0.0
@@ -105,7 +105,7 @@ class Crew:
         self._in_vain = 0 if progress != self._progress else self._in_vain + 1
         self._progress = progress
         if self._in_vain >= TRIES * self._places:
-            raise RuntimeError(f"{self._engine.name}: workers get no run on\n{self._engine.tail(job)}")
+            raise WorkersError(f"{self._engine.name}: workers get no run on\n{self._engine.tail(job)}")
 
 
 # ---- the command ----
@@ -197,7 +197,10 @@ def carry_out(engine: Engine) -> int:
 
 
 def stoppable(name: str, launch: Callable[[], int]) -> int:
-    """The exit code of `launch`; 130 or 143, and how to go on, if Ctrl-C, `stop` or SIGTERM ends it."""
+    """The exit code of `launch`: 1 where no worker can work, with what the last one printed.
+
+    130 or 143, and how to go on, if Ctrl-C, `stop` or SIGTERM ends it.
+    """
     terminated = threading.Event()
 
     def terminate(*_: Any) -> None:
@@ -209,6 +212,9 @@ def stoppable(name: str, launch: Callable[[], int]) -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin without it
     try:
         return launch()
+    except WorkersError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         again = [sys.executable, "-m", f"launch.{name}", *sys.argv[1:]]
         print(f"\nstopped; to continue: {shlex.join(again)}")

@@ -29,8 +29,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from launch import sweep
 from launch.processes import SECONDS_TO_STOP, Share, Worker, gpus
-from llm_jax import distributed
+from llm_jax import distributed, files
 from llm_jax.config import UserError
 from llm_jax.distributed import Place
 from llm_jax.values import AGAIN
@@ -220,7 +221,7 @@ def follow(place: Place, experiment: Path) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, asked)
-    code = Hand(link, experiment, share(place), patience).work()
+    code = Hand(link, place, experiment, patience).work()
     if code is None:
         print(f"{who}: {link.who} has gone, and with it this place", file=sys.stderr)
     return AGAIN if code is None else code
@@ -241,9 +242,11 @@ def _connected(place: Place) -> Link | None:
 class Hand:
     """What a follower has in its hand: the link, and its worker, if it has been told to start one."""
 
-    def __init__(self, link: Link, experiment: Path, mine: Share, patience: list[float]) -> None:
-        self._link, self._experiment, self._share, self._patience = link, experiment, mine, patience
+    def __init__(self, link: Link, place: Place, experiment: Path, patience: list[float]) -> None:
+        self._link, self._experiment, self._share = link, experiment, share(place)
+        self._number, self._patience = place.process, patience
         self._worker: Worker | None = None
+        self._folder: Path | None = None  # of the run that it was last told to train
         self._selector = selectors.DefaultSelector()
         self._selector.register(link.socket, selectors.EVENT_READ, self._obey)
 
@@ -264,10 +267,11 @@ class Hand:
                 case {"start": variables}:
                     self._drop(seconds=0.0)
                     mine = Share(self._share.cores, (*self._share.environment, *variables.items()))
-                    self._worker = Worker(self._experiment, mine)
+                    self._worker, self._folder = Worker(self._experiment, mine), None
                     self._address = variables[distributed.VARIABLES[0]]
                     self._selector.register(self._worker.pipe, selectors.EVENT_READ, self._hear)
                 case {"task": task} if self._worker is not None:
+                    self._folder = files.path(task["runs"][0]["folder"])
                     self._worker.send(task)
                 case {"stop": True} if self._worker is not None:
                     self._worker.stop()
@@ -293,6 +297,8 @@ class Hand:
             self._worker.stop()
             try:
                 self._worker.wait(time.monotonic() + seconds)
+                if self._folder is not None and files.in_bucket(self._folder):  # what it couldn't any more
+                    sweep.add_to_log(self._folder, self._worker.printed(), self._number)
             finally:
                 self._worker.end()
             self._worker = None

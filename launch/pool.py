@@ -32,6 +32,10 @@ SECONDS_BETWEEN_REQUESTS = 10.0  # at those in a bucket
 SECONDS_OF_SILENCE = 300.0  # after which a worker is taken for dead; it speaks every ten
 
 
+class WorkersError(RuntimeError):
+    """Workers end before any run begins, again and again: something about their place, or the code."""
+
+
 def origin(run: Planned, shared: int) -> str:
     """What to say of where a run started from: it ends with `shared` steps of another's."""
     if shared:
@@ -312,7 +316,7 @@ class Pool:
         elif worker.state == "starting":
             self._stillborn += 1
             if self._stillborn >= TRIES:
-                raise RuntimeError(f"workers can't start: {cause}\n{worker.printed()}")
+                raise WorkersError(f"workers can't start: {cause}\n{worker.printed()}")
         worker.close()
 
     def _tries_left(self, run: Planned, cause: str) -> int:

@@ -124,6 +124,7 @@ class Ray:
     name, python = "ray_cluster", sys.executable
 
     def __init__(self, resources: str = "CPU=1", address: str = "auto", hosts: int = 1) -> None:
+        self._text = resources
         self._resources, self._slice = asked(resources)
         self._address, self._hosts = address, hosts
         self._tasks: dict[str, list[Any]] = {}  # of each place
@@ -171,10 +172,7 @@ class Ray:
         from ray.util.placement_group import placement_group
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy as On
 
-        names = {"num_cpus": "CPU", "num_gpus": "GPU"}
-        asked_for = {names[name]: count for name, count in self._resources.items() if name in names}
-        bundle = {name: n for name, n in (asked_for | self._resources["resources"]).items() if n}
-        group = placement_group([bundle] * self._hosts, strategy="STRICT_SPREAD")
+        group = placement_group([self._bundle] * self._hosts, strategy="STRICT_SPREAD")
         first = self._ray.remote(num_cpus=0, max_retries=0)(free_address)
         address = first.options(scheduling_strategy=On(group, 0)).remote()
         tasks = []
@@ -183,6 +181,13 @@ class Ray:
             there = place.options(scheduling_strategy=On(group, number))
             tasks.append(there.remote(*what, self._cores, known, address))
         return group, tasks
+
+    @property
+    def _bundle(self) -> dict[str, float]:
+        """What a task asks for, as nodes name it."""
+        names = {"num_cpus": "CPU", "num_gpus": "GPU"}
+        known = {names[name]: count for name, count in self._resources.items() if name in names}
+        return {name: n for name, n in (known | self._resources["resources"]).items() if n}
 
     @property
     def _cores(self) -> int:
@@ -211,7 +216,10 @@ class Ray:
             return str(error)
 
     def waits(self) -> str:
-        return ""
+        """What too few nodes have, while they have no more: Ray itself waits for it in silence."""
+        nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        fit = sum(all(node.get(name, 0) >= n for name, n in self._bundle.items()) for node in nodes)
+        return f"Ray: {fit} of {self._hosts} nodes have {self._text}" if fit < self._hosts else ""
 
 
 def asked(resources: str) -> tuple[dict[str, Any], int]:
@@ -244,7 +252,11 @@ def give_back(jobs: Sequence[str]) -> list[str]:
 def main() -> int:
     cluster = Ray(flags.FLAGS.resources, hosts=flags.FLAGS.hosts)
     engine.refuse_each(cluster.hosts)
-    return engine.carry_out(cluster)
+    code = engine.carry_out(cluster)
+    if flags.FLAGS.dry_run:
+        on = f" on each of {cluster.hosts} nodes" if cluster.hosts > 1 else ""
+        print(f"each asks Ray for {flags.FLAGS.resources}{on}")
+    return code
 
 
 if __name__ == "__main__":

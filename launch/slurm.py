@@ -11,6 +11,7 @@ is on a disk that all nodes see; what jobs print is in its slurm/.
 """
 
 import collections
+import re
 import shlex
 import subprocess
 import sys
@@ -117,7 +118,11 @@ def run(command: Sequence[str], text: str = "") -> str:
     except FileNotFoundError:
         raise UserError(f"no {command[0]} here: start this where Slurm's commands are") from None
     if done.returncode:
-        raise UserError(f"{command[0]}: {done.stderr.strip() or done.stdout.strip()}")
+        said = done.stderr.strip() or done.stdout.strip()
+        if re.search("fatal: .* configuration (source|file)", said):
+            raise UserError("no Slurm cluster here: no slurm.conf is found, which SLURM_CONF may name")
+        lines = (re.sub(f"^{command[0]}: (error: )?", "", line) for line in said.splitlines())
+        raise UserError(f"{command[0]}: {'; '.join(lines)}")
     return done.stdout
 
 

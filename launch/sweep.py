@@ -211,9 +211,14 @@ def forget_failure(folder: Path) -> None:
         (folder / FAILURE).unlink(missing_ok=True)
 
 
-def add_to_log(folder: Path, text: str, name: str = LOG) -> None:
+def log_name(process: int | None) -> str:
+    """What each of a run's processes has: log.txt, log.1.txt, log.2.txt ..."""
+    return LOG.replace(".", f".{process}.") if process else LOG
+
+
+def add_to_log(folder: Path, text: str, process: int | None = None) -> None:
     """Adds to the log of a run, as far as that can be done."""
-    place = folder / name
+    place = folder / log_name(process)
     with contextlib.suppress(OSError):
         if not files.in_bucket(folder):
             with place.open("a") as log:

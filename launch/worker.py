@@ -113,12 +113,11 @@ def logging_in(folders: Sequence[Path]) -> Iterator[None]:
     A bucket gets it in the end; until then it is where this process printed before, kept by its launcher.
     """
     number = distributed.number()
-    name = LOG.replace(".", f".{number}.") if number else LOG
     if files.in_bucket(folders[0]):
         os.ftruncate(1, 0)
         os.lseek(1, 0, os.SEEK_SET)
     else:
-        with (folders[0] / name).open("a") as log:
+        with (folders[0] / sweep.log_name(number)).open("a") as log:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
     for folder in folders[1:]:
@@ -137,7 +136,7 @@ def logging_in(folders: Sequence[Path]) -> Iterator[None]:
         if files.in_bucket(folders[0]):
             sys.stdout.flush()
             printed = os.pread(1, os.fstat(1).st_size, 0).decode(errors="replace")
-            sweep.add_to_log(folders[0], printed, name)
+            sweep.add_to_log(folders[0], printed, number)
             os.ftruncate(1, 0)
 
 

@@ -92,6 +92,7 @@ def hurry():
     """Whether the queue is empty; what was requeued isn't held back for the two minutes that Slurm takes."""
     for line in queue().splitlines():
         if line.endswith("BeginTime"):
+            time.sleep(2.0)  # in the second in which it ended it would be taken for the one that has ended
             job = f"JobId={line.split()[0]}"
             subprocess.run(["scontrol", "update", job, "StartTime=now"], check=False)
     return not queue()
@@ -185,6 +186,7 @@ def cluster(monkeypatch):
 def test_a_ray_sweep_survives_a_killed_worker_and_a_killed_raylet_and_nodes_train_together(cluster, tmp_path):
     nodes, add_node = cluster
     folder = tmp_path / "sweep"
+    assert [what_is_waited_for(hosts) for hosts in (2, 3)] == ["", "Ray: 2 of 3 nodes have CPU=1"]
     launcher = subprocess.Popen(command("ray_cluster", "twelve", folder), stdout=subprocess.PIPE, text=True)
     wait_for(lambda: training(folder))
     os.kill(training(folder)[0][0], signal.SIGKILL)
@@ -195,6 +197,12 @@ def test_a_ray_sweep_survives_a_killed_worker_and_a_killed_raylet_and_nodes_trai
     assert launcher.returncode == 0, out
     assert_undisturbed("twelve", folder, tmp_path, cores=1)
     assert_trained_together(tmp_path / "pair", tmp_path)
+
+
+def what_is_waited_for(hosts):
+    asks = f"from launch.ray_cluster import Ray; print(Ray('CPU=1', hosts={hosts}).waits())"
+    said = subprocess.run([sys.executable, "-c", asks], check=True, capture_output=True, text=True).stdout
+    return said.strip()
 
 
 def assert_trained_together(folder, tmp_path):

@@ -14,6 +14,7 @@ from absl import flags
 from test_local import BITS, plan_of, wait_for
 
 from launch import engine, jobs, local, ray_cluster, retry, slurm, status, stop, sweep
+from launch.pool import WorkersError
 from llm_jax import claims, config, files
 from llm_jax.config import UserError
 from llm_jax.store import store
@@ -99,6 +100,19 @@ def test_where_no_place_gets_to_a_run_the_launch_ends_with_what_one_printed(bits
     with pytest.raises(RuntimeError, match=r"workers get no run on\nno room in job"):
         crew.train(runs, 2, lambda: None)
     assert places.stopped == [[]]
+
+
+def test_a_launch_without_workers_that_work_ends_with_what_one_printed(capsys):
+    def launch():
+        raise WorkersError("local: workers get no run on\nno room")
+
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    try:
+        assert engine.stoppable("local", launch) == 1
+    finally:
+        for number, handler in zip((signal.SIGTERM, signal.SIGINT), before, strict=True):
+            signal.signal(number, handler)
+    assert capsys.readouterr().err == "error: local: workers get no run on\nno room\n"
 
 
 def test_places_that_die_with_a_run_are_not_filled_for_ever(bits, tmp_path):
@@ -274,6 +288,29 @@ def test_a_job_out_of_time_is_queued_again_and_a_cancelled_one_is_not(asked, cod
     job.send_signal(asked)
     assert job.wait() == code
     assert (tmp_path / "asked").exists() == again
+
+
+@pytest.mark.parametrize(
+    ("prints", "told"),
+    [
+        (
+            "sbatch: error: no partition x\nsbatch: error: no job",
+            "sbatch: no partition x; no job",
+        ),
+        (
+            "sbatch: error: resolve_ctls_from_dns_srv: res_nsearch error: Unknown host\n"
+            "sbatch: fatal: Could not establish a configuration source",
+            "no Slurm cluster here: no slurm.conf is found, which SLURM_CONF may name",
+        ),
+    ],
+)
+def test_what_slurm_refuses_is_told_in_a_line(prints, told, tmp_path, monkeypatch):
+    (tmp_path / "sbatch").write_text(f"#!/bin/sh\ncat >&2 <<'END'\n{prints}\nEND\nexit 1\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    with pytest.raises(UserError) as error:
+        slurm.run(["sbatch"])
+    assert str(error.value) == told
 
 
 def test_a_job_killed_for_its_memory_is_queued_again_a_few_times(tmp_path):

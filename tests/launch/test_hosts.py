@@ -1,6 +1,7 @@
 """Several hosts as one place: here all on this machine, each with one device, joined by gloo."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import types
+import uuid
 from pathlib import Path
 
 import hasty
@@ -20,7 +22,7 @@ from test_local import launched, wait_for, where_workers_find_things  # noqa: F4
 
 from launch import engine, hosts, jobset, slurm, tpu
 from launch.processes import Share
-from llm_jax import config, distributed, records
+from llm_jax import config, distributed, files, records
 from llm_jax.config import UserError
 from llm_jax.distributed import Place, variables
 from llm_jax.train import train
@@ -111,6 +113,15 @@ def test_a_host_whose_first_never_comes_has_failed(monkeypatch, capsys):
     assert capsys.readouterr().err == f"host 1 of 2: nobody at {place.coordinator}, which is host 0's\n"
 
 
+def test_a_host_whose_first_goes_comes_again(monkeypatch, capsys):
+    monkeypatch.setattr(hosts.signal, "signal", lambda *_: None)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        place = Place(f"127.0.0.1:{server.getsockname()[1]}", 2, 1)
+        threading.Thread(target=lambda: server.accept()[0].close()).start()
+        assert hosts.follow(place, SWEEP) == AGAIN
+    assert capsys.readouterr().err == "host 1 of 2: host 0 has gone, and with it this place\n"
+
+
 def test_the_first_host_ends_where_another_never_comes_or_goes(monkeypatch, capsys):
     monkeypatch.setattr(hosts, "SECONDS_TO_COME", 5.0)
     place = Place(f"127.0.0.1:{distributed.address().rpartition(':')[2]}", 3, 0)
@@ -174,6 +185,29 @@ def test_a_launch_that_is_stopped_waits_for_no_host():
     place = Place(f"127.0.0.1:{distributed.address().rpartition(':')[2]}", 2, 0)
     with pytest.raises(KeyboardInterrupt), hosts.leading(place, lambda: True) as others:
         others.begin()
+
+
+def test_what_the_worker_of_another_host_printed_is_in_the_bucket_where_it_is_killed(
+    bucket, tmp_path, monkeypatch
+):
+    script = tmp_path / "python"
+    script.write_text("#!/bin/sh\nread task\necho about to die\nkill -9 $$\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    place, folder = Place("h:1", 2, 1), files.path(bucket, uuid.uuid4().hex)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        link = hosts.Link(socket.create_connection(server.getsockname()), "host 0")
+        leader = hosts.Link(server.accept()[0], "host 1")
+    hand, ended = hosts.Hand(link, place, SWEEP, [math.inf]), []
+    thread = threading.Thread(target=lambda: ended.append(hand.work()))
+    thread.start()
+    leader.say(start=variables(place))
+    leader.say(task={"runs": [{"folder": str(folder)}]})
+    cause = "its worker was killed by SIGKILL (out of memory?) (about to die)"
+    assert list(leader.messages()) == [{"died": cause, "of": "h:1"}]
+    leader.say(end=3)
+    thread.join()
+    assert ended == [3] and (folder / "log.1.txt").read_text() == "about to die"
 
 
 def test_a_taken_port_is_named():
