@@ -39,8 +39,8 @@ smoke: $(STAMP)  ## every experiment at its smoke scale, anew, $(JOBS) at once
 coverage: $(STAMP)  ## how often 90% intervals hold the truth, 200 sets of every kind (minutes)
 	PYTHONPATH=tests/scaling $(BIN)/python tests/scaling/interval_coverage.py 200
 
-faults: $(STAMP)  ## sweeps under KILLS=100 kills at random moments: nothing lost, nothing changed (half an hour)
-	$(BIN)/python tests/launch/faults.py --kills=$(or $(KILLS),100)
+faults: $(STAMP)  ## sweeps under KILLS=100 kills at random moments, on a disk or (BUCKET=1) in a bucket (minutes)
+	$(BIN)/python tests/launch/faults.py --kills=$(or $(KILLS),100) $(if $(BUCKET),--bucket)
 
 lint: $(STAMP)  ## style: ruff's rules and its format
 	$(BIN)/ruff check .

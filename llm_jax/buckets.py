@@ -79,7 +79,8 @@ class BucketPath(PosixGPath):
         return self._listed("directory")
 
     def glob(self, pattern: str) -> Iterator["BucketPath"]:
-        """Of names in this folder."""
+        """Of names in this folder alone."""
+        assert "/" not in pattern and "**" not in pattern, f"{pattern}: `objects` has what is further down"
         try:
             return iter([path for path in self.iterdir() if fnmatch.fnmatchcase(path.name, pattern)])
         except FileNotFoundError:

@@ -1,6 +1,7 @@
 """A campaign of kills at random moments, over sweeps with trunks, branches and packs.
 
     python tests/launch/faults.py --kills=100
+    python tests/launch/faults.py --kills=100 --bucket     (of an emulator; undisturbed, they are on a disk)
 
 Workers and launchers get SIGKILL while they start, train, save and end; the same command continues. In every
 other pair of sweeps two launchers work at once. Then every run must have ended once, have had one owner at a
@@ -28,9 +29,11 @@ import time
 
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(HERE.parent)]
 
-from llm_jax import claims, config, records  # noqa: E402
+from emulator import emulated  # noqa: E402
+
+from llm_jax import buckets, claims, config, files, records  # noqa: E402
 from llm_jax.schedules import WSD  # noqa: E402
 
 bits, _ = config.load_experiment(str(HERE / "bits.py"))
@@ -54,10 +57,24 @@ def sweep(base):
     ]
 
 
-def launch(folder, packing, workers=2):
+def launch(folder, logs, packing, workers=2):
     command = [sys.executable, "-m", "launch.local", f"--config={__file__}", f"--folder={folder}", packing]
-    with (folder.parent / f"{folder.name}.txt").open("a") as log:
+    with (logs / f"{folder.name}.txt").open("a") as log:
         return subprocess.Popen([*command, f"--workers={workers}"], cwd=ROOT, stdout=log, stderr=log)
+
+
+def inside(folder):
+    """All files below a folder."""
+    if files.in_bucket(folder):
+        return [folder / name for name in folder.objects()]
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def written(path):
+    """When a file was, in seconds since 1970."""
+    if files.in_bucket(path):
+        return buckets._store().info(str(path))["mtime"].timestamp()
+    return path.stat().st_mtime
 
 
 def children(pid):
@@ -70,14 +87,15 @@ def children(pid):
 
 def doing(folder, pid):
     """What a worker is at, by the files of its run."""
-    for place in (path.parent for path in folder.glob("*/claims")):
+    for place in files.folders(folder):
         owner, parts = claims.owner(place), sorted((place / "metrics").glob("*.jsonl"))
         if owner.get("pid") == pid and "ended" not in owner:
             if owner.get("from") is None or not parts or len(parts[-1].read_bytes().splitlines()) < 2:
                 return "starting"
             with contextlib.suppress(FileNotFoundError):  # renamed or removed meanwhile
                 for save in (place / "checkpoints").glob("[0-9]*"):
-                    own = save.stat().st_mtime > owner["begun"]  # and not left by who was killed before
+                    latest = max(map(written, inside(save)), default=0.0)
+                    own = latest > owner["begun"]  # and not left by who was killed before
                     if own and not save.with_suffix(".json").exists():
                         return "saving"
             return "training"
@@ -103,7 +121,7 @@ def kill(folder, launchers, rng, whom):
         return f"worker, {at[pid]}" if right else None
 
 
-def disturbed(folder, rng, kills, packing, together):
+def disturbed(folder, logs, rng, kills, packing, together):
     """Launches until all is complete, with so many `kills` on the way; what was killed.
 
     together: how many launchers work at once. Most of a worker's time is its start, and saves are short, so
@@ -111,7 +129,8 @@ def disturbed(folder, rng, kills, packing, together):
     """
     killed = collections.Counter()
     for _ in range(LAUNCHES):
-        launchers, whom = [launch(folder, packing, workers=2 // together) for _ in range(together)], ""
+        launchers = [launch(folder, logs, packing, workers=2 // together) for _ in range(together)]
+        whom = ""
         while sum(killed.values()) < kills:
             if not (living := [one for one in launchers if one.poll() is None]):
                 break
@@ -131,14 +150,14 @@ def disturbed(folder, rng, kills, packing, together):
 def alone_at_it(run):
     """Raises AssertionError if the run had two owners at once."""
     made = [json.loads(path.read_text())["begun"] for path in (run / "claims").glob("[0-9]????")]
-    spans = []
-    for part in (run / "metrics").glob("*.jsonl"):
+    spans, last = [], 0.0
+    for part in sorted((run / "metrics").glob("*.jsonl")):
         head, whole, _ = part.read_text().partition("\n")
-        if whole:
-            spans.append((json.loads(head)["time"], part.stat().st_mtime))
+        if whole:  # a start's first part has its time, the others follow it
+            first, last = json.loads(head).get("time", last), written(part)
+            spans.append((first, last))
     for manifest in (run / "checkpoints").glob("[0-9]*.json"):
-        files = [path.stat().st_mtime for path in manifest.with_suffix("").rglob("*") if path.is_file()]
-        spans.append((min(files), manifest.stat().st_mtime))
+        spans.append((min(map(written, inside(manifest.with_suffix("")))), written(manifest)))
     for first, last in spans:
         others = [begun for begun in made if first < begun <= last]
         assert not others, f"{run} had two owners at once, at {others} since 1970"
@@ -154,22 +173,25 @@ def check(folder, alone, tolerance):
         assert len(ours) == len(theirs) and abs(ours - theirs).max() <= tolerance, f"{run}: another result"
         assert abs(found["train_loss"] - wanted["train_loss"]) <= tolerance, f"{run}: another result"
         alone_at_it(run)
-        ended = (run / "result.json").stat().st_mtime
+        ended = written(run / "result.json")
         assert all(start["time"] <= ended for start in records.starts(run)), f"{run} was trained twice"
 
 
-def campaign(kills, folder, seed=0):
-    """Sweeps until `kills` processes have been killed; how many of what, and in how many sweeps."""
+def campaign(kills, folder, seed=0, bucket=None):
+    """Sweeps until `kills` processes have been killed; how many of what, and in how many sweeps.
+
+    bucket: where disturbed sweeps are, if not in `folder`, in which the others and all logs are.
+    """
     rng, total, sweeps, alone = random.Random(seed), collections.Counter(), 0, set()
     ways = [(*pack, together) for together in (1, 2) for pack in (("--pack=off", 0.0), ("--pack=4", 1e-5))]
     folder.mkdir(exist_ok=True)
     while (left := kills - sum(total.values())) > 0:
         packing, tolerance, together = ways[sweeps % len(ways)]
-        place, undisturbed = folder / f"sweep-{sweeps}", folder / f"alone{packing}"
+        place, undisturbed = files.path(bucket or folder, f"sweep-{sweeps}"), folder / f"alone{packing}"
         if packing not in alone:
-            assert launch(undisturbed, packing).wait() == 0, f"see {undisturbed}.txt"
+            assert launch(undisturbed, folder, packing).wait() == 0, f"see {undisturbed}.txt"
             alone.add(packing)
-        total += disturbed(place, rng, min(left, MOST_KILLS), packing, together)
+        total += disturbed(place, folder, rng, min(left, MOST_KILLS), packing, together)
         check(place, undisturbed, tolerance)
         sweeps += 1
         print(f"{sum(total.values())} kills in {sweeps} sweeps: {dict(sorted(total.items()))}", flush=True)
@@ -180,7 +202,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--bucket", action="store_true")
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        total, sweeps = campaign(given.kills, pathlib.Path(folder), given.seed)
+    somewhere = emulated() if given.bucket else contextlib.nullcontext()
+    with tempfile.TemporaryDirectory() as folder, somewhere as bucket:
+        total, sweeps = campaign(given.kills, pathlib.Path(folder), given.seed, bucket)
     print(f"{2 * SEEDS * sweeps} runs: none lost, none trained twice, all as undisturbed")

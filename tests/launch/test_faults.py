@@ -2,6 +2,7 @@
 
 import os
 import time
+import uuid
 
 import faults
 import pytest
@@ -9,11 +10,21 @@ import pytest
 from llm_jax.records import Record
 
 
-@pytest.mark.slow
-def test_ten_kills_at_random_moments_lose_no_run_and_change_no_result(tmp_path, monkeypatch):
+@pytest.fixture(autouse=True)
+def one_compilation_cache(monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(faults.ROOT / ".cache" / "xla"))
+
+
+@pytest.mark.slow
+def test_ten_kills_at_random_moments_lose_no_run_and_change_no_result(tmp_path):
     killed, sweeps = faults.campaign(10, tmp_path)
     assert sum(killed.values()) == 10 and sweeps >= 1
+
+
+@pytest.mark.slow
+def test_kills_change_no_result_of_a_sweep_in_a_bucket_from_that_on_a_disk(bucket, tmp_path):
+    killed, sweeps = faults.campaign(5, tmp_path, seed=1, bucket=f"{bucket}/{uuid.uuid4().hex}")
+    assert sum(killed.values()) == 5 and sweeps >= 1
 
 
 def test_the_campaign_sees_an_owner_that_writes_on_after_the_next_one_has_claimed_its_run(tmp_path):
