@@ -133,6 +133,8 @@ def define_flags(places: str) -> None:
 def folder_of(experiment: Chosen) -> Path:
     """Where the runs go; raises UserError for the folder of a single run."""
     folder = records.chosen_folder(flags.FLAGS.folder, sweep.folder_of(experiment))
+    if not files.in_bucket(folder) and folder.exists() and not folder.is_dir():
+        raise UserError(f"--folder={folder} is a file; name a folder")
     with contextlib.suppress(*_unseen()):
         if (folder / "config.json").exists():
             raise UserError(f"{folder} is the folder of a single run; name another by --folder")

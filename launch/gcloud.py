@@ -49,8 +49,11 @@ def family_of(accelerator: str) -> Family:
         return family
     if name == "v5e":
         accelerator = f"v5litepod-{size}"
-    near = nearest(accelerator, [kind for kind in types if not family or kind.startswith(f"{name}-")])
-    raise UserError(f"--accelerator={name}{dash}{size}: no type of slice that gcloud knows; {near}")
+    known = nearest(accelerator, types)
+    if family:
+        cubes = f", and others that {family.counts * 64} divides" * bool(family.most)
+        known = f"of {name} there are {', '.join(map(str, sizes[name]))}{cubes}"
+    raise UserError(f"--accelerator={name}{dash}{size}: no type of slice that gcloud knows; {known}")
 
 
 # ---- what it says ----

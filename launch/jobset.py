@@ -27,14 +27,21 @@ from absl import flags
 from launch import engine
 from llm_jax import config, files
 from llm_jax.config import UserError
+from llm_jax.kernels.slices import GENERATIONS
 from llm_jax.values import AGAIN, nearest
 
 SECONDS_TO_SAVE = 120
 STOPPED = 143  # by SIGTERM
-KNOWN = (  # cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus
-    *("tpu-v3-device", "tpu-v3-slice", "tpu-v4-podslice", "tpu-v5-lite-device", "tpu-v5-lite-podslice"),
-    *("tpu-v5p-slice", "tpu-v6e-slice", "tpu7x"),
-)
+KNOWN = {  # by generation: cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus
+    "tpu-v3-device": "v3",
+    "tpu-v3-slice": "v3",
+    "tpu-v4-podslice": "v4",
+    "tpu-v5-lite-device": "v5e",
+    "tpu-v5-lite-podslice": "v5e",
+    "tpu-v5p-slice": "v5p",
+    "tpu-v6e-slice": "v6e",
+    "tpu7x": "tpu7x",
+}
 EIGHT_CHIPS = ("tpu-v5-lite-podslice", "tpu-v5-lite-device", "tpu-v6e-slice")  # one host may have
 RESTARTS = 20  # of each host, besides those that the cluster's own doings cost
 POOL = "cloud.google.com/gke-nodepool"  # a slice of several hosts is a pool of nodes
@@ -44,8 +51,13 @@ def hosts_of(accelerator: str, topology: str, chips: int | None) -> tuple[int, i
     """(hosts of a slice, chips of each); chips: of each, where the user says so. Raises UserError."""
     if accelerator not in KNOWN:
         raise UserError(f"--accelerator={accelerator}: GKE has no such TPUs; {nearest(accelerator, KNOWN)}")
-    if not re.fullmatch(r"\d+(x\d+)+", topology) or not (total := math.prod(map(int, topology.split("x")))):
-        raise UserError(f"--topology={topology}: the chips of a slice along each of its sides, such as 2x4")
+    shapes = GENERATIONS[KNOWN[accelerator]].shapes
+    sides = [int(side) if side.isdecimal() else 0 for side in topology.split("x")]
+    cubes = shapes[0].count("x") == 2
+    if topology not in shapes and not (cubes and len(sides) == 3 and all(n and n % 4 == 0 for n in sides)):
+        others = ", and others whose three sides 4 divides" * cubes
+        raise UserError(f"--topology={topology}: of {accelerator} there are {', '.join(shapes)}{others}")
+    total = math.prod(sides)
     most = 8 if accelerator in EIGHT_CHIPS else 4
     each = chips or (total if total <= most else 4)
     if each > most or total % each:
@@ -116,6 +128,8 @@ def main() -> None:
     experiment, values = config.chosen(), flags.FLAGS
     if values.dry_run:
         raise UserError("--dry_run: launch.jobset asks for nothing, it only writes what kubectl is given")
+    if not values.image:
+        raise UserError("of which container image? --image=REGISTRY/NAME, with this code in it")
     folder = engine.folder_of(experiment).absolute()
     if bool(values.claim) == files.in_bucket(folder):
         raise UserError(
@@ -135,10 +149,11 @@ def main() -> None:
 
 if __name__ == "__main__":
     engine.define_flags("JobSets, each with a slice")
-    flags.DEFINE_string("image", None, "a container image with this code in it", required=True)
+    flags.DEFINE_string("image", None, "a container image with this code in it")
     flags.DEFINE_string("claim", None, "the PersistentVolumeClaim of the runs' disk, if they lie on one")
     flags.DEFINE_string("accelerator", "tpu-v5-lite-podslice", "cloud.google.com/gke-tpu-accelerator")
     flags.DEFINE_string("topology", "2x4", "cloud.google.com/gke-tpu-topology")
-    flags.DEFINE_integer("chips", None, "of each host; else all of a slice, or 4 where it has several hosts")
+    each = "of each host; else all of a slice, or 4 where it has several hosts"
+    flags.DEFINE_integer("chips", None, each, lower_bound=1)
     flags.DEFINE_integer("slices", 1, "of each worker", lower_bound=1)
     config.run_main(main)

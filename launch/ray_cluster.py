@@ -34,7 +34,7 @@ from llm_jax import config
 from llm_jax.config import UserError
 from llm_jax.distributed import Place, variables
 
-SECONDS_TO_STOP = 150.0
+SECONDS_TO_STOP, SECONDS_TO_CONNECT = 150.0, 5.0
 
 
 def work(
@@ -100,6 +100,18 @@ def own_cores(count: int, open_files: contextlib.ExitStack) -> set[int]:
     return mine if count and len(mine) == count else everything
 
 
+def check_reachable(address: str) -> None:
+    """Raises UserError where nobody is at HOST:PORT: Ray itself would wait for minutes."""
+    if found := re.fullmatch(r"([^/]+):(\d+)", address):
+        try:
+            socket.create_connection((found[1], int(found[2])), timeout=SECONDS_TO_CONNECT).close()
+        except OSError as error:
+            raise UserError(
+                f"no Ray cluster answers at {address} ({error.strerror or error}): ray stop and ray start "
+                "--head, or name another one by RAY_ADDRESS"
+            ) from None
+
+
 def free_address() -> str:
     """HOST:PORT of this node, for the tasks of one place to meet at."""
     import ray
@@ -142,8 +154,11 @@ class Ray:
         """Ray, joined to the cluster; raises UserError where there is none."""
         try:
             import ray
+            from ray._private.utils import read_ray_address  # no public way to ask without joining
         except ImportError:
             raise UserError("Ray isn't installed: pip install -e '.[ray]'") from None
+        address = self._address if self._address != "auto" else os.environ.get("RAY_ADDRESS", "auto")
+        check_reachable(address if address != "auto" else read_ray_address() or "")
         terminate = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(address=self._address, log_to_driver=False, logging_level="ERROR")
@@ -151,6 +166,10 @@ class Ray:
             raise UserError("no Ray cluster here: ray start --head, or name one by RAY_ADDRESS") from None
         signal.signal(signal.SIGTERM, terminate)  # not Ray's, which just exits
         return ray
+
+    def join(self) -> None:
+        """Raises UserError where there is no cluster; else the first that needs it does."""
+        assert self._ray
 
     def start(self, command: Sequence[str]) -> str:
         # Whether to ask again is the crew's to say, for all engines alike.
@@ -234,7 +253,9 @@ def asked(resources: str) -> tuple[dict[str, Any], int]:
         try:
             number = float(count)
         except ValueError:
-            raise UserError(f"--resources={resources}: NAME=NUMBER, such as CPU=2,TPU=4") from None
+            number = -1.0
+        if not number >= 0:
+            raise UserError(f"--resources={resources}: NAME=NUMBER, such as CPU=2,TPU=4")
         if head := re.fullmatch("TPU-(.+)-head", name):
             hosts = hosts_of(f"--resources={resources}", head[1])
         if name in ("CPU", "GPU"):
@@ -252,6 +273,8 @@ def give_back(jobs: Sequence[str]) -> list[str]:
 def main() -> int:
     cluster = Ray(flags.FLAGS.resources, hosts=flags.FLAGS.hosts)
     engine.refuse_each(cluster.hosts)
+    if not flags.FLAGS.dry_run:
+        cluster.join()
     code = engine.carry_out(cluster)
     if flags.FLAGS.dry_run:
         on = f" on each of {cluster.hosts} nodes" if cluster.hosts > 1 else ""

@@ -86,6 +86,14 @@ class Slurm:
             *(f"--output={self._folder}/slurm/%A_%a.txt", *self._options),
         ]
 
+    def check(self) -> None:
+        """Raises UserError for what Slurm would refuse, or keep waiting for ever; nothing is queued."""
+        try:
+            run([*self.line(1), "--test-only"], self.script(["true"]))
+        except UserError as error:
+            if not re.search("busy|down|drained|reserved", str(error)):  # these pass
+                raise
+
     def script(self, command: Sequence[str]) -> str:
         many = self._hosts > 1
         return SCRIPT.format(
@@ -138,6 +146,20 @@ def _depth(item: Planned) -> int:
     return 0 if item.trunk is None or item.ready else 1 + _depth(item.trunk)
 
 
+def options(text: str) -> list[str]:
+    """Those for sbatch that a user has given; raises UserError for what is the launcher's to say."""
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise UserError(
+            f"--sbatch={text}: {error}; options as in a shell, --sbatch='--time=4:00:00'"
+        ) from None
+    for word in words:
+        if re.match("--(array|nodes|dependency)|-[aNd]", word):
+            raise UserError(f"--sbatch={text}: --workers says how many jobs, --hosts of how many nodes each")
+    return words
+
+
 def give_back(jobs: Sequence[str]) -> list[str]:
     """For `launch.stop`: cancels what waits."""
     Slurm(Path()).stop(jobs)
@@ -150,11 +172,13 @@ def main() -> int:
     engine.refuse_each(flags.FLAGS.hosts)
     if files.in_bucket(folder):
         raise UserError(f"--folder={folder}: Slurm's jobs write on a disk that nodes share; name one there")
+    hosts = flags.FLAGS.hosts
+    slurm, jobs = Slurm(folder, options(flags.FLAGS.sbatch), hosts), []
+    if not flags.FLAGS.dry_run:
+        slurm.check()
     plan = engine.planned(experiment, folder)
     if not flags.FLAGS.dry_run:
         files.each(Planned.forget_failure, plan.runs, folder)
-    hosts = flags.FLAGS.hosts
-    slurm, jobs = Slurm(folder, shlex.split(flags.FLAGS.sbatch), hosts), []
     width = packs.width_of(flags.FLAGS.pack) if hosts == 1 else 1
     arrays = [(n, True) for n in waves(plan, width, flags.FLAGS.workers)]
     for places, joins in [*arrays, (1, False)]:

@@ -296,6 +296,8 @@ def main() -> int:
     experiment, values = config.chosen(), flags.FLAGS
     folder = engine.folder_of(experiment)
     runtime = gcloud.family_of(values.accelerator).runtime
+    if not values.zone:
+        raise UserError("in which zone? --zone=us-west4-a, say")
     if not values.mount and not files.in_bucket(folder):
         raise UserError(
             f"--folder={folder} is on this machine's disk, which slices don't see: name a bucket, gs://..., "
@@ -330,7 +332,7 @@ if __name__ == "__main__":
     engine.define_flags("slices at once")
     flags.DEFINE_string("accelerator", "v5litepod-8", "the type of a slice")
     flags.DEFINE_string("runtime", None, "its runtime version; what Google names for JAX if not given")
-    flags.DEFINE_string("zone", None, "where", required=True)
+    flags.DEFINE_string("zone", None, "where")
     flags.DEFINE_string("project", "", "whose; gcloud's own if not given")
     flags.DEFINE_bool("spot", False, "slices that may be taken back, for less money")
     flags.DEFINE_string("mount", "", "a command that brings the folder's disk to a slice")

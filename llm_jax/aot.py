@@ -230,7 +230,7 @@ if __name__ == "__main__":
     flags.DEFINE_string(
         "topology", None, "the slice, by generation and shape of its chips: v5e:4x4, v5p:4x8x8"
     )
-    flags.DEFINE_integer("slices", 1, "how many such slices, over the data centre's network")
+    flags.DEFINE_integer("slices", 1, "how many such slices, over the data centre's network", lower_bound=1)
     flags.DEFINE_bool("json", False, "one JSON object instead of lines")
     flags.DEFINE_bool("search", False, "try batches, remat and meshes, and give the best that fits")
     config.run_main(main)

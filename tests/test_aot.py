@@ -105,8 +105,10 @@ def test_of_a_combined_exchange_that_is_only_started_all_results_count_and_no_op
 
 
 def test_unknown_slices_and_a_missing_libtpu_are_one_line(monkeypatch):
-    with pytest.raises(UserError, match=r"no TPU slice 'v5e:4x5'; .*v5e:4x"):
+    with pytest.raises(UserError, match=r"no TPU slice 'v5e:4x5'; of v5e there are 1x1, 2x2, 2x4, 4x4"):
         slices.describe("v5e:4x5")
+    with pytest.raises(UserError, match=r"such as v5e:4x4, of v2, v3, v4, v5e"):
+        slices.describe("v5litepod-16")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'jax\[tpu\]"):
         slices.describe("v5e:4x4")

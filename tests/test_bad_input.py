@@ -347,7 +347,7 @@ def test_a_dry_run_needs_no_bucket_and_says_what_it_has_not_seen(command, monkey
     assert code == 0, err
     assert "127.0.0.1:9 can't be reached (Connection refused); planned as if nothing were there" in out
     assert "-m launch.local" in out and "--folder=gs://bucket/runs" in out
-    assert "can't be reached" in refusal(*command(*sweep))
+    assert "can't be reached" in refusal(*command("launch.local", *sweep[1:]))
 
 
 def test_a_sweep_is_not_planned_inside_a_run(trained, command):

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import jax
 
 from llm_jax.config import UserError
-from llm_jax.values import nearest
 
 _SQUARE = ("2x2", "4x4", "4x8", "8x8", "8x16")
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
@@ -58,7 +57,10 @@ def describe(name: str, slices: int = 1) -> list[jax.Device]:
     In a process that has used no device yet. Raises UserError for unknown names and without libtpu.
     """
     if name not in NAMES:
-        raise UserError(f"no TPU slice {name!r}; {nearest(name, NAMES)}")
+        kind = name.partition(":")[0]
+        known = f"of {kind} there are {', '.join(GENERATIONS[kind].shapes)}" if kind in GENERATIONS else ""
+        kinds = f"a generation and the shape of its chips, such as v5e:4x4, of {', '.join(GENERATIONS)}"
+        raise UserError(f"no TPU slice {name!r}; {known or kinds}")
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("libtpu compiles for TPUs and isn't installed: pip install 'jax[tpu]>=0.10.2,<0.13'")
     from jax.experimental import topologies

@@ -101,6 +101,10 @@ def hurry():
 @pytest.mark.slow
 def test_slurm_trains_branches_after_trunks_and_what_is_requeued_goes_on(slurm, tmp_path):
     folder = tmp_path / "sweep"
+    too_much = command("slurm", "branches", folder, "--sbatch=--cpus-per-task=64")
+    refused = subprocess.run(too_much, capture_output=True, text=True)
+    assert refused.returncode == 2 and "node configuration is not available" in refused.stderr
+    assert not folder.exists()
     subprocess.run(command("slurm", "branches", folder), check=True, capture_output=True)
     assert queue().count("PENDING") >= 2, "the branches' array and the last job wait for the trunks' array"
     wait_for(lambda: training(folder))

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import time
 import types
@@ -288,6 +289,29 @@ def test_a_job_out_of_time_is_queued_again_and_a_cancelled_one_is_not(asked, cod
     job.send_signal(asked)
     assert job.wait() == code
     assert (tmp_path / "asked").exists() == again
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("'--time", "No closing quotation"),
+        ("--array=0-3", "--workers says how many jobs"),
+        ("--time=1:00 -N2", "--hosts of how many nodes each"),
+    ],
+)
+def test_options_of_sbatch_that_are_the_launcher_s_are_refused(given, told):
+    with pytest.raises(UserError, match=f"--sbatch={re.escape(given)}: .*{told}"):
+        slurm.options(given)
+    assert slurm.options("--time=4:00:00 --partition=gpu") == ["--time=4:00:00", "--partition=gpu"]
+
+
+def test_a_ray_cluster_that_has_gone_is_missed_at_once():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        there = f"127.0.0.1:{server.getsockname()[1]}"
+        ray_cluster.check_reachable(there)
+    with pytest.raises(UserError, match=rf"no Ray cluster answers at {there} \(.*\): ray stop and ray start"):
+        ray_cluster.check_reachable(there)
+    ray_cluster.check_reachable("ray://there:10001")  # by Ray's own client, which says so itself
 
 
 @pytest.mark.parametrize(

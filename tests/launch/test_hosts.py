@@ -321,6 +321,7 @@ def test_the_manifest_has_fields_that_the_definition_of_jobsets_has_and_no_other
         (V5E, "16x16", None, (64, 4)),
         ("tpu-v4-podslice", "2x2x1", None, (1, 4)),
         ("tpu-v4-podslice", "2x2x2", None, (2, 4)),
+        ("tpu-v5p-slice", "4x4x12", None, (48, 4)),
     ],
 )
 def test_hosts_of_a_topology(kind, topology, chips, hosts):
@@ -329,7 +330,10 @@ def test_hosts_of_a_topology(kind, topology, chips, hosts):
 
 @pytest.mark.parametrize(
     ("kind", "topology", "chips"),
-    [(V5E, "3x5", None), (V5E, "4x4", 16), ("tpu-v4-podslice", "2x2x2", 8), (V5E, "eight", 8)],
+    [
+        *((V5E, "3x5", None), (V5E, "4x4", 16), (V5E, "4x4x4", None), (V5E, "eight", 8)),
+        *(("tpu-v4-podslice", "2x2x2", 8), ("tpu-v5p-slice", "4x4", None), ("tpu-v5p-slice", "4x4x0", None)),
+    ],
 )
 def test_what_no_slice_is_gets_no_manifest(kind, topology, chips):
     with pytest.raises(UserError, match=f"--topology={topology}"):

@@ -271,8 +271,10 @@ def test_types_of_slices_are_known_or_refused_with_the_nearest():
     runtimes = {"v5litepod-8": "v2-alpha-tpuv5-lite", "v5p-8": "v2-alpha-tpuv5", "v6e-8": "v2-alpha-tpuv6e"}
     runtimes |= dict.fromkeys(("v2-8", "v3-2048", "v4-1536"), "tpu-ubuntu2204-base")
     assert {kind: gcloud.family_of(kind).runtime for kind in runtimes} == runtimes
-    for wrong, near in {"v9-8": "v4-8", "v5litepod-7": "v5litepod-8", "v5e-16": "v5litepod-16"}.items():
-        with pytest.raises(UserError, match=f"--accelerator={wrong}: .*did you mean '{near}'"):
+    known = {"v9-8": "did you mean 'v4-8'", "v5e-16": "did you mean 'v5litepod-16'"}
+    known |= {"v5litepod-7": "of v5litepod there are 1, 4, 8, 16,", "v5p-12": "and others that 128 divides"}
+    for wrong, told in known.items():
+        with pytest.raises(UserError, match=f"--accelerator={wrong}: .*{told}"):
             gcloud.family_of(wrong)
 
 
