@@ -71,7 +71,7 @@ class Crew:
         before()
         said = 0.0
         try:
-            while left := [run for run, over in zip(missing, self._over(missing), strict=True) if not over]:
+            while left := files.those(lambda run: not (run.complete or run.failure), missing, self._folder):
                 if (self._folder / STOP).exists():
                     raise KeyboardInterrupt
                 self._look(left)
@@ -86,9 +86,6 @@ class Crew:
         finally:
             self._engine.stop(self._engine.living(self._jobs))
         return {run: run.failure for run in missing if run.failure}
-
-    def _over(self, runs: Sequence[Planned]) -> list[bool]:
-        return files.each(lambda run: run.complete or bool(run.failure), runs, self._folder)
 
     def _look(self, left: Sequence[Planned]) -> None:
         living = self._engine.living(self._jobs)

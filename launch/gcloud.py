@@ -56,6 +56,15 @@ def family_of(accelerator: str) -> Family:
     raise UserError(f"--accelerator={name}{dash}{size}: no type of slice that gcloud knows; {known}")
 
 
+def hosts_of(flag: str, accelerator: str) -> int:
+    """How many hosts a slice has, by the name of its type; raises UserError if that can't be read."""
+    name, _, size = accelerator.partition("-")
+    if name not in FAMILIES or not size.isdecimal():
+        raise UserError(f"{flag}: a type and a size, such as v5litepod-8; types are {', '.join(FAMILIES)}")
+    chips = int(size) // FAMILIES[name].counts
+    return 1 if chips <= GENERATIONS[FAMILIES[name].generation].host else -(-chips // 4)
+
+
 # ---- what it says ----
 
 NO_SUCH, EXISTS = "NOT_FOUND", "ALREADY_EXISTS"

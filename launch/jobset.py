@@ -42,7 +42,6 @@ KNOWN = {  # by generation: cloud.google.com/kubernetes-engine/docs/concepts/pla
     "tpu-v6e-slice": "v6e",
     "tpu7x": "tpu7x",
 }
-EIGHT_CHIPS = ("tpu-v5-lite-podslice", "tpu-v5-lite-device", "tpu-v6e-slice")  # one host may have
 RESTARTS = 20  # of each host, besides those that the cluster's own doings cost
 POOL = "cloud.google.com/gke-nodepool"  # a slice of several hosts is a pool of nodes
 
@@ -51,14 +50,13 @@ def hosts_of(accelerator: str, topology: str, chips: int | None) -> tuple[int, i
     """(hosts of a slice, chips of each); chips: of each, where the user says so. Raises UserError."""
     if accelerator not in KNOWN:
         raise UserError(f"--accelerator={accelerator}: GKE has no such TPUs; {nearest(accelerator, KNOWN)}")
-    shapes = GENERATIONS[KNOWN[accelerator]].shapes
+    shapes, *_, most = GENERATIONS[KNOWN[accelerator]]
     sides = [int(side) if side.isdecimal() else 0 for side in topology.split("x")]
     cubes = shapes[0].count("x") == 2
     if topology not in shapes and not (cubes and len(sides) == 3 and all(n and n % 4 == 0 for n in sides)):
         others = ", and others whose three sides 4 divides" * cubes
         raise UserError(f"--topology={topology}: of {accelerator} there are {', '.join(shapes)}{others}")
     total = math.prod(sides)
-    most = 8 if accelerator in EIGHT_CHIPS else 4
     each = chips or (total if total <= most else 4)
     if each > most or total % each:
         raise UserError(

@@ -144,8 +144,7 @@ class Pool:
         return None
 
     def _ready(self) -> list[Pack]:
-        stand = files.each(lambda pack: pack.ready, self._waiting, self._runs[0].folder)
-        return [pack for pack, ready in zip(self._waiting, stand, strict=True) if ready]
+        return files.those(lambda pack: pack.ready, self._waiting, self._runs[0].folder)
 
     def _program(self, pack: Pack) -> tuple[int, int]:
         """Equal for packs that one compiled program serves."""

@@ -29,10 +29,10 @@ from typing import Any
 from absl import flags
 
 from launch import engine
-from launch.tpu import hosts_of
+from launch.gcloud import hosts_of
 from llm_jax import config
 from llm_jax.config import UserError
-from llm_jax.distributed import Place, variables
+from llm_jax.distributed import VARIABLES, Place, address, variables
 
 SECONDS_TO_STOP, SECONDS_TO_CONNECT = 150.0, 5.0
 
@@ -53,7 +53,7 @@ def work(
     prctl, parent_dies = ctypes.CDLL(None).prctl, 1
     environment = os.environ | {"PYTHONPATH": path} | dict(known)
     if coordinator:
-        environment["LLM_JAX_COORDINATOR"] = coordinator
+        environment[VARIABLES[0]] = coordinator
 
     with contextlib.ExitStack() as open_files:
         mine = own_cores(cores, open_files)
@@ -113,12 +113,10 @@ def check_reachable(address: str) -> None:
 
 
 def free_address() -> str:
-    """HOST:PORT of this node, for the tasks of one place to meet at."""
+    """HOST:PORT of this node, as Ray knows it, for the tasks of one place to meet at."""
     import ray
 
-    with contextlib.closing(socket.socket()) as probe:
-        probe.bind(("", 0))
-        return f"{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
+    return address(ray.util.get_node_ip_address())
 
 
 def work_together(hosts: int, *what: Any) -> list[str]:
@@ -154,11 +152,12 @@ class Ray:
         """Ray, joined to the cluster; raises UserError where there is none."""
         try:
             import ray
-            from ray._private.utils import read_ray_address  # no public way to ask without joining
         except ImportError:
             raise UserError("Ray isn't installed: pip install -e '.[ray]'") from None
-        address = self._address if self._address != "auto" else os.environ.get("RAY_ADDRESS", "auto")
-        check_reachable(address if address != "auto" else read_ray_address() or "")
+        from ray._private.utils import read_ray_address  # no public way to ask without joining
+
+        named = self._address if self._address != "auto" else os.environ.get("RAY_ADDRESS", "auto")
+        check_reachable(named if named != "auto" else read_ray_address() or "")
         terminate = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(address=self._address, log_to_driver=False, logging_level="ERROR")
@@ -193,12 +192,12 @@ class Ray:
 
         group = placement_group([self._bundle] * self._hosts, strategy="STRICT_SPREAD")
         first = self._ray.remote(num_cpus=0, max_retries=0)(free_address)
-        address = first.options(scheduling_strategy=On(group, 0)).remote()
+        meeting = first.options(scheduling_strategy=On(group, 0)).remote()
         tasks = []
         for number in range(self._hosts):
             known = tuple(variables(Place("", self._hosts, number)).items())
             there = place.options(scheduling_strategy=On(group, number))
-            tasks.append(there.remote(*what, self._cores, known, address))
+            tasks.append(there.remote(*what, self._cores, known, meeting))
         return group, tasks
 
     @property

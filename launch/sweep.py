@@ -175,8 +175,7 @@ class Plan:
 def missing(runs: Iterable[Planned]) -> list[Planned]:
     """Those that aren't complete."""
     runs = list(runs)
-    complete = files.each(lambda run: run.complete, runs, runs[0].folder if runs else "")
-    return [run for run, done in zip(runs, complete, strict=True) if not done]
+    return files.those(lambda run: not run.complete, runs, runs[0].folder if runs else "")
 
 
 def status(folder: Path, stops: bool) -> str:

@@ -182,7 +182,7 @@ class Slices:
     def __init__(
         self, prefix: str, accelerator: str, runtime: str, zone: str, project: str, spot: bool, mount: str
     ):
-        self.hosts = hosts_of(f"--accelerator={accelerator}", accelerator)
+        self.hosts = gcloud.hosts_of(f"--accelerator={accelerator}", accelerator)
         self.prefix, self._mount = re.sub("[^a-z0-9-]", "-", prefix.lower()), mount
         self._project, self._zone, self._there = project, zone, there(project, zone)
         self._kind = [f"--accelerator-type={accelerator}", f"--runtime-version={runtime}"] + ["--spot"] * spot
@@ -231,17 +231,6 @@ def deletion(job: str) -> list[str]:
     """The command that gives a slice back."""
     project, zone, name = job.split("/")
     return [*_TPU, "queued-resources", "delete", name, *there(project, zone), "--force", "--quiet"]
-
-
-def hosts_of(flag: str, accelerator: str) -> int:
-    """How many hosts a slice has, by the name of its type; raises UserError if that can't be read."""
-    read = re.fullmatch(r"(\w+)-(\d+)", accelerator)
-    if read is None:
-        raise UserError(f"{flag}: a type and a size, such as v5litepod-8 or v4-8")
-    size = int(read[2])
-    if read[1] in ("v5litepod", "v5e", "v6e"):  # chips: up to 8 are on one host, of more each host has 4
-        return 1 if size <= 8 else -(-size // 4)
-    return -(-size // 8)  # cores, two a chip: each host has 4 chips
 
 
 def really(command: Sequence[str], log: Path | None, in_vain: Callable[[], bool]) -> tuple[int, str]:

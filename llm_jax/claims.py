@@ -111,7 +111,7 @@ def take(folder: str | Path) -> Claim | None:
             return None
         time.sleep(min(1.0, LEASE / 20))
     owner = {"machine": _machine(), "pid": os.getpid(), "born": _born(os.getpid())}
-    owner |= {"host": platform.node(), "begun": time.time(), "thread": threading.get_ident()}
+    owner |= {"host": platform.node(), "begun": time.time(), "thread": threading.get_ident()}  # no two alike
     if not there.create(_name(number + 1), json.dumps(owner).encode()):
         return None
     claim = Claim(there, number + 1)

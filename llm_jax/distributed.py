@@ -84,12 +84,16 @@ def end_with_launcher() -> None:
             os._exit(AGAIN)
 
 
-def address() -> str:
-    """HOST:PORT, free now, on this machine: what a launcher asks of where process 0 will run."""
-    host = "127.0.0.1"  # without a network, all are here
-    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect(("192.0.2.1", 9))  # sends nothing: it finds the interface that others are reached by
-        host = probe.getsockname()[0]
+def address(host: str = "") -> str:
+    """HOST:PORT, free now, on this machine: what a launcher asks of where process 0 will run.
+
+    host: what others call this machine, where that is known.
+    """
+    if not host:
+        host = "127.0.0.1"  # without a network, all are here
+        with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect(("192.0.2.1", 9))  # sends nothing: it finds the interface that others reach it by
+            host = probe.getsockname()[0]
     with contextlib.closing(socket.socket()) as probe:
         probe.bind(("", 0))
         return f"{host}:{probe.getsockname()[1]}"

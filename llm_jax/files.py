@@ -81,6 +81,13 @@ def each(function: Callable[[Any], Any], items: Iterable[Any], folder: str | Pat
         return list(threads.map(one, items))
 
 
+def those(function: Callable[[Any], Any], items: Iterable[Any], folder: str | Path) -> list[Any]:
+    """The items of which `function` is true, looked at as by `each`."""
+    items = list(items)
+    found = each(function, items, folder)
+    return [item for item, true in zip(items, found, strict=True) if true]
+
+
 @contextlib.contextmanager
 def filled(folder: Path) -> Iterator[Path]:
     """A folder of a disk, for what can't write in a bucket: what is in it is in `folder` in the end."""
@@ -137,37 +144,45 @@ def dumps(value: Any, indent: int | None = None) -> str:
 
 def plain(value: Any) -> Any:
     """`value` as JSON knows it."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if hasattr(value, "item"):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if value != value else "Infinity" if value > 0 else "-Infinity"
-    if value is None or isinstance(value, (int, float, bool)):
-        return value
-    text = str(value)
-    return f"\\{text}" if _LIKE_A_NUMBER.fullmatch(text) else text
+
+    def one(value: Any) -> Any:
+        value = value.item() if hasattr(value, "item") else value
+        if isinstance(value, float) and not math.isfinite(value):
+            return "NaN" if value != value else "Infinity" if value > 0 else "-Infinity"
+        if value is None or isinstance(value, (int, float, bool)):
+            return value
+        text = str(value)
+        return f"\\{text}" if _LIKE_A_NUMBER.fullmatch(text) else text
+
+    return _mapped(one, value)
 
 
 def parsed(value: Any) -> Any:
     """The inverse of `plain`."""
-    if isinstance(value, dict):
-        return {key: parsed(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [parsed(item) for item in value]
-    if not isinstance(value, str) or not _LIKE_A_NUMBER.fullmatch(value):
-        return value
-    return NOT_FINITE[value] if value in NOT_FINITE else value[1:]
+
+    def one(value: Any) -> Any:
+        if not isinstance(value, str) or not _LIKE_A_NUMBER.fullmatch(value):
+            return value
+        return NOT_FINITE[value] if value in NOT_FINITE else value[1:]
+
+    return _mapped(one, value)
 
 
 def with_nulls(value: Any) -> Any:
     """numpy's numbers and arrays as JSON's, NaN and infinities as null."""
+
+    def one(value: Any) -> Any:
+        if hasattr(value, "tolist"):
+            return _mapped(one, value.tolist())
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return _mapped(one, value)
+
+
+def _mapped(one: Callable[[Any], Any], value: Any) -> Any:
+    """`one` of every value in nested mappings and sequences, which become dicts and lists."""
     if isinstance(value, Mapping):
-        return {str(key): with_nulls(item) for key, item in value.items()}
+        return {str(key): _mapped(one, item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [with_nulls(item) for item in value]
-    if hasattr(value, "tolist"):
-        return with_nulls(value.tolist())
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return [_mapped(one, item) for item in value]
+    return one(value)

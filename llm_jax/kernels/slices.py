@@ -20,12 +20,14 @@ class Generation(NamedTuple):
     """The shapes of its slices; what one of JAX's devices receives, in bytes/s, while it sends as much.
 
     A device is a chip, or one of its two cores, as in `devices.py`. links: from its neighbours, over all of
-    them. network: from other slices, over the data centre's network.
+    them. network: from other slices, over the data centre's network. host: the most chips that one has; where
+    a slice has several hosts, each has four.
     """
 
     shapes: tuple[str, ...]
     links: float
     network: float
+    host: int = 4
 
 
 # By Google's pages of each generation (cloud.google.com/tpu/docs/v5e ...), which count both directions from
@@ -35,9 +37,9 @@ GENERATIONS = {
     "v2": Generation((*_SQUARE, "16x16"), 4 * 62e9 / 2, 25e9 / 8 / 2),
     "v3": Generation((*_SQUARE, "16x16", "16x32", "32x32"), 4 * 82e9 / 2, 25e9 / 8 / 2),
     "v4": Generation(_CUBES, 6 * 50e9, 25e9 / 8),
-    "v5e": Generation(_FLAT, 400e9 / 2, 25e9 / 8),
+    "v5e": Generation(_FLAT, 400e9 / 2, 25e9 / 8, host=8),
     "v5p": Generation(_CUBES, 1200e9 / 2, 50e9 / 8),
-    "v6e": Generation(_FLAT, 800e9 / 2, 100e9 / 8),
+    "v6e": Generation(_FLAT, 800e9 / 2, 100e9 / 8, host=8),
     "tpu7x": Generation(_CUBES, 1200e9 / 2 / 2, 100e9 / 8 / 2),
 }
 NAMES = [f"{name}:{shape}" for name, found in GENERATIONS.items() for shape in found.shapes]

@@ -20,7 +20,7 @@ from absl import flags
 from test_clusters import LONG_SECONDS, SWEEP, training
 from test_local import launched, wait_for, where_workers_find_things  # noqa: F401
 
-from launch import engine, hosts, jobset, slurm, tpu
+from launch import engine, gcloud, hosts, jobset, slurm, tpu
 from launch.processes import Share
 from llm_jax import config, distributed, files, records
 from llm_jax.config import UserError
@@ -266,7 +266,7 @@ def test_hosts_of_a_slice_follow_from_the_name_of_its_type():
     hosts |= {"v4-8": 1, "v4-32": 4, "v5p-8": 1, "v5p-128": 16, "v3-32": 4}
     assert {kind: tpu.Slices("runs", kind, "", "", "", False, "").hosts for kind in hosts} == hosts
     with pytest.raises(UserError, match="a type and a size, such as v5litepod-8"):
-        tpu.hosts_of("--accelerator=v4", "v4")
+        gcloud.hosts_of("--accelerator=v4", "v4")
 
 
 def test_a_slice_is_set_up_and_used_on_all_its_hosts():
