@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from llm_jax import config, records
+from llm_jax import config, experiment_file, records
 from llm_jax.run import Cell, NoSweep, Run
 from llm_jax.scaling.page import Answer, Page, Table, show
 from llm_jax.train import train
 
-isoflop, _ = config.load_experiment(str(Path(__file__).parent / "isoflop.py"))
+isoflop, _ = experiment_file.load_experiment(str(Path(__file__).parent / "isoflop.py"))
 
 GOAL = 0.05  # what a save may cost
 

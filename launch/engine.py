@@ -25,8 +25,9 @@ from absl import flags
 from launch import jobs, order, status, sweep
 from launch.pool import TRIES, WorkersError
 from launch.sweep import Plan, Planned
-from llm_jax import config, files, records
-from llm_jax.config import Chosen, UserError
+from llm_jax import command_line, files, records
+from llm_jax.command_line import Chosen
+from llm_jax.config import UserError
 
 SECONDS_BETWEEN_LOOKS, SECONDS_BETWEEN_LINES = 2.0, 30.0
 STOP = "stop"
@@ -116,15 +117,13 @@ def refuse_each(hosts: int) -> None:
 
 def define_flags(places: str) -> None:
     """The flags that all engines have beside --config; places: what --workers counts."""
-    flags.adopt_module_key_flags(config)
+    command_line.define_config()
     flags.DEFINE_integer("workers", 1, places, lower_bound=1)
     flags.DEFINE_integer("each", None, "processes that train at once in each of them", lower_bound=1)
     flags.DEFINE_bool("dry_run", False, "print the plan and all commands, and do nothing")
     flags.DEFINE_string("pack", "auto", "runs trained as one program: auto, off, or how many at most")
     flags.DEFINE_string("folder", None, "where the runs go, the same path everywhere")
     flags.DEFINE_float("dollars_per_hour", 0.0, "what one worker costs, for `launch.status`")
-    for flag in flags.FLAGS.get_key_flags_for_module(__name__):  # or --help leaves them out
-        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
 
 
 def folder_of(experiment: Chosen) -> Path:
@@ -185,7 +184,7 @@ def planned(experiment: Chosen, folder: Path) -> Plan:
 
 def carry_out(engine: Engine) -> int:
     """The order of the chosen experiment, its runs trained by a crew; what an engine's command does."""
-    experiment = config.chosen()
+    experiment = command_line.chosen()
     folder = folder_of(experiment)
     plan, command = planned(experiment, folder), command_of(experiment, folder, engine.python)
     if flags.FLAGS.dry_run:

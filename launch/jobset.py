@@ -25,7 +25,7 @@ from typing import Any
 from absl import flags
 
 from launch import engine
-from llm_jax import config, files
+from llm_jax import command_line, files
 from llm_jax.config import UserError
 from llm_jax.kernels.slices import GENERATIONS
 from llm_jax.values import AGAIN, nearest
@@ -123,7 +123,7 @@ def manifest(
 
 
 def main() -> None:
-    experiment, values = config.chosen(), flags.FLAGS
+    experiment, values = command_line.chosen(), flags.FLAGS
     if values.dry_run:
         raise UserError("--dry_run: launch.jobset asks for nothing, it only writes what kubectl is given")
     if not values.image:
@@ -154,4 +154,4 @@ if __name__ == "__main__":
     each = "of each host; else all of a slice, or 4 where it has several hosts"
     flags.DEFINE_integer("chips", None, each, lower_bound=1)
     flags.DEFINE_integer("slices", 1, "of each worker", lower_bound=1)
-    config.run_main(main)
+    command_line.run_main(main)

@@ -27,8 +27,9 @@ from launch import hosts, order, packs, sweep
 from launch.pool import Pool
 from launch.processes import Share, gpus, on_cpus, one_core_each, shares
 from launch.sweep import Plan, Planned
-from llm_jax import config, distributed, files, placement, records
-from llm_jax.config import Chosen, UserError
+from llm_jax import command_line, distributed, files, placement, records
+from llm_jax.command_line import Chosen
+from llm_jax.config import UserError
 from llm_jax.distributed import Place, tpus
 from llm_jax.kernels import devices
 from llm_jax.pack import pack as pack_of
@@ -40,7 +41,7 @@ CPU_EFFICIENCY, GPU_EFFICIENCY, SECONDS_PER_RUN = 0.25, 0.1, 3.0
 
 
 def main() -> int:
-    experiment = config.chosen()
+    experiment = command_line.chosen()
     order.check(experiment)
     folder = engines.folder_of(experiment)
     measures = hasattr(experiment.module, "measure")
@@ -195,7 +196,7 @@ def matmul_speed(size: int = 1024, seconds: float = 0.3) -> float:
 
 
 if __name__ == "__main__":
-    flags.adopt_module_key_flags(config)
+    command_line.define_config()
     distributed.define_flags()
     flags.DEFINE_integer("workers", None, "processes that train at once", lower_bound=1)
     flags.DEFINE_bool("dry_run", False, "print the plan and its price, and do nothing")
@@ -206,4 +207,4 @@ if __name__ == "__main__":
     flags.DEFINE_bool("join", False, "take part in a launch: train what is free, end when nothing is")
     flags.DEFINE_bool("again", False, "go on with a launch: what it has given up stays so")
     elsewhere = "python -m llm_jax.train; here it is --config.execution.deterministic=true"
-    config.run_main(main, {"deterministic": elsewhere})
+    command_line.run_main(main, {"deterministic": elsewhere})

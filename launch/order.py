@@ -25,7 +25,8 @@ from typing import Any
 from launch import sweep
 from launch.sweep import Plan, Planned, make_folder
 from llm_jax import config, files
-from llm_jax.config import Chosen, UserError
+from llm_jax.command_line import Chosen
+from llm_jax.config import UserError
 from llm_jax.scaling import forecast
 from llm_jax.scaling.trunks import savings
 

@@ -30,7 +30,7 @@ from absl import flags
 
 from launch import engine
 from launch.gcloud import hosts_of
-from llm_jax import config
+from llm_jax import command_line
 from llm_jax.config import UserError
 from llm_jax.distributed import VARIABLES, Place, address, variables
 
@@ -285,4 +285,4 @@ if __name__ == "__main__":
     engine.define_flags("tasks at once")
     flags.DEFINE_string("resources", "CPU=1", "what each asks for, such as CPU=4,GPU=1")
     flags.DEFINE_integer("hosts", 1, "nodes of each, which train one run together", lower_bound=1)
-    config.run_main(main)
+    command_line.run_main(main)

@@ -11,7 +11,7 @@ from pathlib import Path
 from absl import flags
 
 from launch import status, sweep
-from llm_jax import config
+from llm_jax import command_line
 from llm_jax.config import UserError
 
 
@@ -44,4 +44,4 @@ def main() -> None:
 if __name__ == "__main__":
     flags.DEFINE_string("folder", None, "the folder of a sweep")
     flags.DEFINE_string("run", None, "only this one, by its name in `launch.status`")
-    config.run_main(main)
+    command_line.run_main(main)

@@ -25,7 +25,7 @@ from launch import engine, packs, status, sweep
 from launch.jobs import enlist
 from launch.pool import TRIES
 from launch.sweep import Plan, Planned
-from llm_jax import config, files
+from llm_jax import command_line, files
 from llm_jax.config import UserError
 from llm_jax.values import AGAIN
 
@@ -167,7 +167,7 @@ def give_back(jobs: Sequence[str]) -> list[str]:
 
 
 def main() -> int:
-    experiment = config.chosen()
+    experiment = command_line.chosen()
     folder = engine.folder_of(experiment)
     engine.refuse_each(flags.FLAGS.hosts)
     if files.in_bucket(folder):
@@ -213,4 +213,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("hosts", 1, "nodes of each job, which train one run together", lower_bound=1)
     flags.DEFINE_bool("wait", False, "stay until all jobs have ended")
     flags.DEFINE_string("sbatch", "", "further options for sbatch, such as --partition and --time")
-    config.run_main(main)
+    command_line.run_main(main)

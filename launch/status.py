@@ -17,7 +17,7 @@ from pathlib import Path
 from absl import flags
 
 from launch import jobs, sweep
-from llm_jax import claims, config, files, manifest
+from llm_jax import claims, command_line, files, manifest
 from llm_jax.config import UserError
 from llm_jax.progress import clock
 
@@ -140,4 +140,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("folder", None, "the folder of a sweep")
     again = "draw it again every so many seconds, until nothing runs or waits"
     flags.DEFINE_float("watch", None, again, lower_bound=0)
-    config.run_main(main)
+    command_line.run_main(main)

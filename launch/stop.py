@@ -14,7 +14,7 @@ from pathlib import Path
 from absl import flags
 
 from launch import engine, jobs, status
-from llm_jax import config
+from llm_jax import command_line
 
 SECONDS_TO_SAVE = 150.0
 
@@ -46,4 +46,4 @@ def main() -> int:
 
 if __name__ == "__main__":
     flags.DEFINE_string("folder", None, "the folder of a sweep")
-    config.run_main(main)
+    command_line.run_main(main)

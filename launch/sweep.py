@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from launch import branches
 from llm_jax import claims, config, files, manifest, records
-from llm_jax.config import Chosen, UserError
+from llm_jax.command_line import Chosen
+from llm_jax.config import UserError
 from llm_jax.data import DataConfig, Source
 from llm_jax.models import ModelConfig, counting
 from llm_jax.program import Shape, shape_of

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 
 from absl import flags
 
-from llm_jax import config, distributed
+from llm_jax import command_line, distributed
 from llm_jax.config import UserError
 from llm_jax.values import AGAIN
 
@@ -100,4 +100,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("processes", 2, "how many processes run the command")
     cut = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     sys.argv, behind = sys.argv[:cut], sys.argv[cut + 1 :]
-    config.run_main(main(behind))
+    command_line.run_main(main(behind))

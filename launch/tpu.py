@@ -34,7 +34,7 @@ from absl import flags
 
 from launch import engine, gcloud, jobs
 from launch.gcloud import NO_SUCH
-from llm_jax import claims, config, files
+from llm_jax import claims, command_line, files
 from llm_jax.config import UserError
 
 SECONDS_BETWEEN_LOOKS = 20.0  # at a slice that is waited for
@@ -282,7 +282,7 @@ def _problem(job: str, run: Run) -> str | None:
 
 
 def main() -> int:
-    experiment, values = config.chosen(), flags.FLAGS
+    experiment, values = command_line.chosen(), flags.FLAGS
     folder = engine.folder_of(experiment)
     runtime = gcloud.family_of(values.accelerator).runtime
     if not values.zone:
@@ -325,4 +325,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("project", "", "whose; gcloud's own if not given")
     flags.DEFINE_bool("spot", False, "slices that may be taken back, for less money")
     flags.DEFINE_string("mount", "", "a command that brings the folder's disk to a slice")
-    config.run_main(main)
+    command_line.run_main(main)

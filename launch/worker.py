@@ -44,7 +44,7 @@ from absl import flags
 
 from launch import sweep
 from launch.sweep import LOG
-from llm_jax import claims, config, distributed, files
+from llm_jax import claims, command_line, config, distributed, experiment_file, files
 from llm_jax.config import UserError
 from llm_jax.pack import fitting, train_packed
 from llm_jax.progress import Progress
@@ -159,7 +159,7 @@ def end(*_: Any) -> None:
 
 def main() -> int:
     # Its kinds of models, data, sweeps ... are registered by this too.
-    experiment, _ = config.load_experiment(flags.FLAGS.experiment)
+    experiment, _ = experiment_file.load_experiment(flags.FLAGS.experiment)
 
     def say(**message: Any) -> None:
         with contextlib.suppress(BrokenPipeError):  # the launcher has died: SIGTERM is on its way
@@ -188,4 +188,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("experiment", None, "the experiment's file", required=True)
     flags.DEFINE_integer("messages", None, "file descriptor of the pipe for messages", required=True)
     flags.DEFINE_float("patience", claims.PATIENCE, "seconds after which a run that doesn't move hangs")
-    config.run_main(main)
+    command_line.run_main(main)

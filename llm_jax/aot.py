@@ -23,7 +23,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from llm_jax import config, sharding
+from llm_jax import command_line, config, sharding
 from llm_jax.config import UserError
 from llm_jax.data import cache_folder
 from llm_jax.data.cache import digest
@@ -205,7 +205,7 @@ def _said(facts: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    f, run = flags.FLAGS, config.chosen().config
+    f, run = flags.FLAGS, command_line.chosen().config
     if not isinstance(run, Run):
         raise UserError("this experiment measures, it has no single run with a train step")
     if f.topology is None:
@@ -226,11 +226,11 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.adopt_module_key_flags(config)
+    command_line.define_config()
     flags.DEFINE_string(
         "topology", None, "the slice, by generation and shape of its chips: v5e:4x4, v5p:4x8x8"
     )
     flags.DEFINE_integer("slices", 1, "how many such slices, over the data centre's network", lower_bound=1)
     flags.DEFINE_bool("json", False, "one JSON object instead of lines")
     flags.DEFINE_bool("search", False, "try batches, remat and meshes, and give the best that fits")
-    config.run_main(main)
+    command_line.run_main(main)

@@ -16,7 +16,7 @@ from typing import TextIO
 
 from absl import flags
 
-from llm_jax import config, values
+from llm_jax import command_line, values
 from llm_jax.config import UserError, nearest
 from llm_jax.data.templates import CLOSE, Message
 from llm_jax.inference import options
@@ -283,4 +283,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("port", 8000, "of --web; 0 takes a free one")
     flags.DEFINE_string("token", None, f"what who asks --web has to show (or in {TOKEN})")
     flags.DEFINE_integer("slots", 8, "how many answers --web decodes at once")
-    config.run_main(main)
+    command_line.run_main(main)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from llm_jax import config, files
+from llm_jax import command_line, files
 from llm_jax.config import UserError
 from llm_jax.evaluation import probes, standard
 from llm_jax.evaluation.runner import Evaluator, content
@@ -88,4 +88,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("out", None, "a folder for result.json and every item's answers")
     flags.DEFINE_integer("slots", 16, "how many answers are generated at once")
     flags.DEFINE_bool("keep", True, "keep answers in the cache, so that the same command continues")
-    config.run_main(main)
+    command_line.run_main(main)

@@ -8,7 +8,7 @@ import pathlib
 
 from absl import flags
 
-from llm_jax import config, files
+from llm_jax import command_line, files
 from llm_jax.config import UserError
 from llm_jax.inference import options
 from llm_jax.inference.opening import Opened, open_model
@@ -54,4 +54,4 @@ def main() -> None:
 if __name__ == "__main__":
     options.define_model(tuple(KINDS))
     flags.DEFINE_string("to", None, "a directory or a .gguf file, which must not exist")
-    config.run_main(main)
+    command_line.run_main(main)

@@ -8,7 +8,7 @@ import sys
 
 from absl import flags
 
-from llm_jax import config
+from llm_jax import command_line
 from llm_jax.config import UserError
 from llm_jax.inference import options
 from llm_jax.inference.batching import Batcher, Request
@@ -57,4 +57,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("slots", 16, "how many are decoded at once")
     flags.DEFINE_integer("candidates", 0, "how many of the most probable tokens --json tells at each place")
     flags.DEFINE_bool("json", False, "a JSON line an answer: text, tokens, log-probabilities")
-    config.run_main(main)
+    command_line.run_main(main)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from llm_jax import config
+from llm_jax import command_line
 from llm_jax.config import UserError
 from llm_jax.inference import options
 from llm_jax.inference.generation import computing
@@ -130,4 +130,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("ids", None, "a .npy file of token ids, [T] or [B, T]")
     flags.DEFINE_string("out", None, "a .npz file for ids, logprobs and float32 logits")
     flags.DEFINE_integer("candidates", 3, "how many of the most probable tokens are shown at each place")
-    config.run_main(main)
+    command_line.run_main(main)

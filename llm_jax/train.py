@@ -18,7 +18,7 @@ from typing import Any
 
 from absl import flags
 
-from llm_jax import claims, config, distributed, manifest, profiling
+from llm_jax import claims, command_line, config, distributed, manifest, profiling
 from llm_jax.config import UserError
 from llm_jax.loop import train_together
 from llm_jax.member import Hook, Member
@@ -63,7 +63,7 @@ SHOWN = "status", "loss", "loss_standard_error", "bits_per_byte", "train_loss", 
 
 @distributed.together()
 def main() -> None:
-    picked = config.chosen()
+    picked = command_line.chosen()
     run = picked.config
     if not isinstance(run, Run):
         raise UserError(f"{picked.module.__file__} measures, it trains no single run: use launch.local")
@@ -121,11 +121,11 @@ def show(result: Mapping[str, Any], folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    flags.adopt_module_key_flags(config)
+    command_line.define_config()
     distributed.define_flags()
     flags.DEFINE_string("folder", None, "the run's folder; runs/<experiment>/<identity> if not given")
     flags.DEFINE_string("profile_steps", "", "10:15, say: traces these steps and says where their time goes")
     flags.DEFINE_bool("deterministic", False, "repeat bit for bit on a GPU too, at some cost in speed")
-    config.run_main(
+    command_line.run_main(
         main, dict.fromkeys(("workers", "dry_run", "pack"), "python -m launch.local, which runs a sweep")
     )

@@ -64,7 +64,7 @@ def command(monkeypatch, capfd):
     """Runs a command as `python -m` would, in this process: (exit code, stdout, stderr)."""
     from absl import app, flags
 
-    from llm_jax import config
+    from llm_jax import command_line
 
     app.define_help_flags()  # absl does so once in a process
 
@@ -77,8 +77,8 @@ def command(monkeypatch, capfd):
         for name in set(flags.FLAGS) - before:
             delattr(flags.FLAGS, name)
         flags.FLAGS.unparse_flags()
-        config._overrides.clear()
-        config._help.clear()
+        command_line._overrides.clear()
+        command_line._help.clear()
         return end.value.code, *capfd.readouterr()
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}

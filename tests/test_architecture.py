@@ -8,7 +8,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 ROWS = [
-    ["config", "experiment_file", "files", "buckets", "values", "profiling"],
+    ["config", "command_line", "experiment_file", "files", "buckets", "values", "profiling"],
     ["kernels", "sharding", "distributed"],
     ["models", "data"],
     ["checkpoints", "manifest", "records", "parts", "claims", "store", "environment", "events", "progress"],
@@ -75,4 +75,4 @@ def test_rooms_do_not_import_each_other_in_circles():
 
 def test_scaling_reads_tables_only():
     rooms = {m.split(".")[1] for path, m in imports() if room(path) == "scaling" and m.startswith("llm_jax.")}
-    assert rooms <= {"config", "files", "records", "scaling"}
+    assert rooms <= {"config", "command_line", "files", "records", "scaling"}

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from llm_jax import buckets, config
+from llm_jax import buckets, config, experiment_file
 from llm_jax.config import UserError
 from llm_jax.records import load_run
 from llm_jax.train import train
@@ -61,7 +61,7 @@ def refusal(code, out, err):
 
 
 def experiment():
-    return config.load_experiment(ISOFLOP.removeprefix("--config="))[0]
+    return experiment_file.load_experiment(ISOFLOP.removeprefix("--config="))[0]
 
 
 def missing_fields(message, arguments):
@@ -283,8 +283,8 @@ def test_a_run_that_continues_says_from_which_step(trained, command, place):
 
 STOPPED = """
 import os, signal
-from llm_jax import buckets, config
-isoflop, _ = config.load_experiment(FILE)
+from llm_jax import buckets, experiment_file, config
+isoflop, _ = experiment_file.load_experiment(FILE)
 SCALES, get_config = isoflop.SCALES, isoflop.get_config
 
 def hooks(run):

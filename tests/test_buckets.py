@@ -39,7 +39,7 @@ def folder(bucket):
 
 TRAIN = """
 import sys, json
-from llm_jax import config
+from llm_jax import config, experiment_file
 from llm_jax.run import Run
 from llm_jax.train import train
 run = config.from_json(Run, json.loads(sys.argv[1]))
@@ -80,9 +80,9 @@ def test_a_run_killed_in_a_bucket_continues_with_the_losses_of_one_on_a_disk(tin
 
 SWEEP = f"""
 from matplotlib.figure import Figure
-from llm_jax import config
+from llm_jax import config, experiment_file
 from llm_jax.scaling.page import Page, show
-clusters, _ = config.load_experiment({str(ROOT / "tests" / "launch" / "clusters.py")!r})
+clusters, _ = experiment_file.load_experiment({str(ROOT / "tests" / "launch" / "clusters.py")!r})
 SCALES, get_config, sweep = clusters.SCALES, clusters.get_config, clusters.sweep
 
 def hooks(run):

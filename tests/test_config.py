@@ -9,7 +9,7 @@ from typing import Literal
 
 import pytest
 
-from llm_jax import config
+from llm_jax import config, experiment_file
 from llm_jax.config import Tagged, UserError
 from llm_jax.models.transformer import Transformer
 
@@ -198,7 +198,11 @@ class Config:
 def get_config(scale):
     return Config(SCALES[scale])
 """
-COMMAND = "from llm_jax import config; config.run_main(lambda: print(config.chosen().config))"
+COMMAND = """
+from llm_jax.command_line import chosen, define_config, run_main
+define_config()
+run_main(lambda: print(chosen().config))
+"""
 
 
 def ask(*arguments):
@@ -266,7 +270,9 @@ def test_two_experiment_files_of_one_name_keep_their_own_types(tmp_path):
         (tmp_path / word).mkdir()
         text = POSTPONED.replace("WORD", word)
         (tmp_path / word / "json.py").write_text(text)
-    loaded = {word: config.load_experiment(str(tmp_path / word / "json.py")) for word in ("width", "depth")}
+    loaded = {
+        word: experiment_file.load_experiment(str(tmp_path / word / "json.py")) for word in ("width", "depth")
+    }
     for word, (module, scale) in loaded.items():
         base = module.get_config(scale)
         config.check(base)

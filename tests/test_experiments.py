@@ -11,7 +11,7 @@ import pathlib
 
 import pytest
 
-from llm_jax import config
+from llm_jax import config, experiment_file
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -20,7 +20,7 @@ EXPERIMENTS = sorted((ROOT / "experiments").glob("*.py"))
 
 @pytest.fixture(params=EXPERIMENTS, ids=lambda path: path.stem)
 def experiment(request):
-    return config.load_experiment(str(request.param))[0]
+    return experiment_file.load_experiment(str(request.param))[0]
 
 
 def test_every_scale_is_a_valid_run_that_json_keeps(experiment):

@@ -7,7 +7,7 @@ import re
 import jax
 import pytest
 
-from llm_jax import config
+from llm_jax import config, experiment_file
 from llm_jax.config import UserError
 from llm_jax.kernels import advice, memory
 from llm_jax.pack import mesh_of
@@ -18,7 +18,7 @@ BITS = pathlib.Path(__file__).parent / "launch" / "bits.py"
 
 
 def test_the_number_of_micro_batches_that_is_advised_fits(monkeypatch):
-    bits = config.load_experiment(str(BITS))[0]
+    bits = experiment_file.load_experiment(str(BITS))[0]
     run = dataclasses.replace(bits.get_config("small"), model=bits.Classifier(width=4096))
     run = config.replace(run, "data.batch_size", 1024)
     mesh = mesh_of(run, width=1)
@@ -42,7 +42,7 @@ def test_a_run_that_memory_runs_out_in_leaves_a_profile_and_advice(tmp_path, mon
     def full(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes.\nat ...")
 
-    run = config.load_experiment(str(BITS))[0].get_config("small")
+    run = experiment_file.load_experiment(str(BITS))[0].get_config("small")
     monkeypatch.setattr("llm_jax.loop.InFlight.put", full)
     with pytest.raises(UserError, match=r"^RESOURCE_EXHAUSTED.* bytes\.; to fit, --config\.execution\.micro"):
         train(run, tmp_path)

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from llm_jax import config, links, optimizers
+from llm_jax import config, experiment_file, links, optimizers
 from llm_jax.config import UserError
 from llm_jax.losses import NextToken
 from llm_jax.models import Multipliers, Role
@@ -439,7 +439,7 @@ class Steps(Constant, kind="constant_of_a_test"):
 
 def test_fields_are_found_in_files_that_postpone_their_types(tmp_path):
     (tmp_path / "postponed.py").write_text(POSTPONED)
-    module, _ = config.load_experiment(str(tmp_path / "postponed.py"))
+    module, _ = experiment_file.load_experiment(str(tmp_path / "postponed.py"))
     np.testing.assert_array_equal(tables(module.Warm(), NextToken(), 3)["heat"], np.float32([0.5] * 3))
     with pytest.raises(UserError, match=r"optimizer\.heat is -1"):
         module.Warm(heat=-1.0).validate()

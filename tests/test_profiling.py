@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from llm_jax import config, profiling
+from llm_jax import config, experiment_file, profiling
 from llm_jax.config import UserError
 from llm_jax.train import train
 
@@ -17,7 +17,7 @@ Event = collections.namedtuple("Event", "start_ns duration_ns stats")
 
 
 def test_a_traced_run_says_which_operations_its_steps_spent_their_time_on(tmp_path, capsys):
-    run = config.load_experiment(str(BITS))[0].get_config("small")
+    run = experiment_file.load_experiment(str(BITS))[0].get_config("small")
     run = config.replace(dataclasses.replace(run, tokens=16 * 12), "execution.profile_steps", "10:12")
     train(run, tmp_path)
     text = (tmp_path / "profile" / "summary.txt").read_text()

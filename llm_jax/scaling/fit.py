@@ -21,7 +21,8 @@ from typing import Any
 from absl import flags
 
 from llm_jax import files
-from llm_jax.config import UserError, run_main
+from llm_jax.command_line import run_main
+from llm_jax.config import UserError
 from llm_jax.files import with_nulls, write_atomically
 from llm_jax.scaling import compare, laws, sensitivity
 from llm_jax.scaling.curves import METHODS

@@ -16,7 +16,8 @@ import pandas as pd
 from absl import flags
 
 from llm_jax import files
-from llm_jax.config import UserError, run_main
+from llm_jax.command_line import run_main
+from llm_jax.config import UserError
 from llm_jax.scaling import laws, plan
 from llm_jax.scaling.grids import Grid, Limits
 from llm_jax.scaling.law import Law

@@ -6,10 +6,10 @@ At the scale `pair` each run is spread over two devices.
 import dataclasses
 from pathlib import Path
 
-from llm_jax import config
+from llm_jax import config, experiment_file
 from llm_jax.schedules import WSD
 
-bits, _ = config.load_experiment(str(Path(__file__).parent / "bits.py"))
+bits, _ = experiment_file.load_experiment(str(Path(__file__).parent / "bits.py"))
 SCALES = {"branches": 2, "twelve": 12, "pair": 2}
 STEPS = 100
 

@@ -33,10 +33,10 @@ sys.path[:0] = [str(ROOT), str(HERE.parent)]
 
 from emulator import emulated  # noqa: E402
 
-from llm_jax import buckets, claims, config, files, records  # noqa: E402
+from llm_jax import buckets, claims, config, experiment_file, files, records  # noqa: E402
 from llm_jax.schedules import WSD  # noqa: E402
 
-bits, _ = config.load_experiment(str(HERE / "bits.py"))
+bits, _ = experiment_file.load_experiment(str(HERE / "bits.py"))
 SCALES = {"slow": 0.02}
 STEPS, SEEDS = 120, 3
 MOST_KILLS, LAUNCHES = 20, 200  # of a sweep

@@ -15,7 +15,7 @@ import pytest
 
 from launch import status
 from launch.slurm import Slurm
-from llm_jax import claims, config, records
+from llm_jax import claims, config, experiment_file, records
 from llm_jax.train import train
 
 HERE = pathlib.Path(__file__).parent
@@ -57,7 +57,7 @@ def training(folder):
 
 def assert_undisturbed(scale, folder, tmp_path, cores=os.cpu_count()):
     """To the bit where the runs' processes had all cores, as here; with fewer, sums are rounded otherwise."""
-    module, _ = config.load_experiment(str(SWEEP))
+    module, _ = experiment_file.load_experiment(str(SWEEP))
     runs = module.sweep(module.get_config(scale))
     assert [row.state for row in rows(folder)] == ["done"] * len(runs)
     for run in runs:

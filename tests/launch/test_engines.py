@@ -16,14 +16,14 @@ from test_local import BITS, plan_of, wait_for
 
 from launch import engine, jobs, local, ray_cluster, retry, slurm, status, stop, sweep
 from launch.pool import WorkersError
-from llm_jax import claims, config, files
+from llm_jax import claims, config, experiment_file, files
 from llm_jax.config import UserError
 from llm_jax.store import store
 
 
 @pytest.fixture
 def bits():
-    return config.load_experiment(str(BITS))[0]
+    return experiment_file.load_experiment(str(BITS))[0]
 
 
 @pytest.fixture(autouse=True)

@@ -22,7 +22,7 @@ from test_local import launched, wait_for, where_workers_find_things  # noqa: F4
 
 from launch import engine, gcloud, hosts, jobset, slurm, tpu
 from launch.processes import Share
-from llm_jax import config, distributed, files, records
+from llm_jax import config, distributed, experiment_file, files, records
 from llm_jax.config import UserError
 from llm_jax.distributed import Place, variables
 from llm_jax.train import train
@@ -69,7 +69,7 @@ def test_two_hosts_train_a_sweep_as_one_does_though_the_worker_of_one_is_killed(
     assert "the 2 hosts of this place train each run together" in said
     assert said.count("2/2 runs done") == 1  # host 0 alone speaks
     assert not [pid for pid in workers() if str(mine) in command_of(pid)]
-    module, _ = config.load_experiment(str(SWEEP))
+    module, _ = experiment_file.load_experiment(str(SWEEP))
     runs = module.sweep(module.get_config("pair"))
     found = [records.load_run(folder / run.identity())["result"] for run in runs]
     for run, result in zip(runs, found, strict=True):

@@ -18,8 +18,9 @@ from launch import local, order, sweep
 from launch.packs import packed
 from launch.pool import Pool
 from launch.processes import Share, shares
-from llm_jax import claims, config, facts, files, records
-from llm_jax.config import Chosen, UserError
+from llm_jax import claims, config, experiment_file, facts, files, records
+from llm_jax.command_line import Chosen
+from llm_jax.config import UserError
 from llm_jax.scaling.forecast import Forecast
 from llm_jax.sharding import MeshConfig
 from llm_jax.store import store
@@ -31,8 +32,8 @@ LONG_SECONDS = 600.0  # what takes so long hangs, on however loaded a machine
 
 OVERRIDES = f"""
 import dataclasses
-from llm_jax import config
-bits, _ = config.load_experiment({str(BITS)!r})
+from llm_jax import config, experiment_file
+bits, _ = experiment_file.load_experiment({str(BITS)!r})
 SCALES, get_config = bits.SCALES, bits.get_config
 
 def sweep(base):
@@ -44,7 +45,7 @@ def sweep(base):
 
 @pytest.fixture(scope="module")
 def bits():
-    return config.load_experiment(str(BITS))[0]
+    return experiment_file.load_experiment(str(BITS))[0]
 
 
 @pytest.fixture(autouse=True)
@@ -182,7 +183,7 @@ def test_a_hold_out_waits_for_the_whole_sweep(bits, tmp_path):
 def test_overrides_that_the_sweep_replaces_are_named_in_the_plan(tmp_path):
     """Each run's rate is made from the base's, so it counts; seed and width are what they are anyway."""
     (tmp_path / "overrides.py").write_text(OVERRIDES)
-    module, scale = config.load_experiment(str(tmp_path / "overrides.py"))
+    module, scale = experiment_file.load_experiment(str(tmp_path / "overrides.py"))
     overrides = [("seed", "3"), ("optimizer.learning_rate", "0.1"), ("model.width", "8"), ("tokens", "160")]
     overrides += [("name", "mine"), ("model.kind", "bits_classifier")]
     base = module.get_config(scale)
@@ -206,7 +207,7 @@ def test_overrides_that_the_sweep_replaces_are_named_in_the_plan(tmp_path):
 def test_an_experiment_that_lacks_a_part_is_refused(tmp_path, text, message):
     (tmp_path / "lacking.py").write_text(text)
     with pytest.raises(UserError, match=message):
-        module, scale = config.load_experiment(str(tmp_path / "lacking.py"))
+        module, scale = experiment_file.load_experiment(str(tmp_path / "lacking.py"))
         order.check(Chosen(module, scale, None, ()))
 
 

@@ -9,7 +9,7 @@ from test_local import BITS, ROOT, changed, plan_of, trained, trained_though_kil
 
 from launch import packs
 from launch.processes import Share, one_core_each
-from llm_jax import config, records
+from llm_jax import config, experiment_file, records
 from llm_jax.config import UserError
 from llm_jax.pack import pack
 from llm_jax.program import program
@@ -20,7 +20,7 @@ from llm_jax.train import train
 
 @pytest.fixture(scope="module")
 def run():
-    return config.load_experiment(str(BITS))[0].get_config("small")
+    return experiment_file.load_experiment(str(BITS))[0].get_config("small")
 
 
 @pytest.fixture(autouse=True)
@@ -132,7 +132,7 @@ def test_a_member_that_kills_its_process_takes_no_other_with_it(run, tmp_path):
     deadly = tmp_path / "deadly.py"
     deadly.write_text(
         "import os, signal\nfrom llm_jax import config\n"
-        f"bits, _ = config.load_experiment({str(BITS)!r})\n"
+        f"bits, _ = experiment_file.load_experiment({str(BITS)!r})\n"
         "SCALES, get_config = bits.SCALES, bits.get_config\n"
         "def hooks(run):\n"
         "    return [lambda step, params: os.kill(os.getpid(), signal.SIGKILL)] if run.seed == 1 else []\n"
@@ -170,7 +170,7 @@ def test_a_worker_trains_as_many_as_fit_and_hands_back_the_rest(run, tmp_path):
     small = tmp_path / "small.py"
     small.write_text(
         f"import os\nfrom llm_jax import config, facts\nfrom llm_jax.kernels import memory\n"
-        f"bits, _ = config.load_experiment({str(BITS)!r})\n"
+        f"bits, _ = experiment_file.load_experiment({str(BITS)!r})\n"
         f"SCALES, get_config = bits.SCALES, bits.get_config\n"
         f"memory.room = lambda mesh: {needed} * os.cpu_count() / facts.cores()\n"
     )

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import synthetic_sweep as sweep
 
-from llm_jax import config
+from llm_jax import experiment_file
 from llm_jax.config import UserError
 from llm_jax.scaling import forecast
 from llm_jax.scaling.fits import fit
@@ -195,7 +195,7 @@ def test_the_rollout_forecasts_every_budget_from_the_third_on_by_the_smaller_one
 
 
 def test_the_over_training_forecast_is_told_with_the_noise_between_its_seeds():
-    experiment, _ = config.load_experiment(str(EXPERIMENTS / "overtraining.py"))
+    experiment, _ = experiment_file.load_experiment(str(EXPERIMENTS / "overtraining.py"))
     base, rows = experiment.get_config("smoke"), []
     cells = {(cell["width"], cell["D"]): cell for cell in experiment.cells(base, "grid")}
     for run in experiment.sweep(base):
