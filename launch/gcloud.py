@@ -1,7 +1,9 @@
-"""What gcloud calls TPU slices, and what it says when it fails."""
+"""What Google Cloud calls things: slices, what is asked for, and what gcloud says when it fails."""
 
+import hashlib
 import math
 import re
+from pathlib import Path
 from typing import NamedTuple
 
 from llm_jax.config import UserError
@@ -63,6 +65,18 @@ def hosts_of(flag: str, accelerator: str) -> int:
         raise UserError(f"{flag}: a type and a size, such as v5litepod-8; types are {', '.join(FAMILIES)}")
     chips = int(size) // FAMILIES[name].counts
     return 1 if chips <= GENERATIONS[FAMILIES[name].generation].host else -(-chips // 4)
+
+
+def name_of(folder: Path) -> str:
+    """A name after a folder's, as Google Cloud and Kubernetes take it: of a-z, 0-9 and -, a letter first.
+
+    Longer ones than 40 characters are cut, with a hash of the whole: they take 63, and numbers follow.
+    """
+    name = re.sub("[^a-z0-9]+", "-", f"runs-{folder.name}".lower()).strip("-")
+    own = name.removeprefix("runs-")
+    name = own if own[0].isalpha() else name
+    digest = hashlib.sha256(folder.name.encode()).hexdigest()[:8]
+    return name if len(name) <= 40 else f"{name[:31].rstrip('-')}-{digest}"
 
 
 # ---- what it says ----

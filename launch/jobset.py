@@ -24,7 +24,7 @@ from typing import Any
 
 from absl import flags
 
-from launch import engine
+from launch import engine, gcloud
 from llm_jax import command_line, files
 from llm_jax.config import UserError
 from llm_jax.kernels.slices import GENERATIONS
@@ -128,6 +128,10 @@ def main() -> None:
         raise UserError("--dry_run: launch.jobset asks for nothing, it only writes what kubectl is given")
     if not values.image:
         raise UserError("of which container image? --image=REGISTRY/NAME, with this code in it")
+    if not re.fullmatch(r"[\w.:/@-]+", values.image):
+        raise UserError(f"--image={values.image!r} is no container image, such as REGISTRY/NAME:TAG")
+    if values.claim and not re.fullmatch(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?", values.claim):
+        raise UserError(f"--claim={values.claim!r} is no name in Kubernetes: a-z, 0-9, - and . inside")
     folder = engine.folder_of(experiment).absolute()
     if bool(values.claim) == files.in_bucket(folder):
         raise UserError(
@@ -135,7 +139,7 @@ def main() -> None:
         )
     hosts, _ = hosts_of(values.accelerator, values.topology, values.chips)
     engine.refuse_each(hosts * values.slices)
-    name = re.sub("[^a-z0-9]+", "-", folder.name.lower()).strip("-")
+    name = gcloud.name_of(folder)
     command = engine.command_of(experiment, folder, "python")
     kind = (values.image, values.claim, str(folder.parent), values.accelerator, values.topology, values.chips)
     workers = [

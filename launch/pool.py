@@ -103,7 +103,7 @@ class Pool:
                 raise UserError(self._refusals[0])
             return self._failures
         except KeyboardInterrupt:
-            self._display.say("stopping: runs in flight save their state (Ctrl-C again: they don't)")
+            self._display.say("stopping: runs in flight save their state (by Ctrl-C now they don't)")
             raise
         finally:
             self._display.close()

@@ -18,7 +18,6 @@ import concurrent.futures
 import contextlib
 import math
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -183,7 +182,7 @@ class Slices:
         self, prefix: str, accelerator: str, runtime: str, zone: str, project: str, spot: bool, mount: str
     ):
         self.hosts = gcloud.hosts_of(f"--accelerator={accelerator}", accelerator)
-        self.prefix, self._mount = re.sub("[^a-z0-9-]", "-", prefix.lower()), mount
+        self.prefix, self._mount = prefix, mount
         self._project, self._zone, self._there = project, zone, there(project, zone)
         self._kind = [f"--accelerator-type={accelerator}", f"--runtime-version={runtime}"] + ["--spot"] * spot
 
@@ -294,7 +293,7 @@ def main() -> int:
         )
     names = ("zone", "project", "spot", "mount")
     kind = (values.accelerator, values.runtime or runtime)
-    slices = Slices(folder.name, *kind, *(getattr(values, name) for name in names))
+    slices = Slices(gcloud.name_of(folder), *kind, *(getattr(values, name) for name in names))
     engine.refuse_each(slices.hosts)
     if shutil.which("git") is None:
         raise UserError("no git here, by which slices get the code: install it")

@@ -29,7 +29,7 @@ def span(text: str) -> tuple[int, int]:
     """10:15 as (10, 15): from when 10 steps are done until 15 are; (0, 0) for nothing. Raises UserError."""
     found = re.fullmatch(r"(\d+):(\d+)", text or "0:0")
     if found is None or (text and int(found[1]) >= int(found[2])):
-        raise UserError(f"profile_steps={text}: from which step to which, such as 10:15")
+        raise UserError(f"profile_steps is {text!r}; it is FROM:TO, the steps to trace, such as 10:15")
     return int(found[1]), int(found[2])
 
 

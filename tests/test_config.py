@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import re
 import shlex
 import subprocess
 import sys
@@ -290,6 +291,16 @@ def test_the_command_line_picks_a_file_a_scale_and_fields(tmp_path):
     assert ask(f"--config={file}", "--config.layers=7") == (0, "Config(layers=7)", "")
     assert ask(f"--config={file}", "--config.layers", "7") == (0, "Config(layers=7)", "")
     assert ask(f"--config={file}", "--config.layers", "-7") == (0, "Config(layers=-7)", "")
+
+
+def test_a_command_has_no_flags_but_its_own_and_help_tells_them_all(command):
+    for wrong in ("--config=isoflop.py", "--config.seed=1"):
+        name = wrong.partition("=")[0]
+        code, _, line = command("launch.stop", "--folder=runs", wrong)
+        assert (code, line) == (2, f"error: no flag {name}; there are: --folder\n")
+    told = command("llm_jax.generate", "--help")[1]
+    assert {"model", "temperature", "prompt"} <= set(re.findall(r"--(?:\[no\])?(\w+)", told))
+    assert "orbax" not in told
 
 
 @pytest.mark.parametrize(

@@ -41,5 +41,5 @@ def test_an_operation_counts_without_those_that_it_contains():
 
 @pytest.mark.parametrize("text", ["15:10", "10", "a:b"])
 def test_a_span_that_is_none_is_refused(text):
-    with pytest.raises(UserError, match=r"from which step to which, such as 10:15"):
+    with pytest.raises(UserError, match="FROM:TO, the steps to trace, such as 10:15"):
         profiling.span(text)

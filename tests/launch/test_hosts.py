@@ -303,6 +303,15 @@ def test_the_manifest_has_a_pod_for_each_host_of_each_slice_that_trains_together
     assert ignored == [[AGAIN, 143]], "who ends for another pod's end hasn't failed"
 
 
+@pytest.mark.parametrize("wrong", ["--image=my image", "--claim=My_Runs"])
+def test_names_that_kubernetes_would_refuse_are_refused_in_a_line(command, tmp_path, wrong):
+    named = ["--image=europe-docker.pkg.dev/lab/llm/jax:1", "--claim=runs", f"--folder={tmp_path}/sweep"]
+    code, told, line = command("launch.jobset", f"--config={SWEEP}:pair", *named, wrong)
+    assert (code, told, line.count("\n")) == (2, "", 1) and re.match(f"error: {wrong[:7]}.* is no ", line)
+    code, told, line = command("launch.jobset", f"--config={SWEEP}:pair", *named)
+    assert code in (0, None) and json.loads(told)["items"][0]["metadata"]["name"] == "sweep-0"
+
+
 @pytest.mark.parametrize("topology", ["2x4", "16x16"])
 def test_the_manifest_has_fields_that_the_definition_of_jobsets_has_and_no_others(topology):
     schema = json.loads((Path(__file__).parent / "jobset.json").read_text())

@@ -18,7 +18,7 @@ from llm_jax import claims
 from llm_jax.config import UserError
 
 SYNOPSES = Path(__file__).parent / "gcloud.json"
-SLICES = tpu.Slices("Runs_1", "v5litepod-8", "v2-alpha-tpuv5-lite", "us-west4-a", "mine", True, "mount it")
+SLICES = tpu.Slices("runs-1", "v5litepod-8", "v2-alpha-tpuv5-lite", "us-west4-a", "mine", True, "mount it")
 
 
 class Recording:
@@ -276,6 +276,13 @@ def test_types_of_slices_are_known_or_refused_with_the_nearest():
     for wrong, told in known.items():
         with pytest.raises(UserError, match=f"--accelerator={wrong}: .*{told}"):
             gcloud.family_of(wrong)
+
+
+def test_any_folder_gives_a_name_that_google_cloud_and_kubernetes_take():
+    names = {"isoflop-cpu": "isoflop-cpu", "Runs_1": "runs-1", "2026 runs": "runs-2026-runs", "_": "runs"}
+    assert {folder: gcloud.name_of(Path("/mnt") / folder) for folder in names} == names
+    long = {gcloud.name_of(Path(f"{'lr_transfer-' * 9}{seed}")) for seed in range(3)}
+    assert len(long) == 3 and all(re.fullmatch("[a-z][a-z0-9-]{,38}[a-z0-9]", name) for name in long)
 
 
 def test_a_folder_that_no_slice_sees_is_refused_and_help_tells_of_all_flags(tmp_path):
