@@ -283,7 +283,7 @@ def test_a_run_that_continues_says_from_which_step(trained, command, place):
 
 STOPPED = """
 import os, signal
-from llm_jax import buckets, experiment_file, config
+from llm_jax import experiment_file
 isoflop, _ = experiment_file.load_experiment(FILE)
 SCALES, get_config = isoflop.SCALES, isoflop.get_config
 

@@ -80,7 +80,7 @@ def test_a_run_killed_in_a_bucket_continues_with_the_losses_of_one_on_a_disk(tin
 
 SWEEP = f"""
 from matplotlib.figure import Figure
-from llm_jax import config, experiment_file
+from llm_jax import experiment_file
 from llm_jax.scaling.page import Page, show
 clusters, _ = experiment_file.load_experiment({str(ROOT / "tests" / "launch" / "clusters.py")!r})
 SCALES, get_config, sweep = clusters.SCALES, clusters.get_config, clusters.sweep

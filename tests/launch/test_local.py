@@ -32,7 +32,7 @@ LONG_SECONDS = 600.0  # what takes so long hangs, on however loaded a machine
 
 OVERRIDES = f"""
 import dataclasses
-from llm_jax import config, experiment_file
+from llm_jax import experiment_file
 bits, _ = experiment_file.load_experiment({str(BITS)!r})
 SCALES, get_config = bits.SCALES, bits.get_config
 

@@ -131,7 +131,7 @@ def test_of_a_pack_that_is_refused_each_run_is_tried_alone(run, tmp_path):
 def test_a_member_that_kills_its_process_takes_no_other_with_it(run, tmp_path):
     deadly = tmp_path / "deadly.py"
     deadly.write_text(
-        "import os, signal\nfrom llm_jax import config\n"
+        "import os, signal\nfrom llm_jax import experiment_file\n"
         f"bits, _ = experiment_file.load_experiment({str(BITS)!r})\n"
         "SCALES, get_config = bits.SCALES, bits.get_config\n"
         "def hooks(run):\n"
@@ -169,7 +169,7 @@ def test_a_worker_trains_as_many_as_fit_and_hands_back_the_rest(run, tmp_path):
     needed = program(*pack(config.replace(run, "execution.mesh.data", 1), 3, own_rows=True)).memory_bytes
     small = tmp_path / "small.py"
     small.write_text(
-        f"import os\nfrom llm_jax import config, facts\nfrom llm_jax.kernels import memory\n"
+        f"import os\nfrom llm_jax import experiment_file, facts\nfrom llm_jax.kernels import memory\n"
         f"bits, _ = experiment_file.load_experiment({str(BITS)!r})\n"
         f"SCALES, get_config = bits.SCALES, bits.get_config\n"
         f"memory.room = lambda mesh: {needed} * os.cpu_count() / facts.cores()\n"
