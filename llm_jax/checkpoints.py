@@ -10,12 +10,15 @@ checkpoints and leftovers, which are ignored and swept away by the next session'
 """
 
 import concurrent.futures
+import contextlib
+import errno
 import functools
 import logging
 import os
+import re
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +31,19 @@ from llm_jax import files, manifest
 from llm_jax.config import UserError
 from llm_jax.distributed import agreed, leads
 
-# Orbax writes about 60 INFO lines a save to absl's one logger; its warnings are let through.
-absl.logging.get_absl_logger().addFilter(
-    lambda record: record.levelno >= logging.WARNING or "/orbax/checkpoint/" not in record.pathname
-)
+
+def _worth_saying(record: logging.LogRecord) -> bool:
+    """Of orbax's about 60 lines a save its warnings are, but no traceback of what it raises as well."""
+    if "/orbax/checkpoint/" not in record.pathname:
+        return True
+    return record.levelno >= logging.WARNING and not (record.exc_info and record.filename == "future.py")
 
 
+absl.logging.get_absl_logger().addFilter(_worth_saying)  # its one logger, which is orbax's too
 _preparing = threading.Lock()  # orbax counts a process's saves, and is told of one at a time
+# How a ValueError of tensorstore begins that is about where it reads or writes, not about what it was asked.
+_OF_STORAGE = re.compile(r"(?!INVALID_ARGUMENT|UNIMPLEMENTED)[A-Z]+(_[A-Z]+)*: ")
+_OF_THE_SYSTEM = re.compile(r"\bos_error_code='(\d+)'")
 
 
 def _warn(line: str) -> None:
@@ -80,7 +89,7 @@ class Checkpoints:
             self.wait()
             if self._leader and not self._swept:
                 self._sweep(step)
-            self._swept, self._current = True, step
+            self._current, self._swept = None, False  # until it is under way
             arrays = _by_name(state)
             if jax.process_count() == 1 and _on_cpus(arrays):
                 # A copy takes a millisecond, and orbax's preparations, which go to the thread, fifteen.
@@ -88,6 +97,7 @@ class Checkpoints:
             else:
                 commit = self._begin(step, arrays).result
             self._saving = self._finisher.submit(self._finish, step, commit, _shapes(arrays))
+            self._current, self._swept = step, True
         if wait:
             self.wait()
 
@@ -154,7 +164,7 @@ class Checkpoints:
         context.array.saving.use_compression = False  # a twelfth smaller for twice the CPU time
         # Where arrays lay is a quarter of the time and never asked for: `restore` says where they go.
         context.array.saving.enable_write_sharding_file = False
-        with _preparing, context:
+        with _preparing, context, _storage(self._place(step)):
             return ocp.save_async(os.fspath(self._place(step)), arrays)
 
     def _written(self, step: int, arrays: dict[str, jax.Array]) -> None:
@@ -162,15 +172,16 @@ class Checkpoints:
 
     def _finish(self, step: int, commit: Callable[[], None], shapes: dict[str, list]) -> None:
         """In the thread: orbax's commit and checksums, in all processes; the manifest; then the retention."""
-        commit()
-        digests = manifest.digests(self._place(step))
-        if not self._leader:
-            return
-        self._confirm()
-        manifest.write(self._place(step), digests, {"step": step, "arrays": shapes})
-        for old in self.steps()[: -self._keep_last]:
-            if old not in self._keep_steps and old != self.best:
-                self._remove(old)
+        with _storage(self._place(step)):
+            commit()
+            digests = manifest.digests(self._place(step))
+            if not self._leader:
+                return
+            self._confirm()
+            manifest.write(self._place(step), digests, {"step": step, "arrays": shapes})
+            for old in self.steps()[: -self._keep_last]:
+                if old not in self._keep_steps and old != self.best:
+                    self._remove(old)
 
     def _sweep(self, step: int) -> None:
         """Removes what the session before left behind: later steps and saves that were never finished."""
@@ -240,9 +251,29 @@ class Checkpoints:
         }
         context = ocp.Context()
         context.pytree_options.loading.partial_load = bool(prefix)
-        with context:
+        with context, _storage(self._place(step)):
             arrays = ocp.load(os.fspath(self._place(step)), targets)
         return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[name] for name in targets])
+
+
+@contextlib.contextmanager
+def _storage(place: Path) -> Iterator[None]:
+    """What libraries say of the disk or the bucket of `place` is an OSError with its reason, in one line."""
+    try:
+        yield
+    except (UserError, jax.errors.JaxRuntimeError):
+        raise
+    except Exception as error:
+        said, known = str(error), isinstance(error, OSError)
+        if known and error.filename is not None:
+            raise
+        if not (known or files.in_bucket(place) or _OF_STORAGE.match(said)):
+            raise
+        number, reason = getattr(error, "errno", None), getattr(error, "strerror", None)
+        if found := _OF_THE_SYSTEM.search(said):
+            number, reason = int(found[1]), os.strerror(int(found[1]))
+        reason = reason or said.partition("[tensorstore_spec")[0].strip() or type(error).__name__
+        raise OSError(number or errno.EIO, reason.splitlines()[0], str(place)) from error
 
 
 def _by_name(tree: Any, prefix: str = "") -> dict[str, Any]:

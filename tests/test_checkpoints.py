@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from llm_jax import checkpoints as checkpoints_module
 from llm_jax.checkpoints import Checkpoints
 from llm_jax.config import UserError
 
@@ -271,6 +272,34 @@ def test_a_save_that_failed_is_raised_by_the_next_call(opened):
     (checkpoints.folder / "00000020.json").rmdir()
     checkpoints.save(20, state_at(20), wait=True)
     assert same_bits(opened().restore(abstract(state_at(20)))[1], state_at(20))
+
+
+DENIED = """PERMISSION_DENIED: Error writing "x": 403 Forbidden
+see the console [tensorstore_spec='{}']"""
+
+
+@pytest.mark.parametrize("call", ["save_async", "load"])
+def test_what_a_store_refuses_is_an_error_of_the_store_and_what_is_asked_wrongly_is_not(
+    opened, monkeypatch, call
+):
+    checkpoints, state = saved(opened, 10), {"x": np.zeros(3)}
+
+    def asked(error):
+        def refused(*given, **options):
+            raise error
+
+        monkeypatch.setattr(checkpoints_module.ocp, call, refused)
+        if call == "load":
+            return checkpoints.restore(abstract(state_at(10)))
+        return checkpoints.save(20, state, wait=True)
+
+    with pytest.raises(OSError) as denied:
+        asked(ValueError(DENIED))
+    assert denied.value.strerror == 'PERMISSION_DENIED: Error writing "x": 403 Forbidden'
+    assert denied.value.filename == str(checkpoints.folder / ("00000010" if call == "load" else "00000020"))
+    for error in (ValueError("INVALID_ARGUMENT: no such type"), ValueError("no"), TypeError("no")):
+        with pytest.raises(type(error), match=str(error)):
+            asked(error)
 
 
 def test_orbax_is_silent_when_all_else_logs(tmp_path):

@@ -1,26 +1,30 @@
 """Disks that fill up, folders that turn read-only or vanish: a failure of the run alone, and no loss."""
 
+import errno
 import re
 import shutil
 import subprocess
 import threading
 
+import numpy as np
 import pytest
 from test_local import bits, changed, plan_of, trained, wait_for, where_workers_find_things
 
 from llm_jax import claims, config, records
+from llm_jax.checkpoints import Checkpoints
 from llm_jax.train import train
 
 __all__ = ["bits", "where_workers_find_things"]
 
 
 @pytest.fixture
-def small_disk(tmp_path):
-    """A disk of its own, and how to make it larger."""
+def small_disk(tmp_path, request):
+    """A disk of its own, of 64 kB if nobody says otherwise, and how to make it larger."""
     place = tmp_path / "disk"
     place.mkdir()
+    size = f"size={getattr(request, 'param', '64k')}"
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64k", "none", place], capture_output=True, text=True
+        ["mount", "-t", "tmpfs", "-o", size, "none", place], capture_output=True, text=True
     )
     if mounted.returncode:
         pytest.skip(f"no disk of its own can be made here: {mounted.stderr.strip()}")
@@ -38,6 +42,26 @@ def test_a_full_disk_fails_the_run_and_it_goes_on_where_there_is_room_again(bits
     assert trained(plan) == {}
     undisturbed = train(run, tmp_path / "undisturbed")
     assert records.load_run(plan.runs[0].folder)["result"]["train_loss"] == undisturbed["train_loss"]
+
+
+@pytest.mark.parametrize("small_disk", ["1m"], indirect=True)
+def test_a_disk_on_which_arrays_alone_find_no_room_is_full_like_any_other(small_disk, caplog):
+    """Arrays are written by a library that knows no OSError."""
+    disk, enlarge = small_disk
+    checkpoints = Checkpoints(disk / "checkpoints")
+    state = {"x": np.random.default_rng(0).random((1000, 1000))}
+    checkpoints.save(1, {"x": np.zeros(9)}, wait=True)
+    checkpoints.save(2, state)
+    with pytest.raises(OSError, match="No space left on device") as full:
+        checkpoints.wait()
+    assert full.value.errno == errno.ENOSPC
+    assert full.value.filename == str(disk / "checkpoints" / "00000002")
+    assert "RESOURCE_EXHAUSTED" in str(full.value.__cause__)
+    assert not caplog.records
+    enlarge()
+    checkpoints.save(2, state, wait=True)
+    checkpoints.close()
+    assert checkpoints.steps() == [1, 2]
 
 
 @pytest.fixture
