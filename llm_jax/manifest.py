@@ -6,6 +6,7 @@ A bucket's store has checksums of its objects itself, so that none has to be rea
 """
 
 import concurrent.futures
+import errno
 import hashlib
 import json
 import re
@@ -32,8 +33,13 @@ def steps(checkpoints: Path) -> list[int]:
     return sorted(int(path.stem) for path in checkpoints.glob("*.json") if path.stem.isdecimal())
 
 
-def write(folder: Path, files: Mapping[str, list], facts: Mapping[str, Any]) -> None:
-    """Writes the manifest of a folder whose `digests` are these, with `facts` in it; whole or not at all."""
+def write(folder: Path, files: Mapping[str, list | None], facts: Mapping[str, Any]) -> None:
+    """Writes the manifest of a folder whose `digests` are these, with `facts` in it; whole or not at all.
+
+    Raises OSError where one of its files couldn't be read.
+    """
+    if unread := [name for name, found in files.items() if found is None]:
+        raise OSError(errno.EIO, "what was written can't be read", str(folder / unread[0]))
     content = {**facts, "files": files}
     write_atomically(place(folder), json.dumps(content | {"checksum": _checksum(content)}))
 
@@ -58,9 +64,10 @@ def problem(folder: Path) -> str | None:
 
 
 def digests(folder: Path, names: Callable[[], Iterable[str]] | None = None) -> dict[str, list | None]:
-    """Size and checksum of the files of `folder`, all or those named, None for one that isn't there.
+    """Size and checksum of the files of `folder`, all or those named, None for one that can't be read.
 
-    All processes of a run call it, as often: each reads its own files, and process 0 is told of all.
+    All processes of a run call it, as often: each reads what it wrote, process 0 what many wrote, and is told
+    of all.
     """
     if in_bucket(folder):
         return folder.objects() if leads() else {}
@@ -70,9 +77,9 @@ def digests(folder: Path, names: Callable[[], Iterable[str]] | None = None) -> d
             lambda: (str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
         )
         found: list[list[str]] = [[] for _ in range(jax.process_count())]
-        for number, name in enumerate(sorted(every())):
+        for name in sorted(every()):
             wrote = _WROTE.search(name)
-            found[(int(wrote[1]) if wrote else number) % len(found)].append(name)
+            found[int(wrote[1]) % len(found) if wrote else 0].append(name)
         return found
 
     def read(part: list[str]) -> dict[str, list | None]:
@@ -87,6 +94,8 @@ def _difference(content: Mapping[str, Any] | None, found: Mapping[str, list | No
         return "its manifest is damaged"
     for name, wanted in content["files"].items():
         there = found.get(name)
+        if wanted is None:
+            return "its manifest is damaged"
         if there is None:
             return f"{name} is missing"
         if there != wanted:
@@ -100,7 +109,7 @@ def _checksum(content: dict[str, Any]) -> str:
 
 
 def _digest(path: Path) -> list | None:
-    """[bytes, SHA-256] of a file; None if it isn't there."""
+    """[bytes, SHA-256] of a file; None if it can't be read."""
     try:
         with path.open("rb") as file:
             return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]

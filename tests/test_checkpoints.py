@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from llm_jax import checkpoints as checkpoints_module
+from llm_jax import manifest
 from llm_jax.checkpoints import Checkpoints
 from llm_jax.config import UserError
 
@@ -300,6 +302,41 @@ def test_what_a_store_refuses_is_an_error_of_the_store_and_what_is_asked_wrongly
     for error in (ValueError("INVALID_ARGUMENT: no such type"), ValueError("no"), TypeError("no")):
         with pytest.raises(type(error), match=str(error)):
             asked(error)
+
+
+def test_a_save_whose_files_cannot_be_read_back_does_not_count_and_the_one_before_stays(opened, monkeypatch):
+    checkpoints, digest = saved(opened, 10, keep_last=1), manifest._digest
+    with monkeypatch.context() as patch:
+        patch.setattr(manifest, "_digest", lambda path: None if path.suffix == ".ocdbt" else digest(path))
+        with pytest.raises(OSError, match=r"what was written can't be read.*00000020/.*ocdbt"):
+            checkpoints.save(20, state_at(20), wait=True)
+    assert checkpoints.steps() == [10]
+    assert same_bits(opened().restore(abstract(state_at(10)))[1], state_at(10))
+    checkpoints.save(20, state_at(20), wait=True)
+    assert checkpoints.steps() == [20]
+
+
+def test_a_manifest_that_does_not_know_a_file_is_damaged(opened, said):
+    """Such were written once."""
+    checkpoints = saved(opened, 10, 20)
+    content = manifest.read(checkpoints.folder / "00000020")
+    content["files"] |= dict.fromkeys(list(content["files"])[:1])
+    whole = json.dumps(content | {"checksum": manifest._checksum(content)})
+    manifest.place(checkpoints.folder / "00000020").write_text(whole)
+    assert opened().restore(abstract(state_at(10)))[0] == 10
+    assert "00000020 (its manifest is damaged)" in said[0]
+
+
+def test_each_process_reads_what_it_wrote_and_the_first_one_what_is_nobody_s(opened, monkeypatch):
+    """What another has written a network's disk may not show yet."""
+    checkpoints, dealt = saved(opened, 10), []
+    folder = checkpoints.folder / "00000010"
+    (folder / "state" / "ocdbt.process_0").rename(folder / "state" / "ocdbt.process_4")
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    monkeypatch.setattr(manifest, "spread", lambda what, find, do: dealt.extend(find()))
+    manifest.digests(folder)
+    assert dealt[1] and all("process_4" in name for name in dealt[1]) and not dealt[2]
+    assert "state/manifest.ocdbt" in dealt[0] and sum(map(len, dealt)) == len(files_of(checkpoints, 10))
 
 
 def test_orbax_is_silent_when_all_else_logs(tmp_path):
