@@ -195,10 +195,10 @@ class Checkpoints:
         for path in list(self.folder.glob("*")):
             name, _, ending = path.name.partition(".")
             if name.isdecimal() and (ending not in ("", "json") or int(name) not in kept):
-                files.remove(path) if path.is_dir() else path.unlink()
+                files.remove(path) if path.is_dir() else path.unlink(missing_ok=True)
 
     def _remove(self, step: int) -> None:
-        manifest.place(self._place(step)).unlink()
+        manifest.place(self._place(step)).unlink(missing_ok=True)  # a bucket may be asked twice
         files.remove(self._place(step))
 
     def _place(self, step: int) -> Path:

@@ -107,7 +107,7 @@ def check_writable(folder: Path) -> None:
     """Raises OSError where nothing can be written in `folder`."""
     if in_bucket(folder):
         (folder / ".writable").touch()
-        (folder / ".writable").unlink()
+        (folder / ".writable").unlink(missing_ok=True)  # others try too, and a request may be repeated
     else:
         tempfile.TemporaryFile(dir=folder).close()
 

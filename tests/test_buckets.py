@@ -194,6 +194,25 @@ def test_paths_in_buckets_are_used_as_those_of_disks(folder, tmp_path):
     assert files.path(folder, files.relative(tmp_path, folder)) == tmp_path
 
 
+def test_what_is_removed_twice_or_by_another_one_is_removed(folder, monkeypatch):
+    """A request whose answer was lost is repeated by gcsfs, and finds nothing."""
+    store = buckets._store()
+    rm_file = store.rm_file
+
+    def repeated(path):
+        rm_file(path)
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(store, "rm_file", repeated)
+    files.check_writable(folder)
+    checkpoints = Checkpoints(folder / "checkpoints", keep_last=1)
+    for step in (1, 2):
+        checkpoints.save(step, {"x": np.zeros(3)}, wait=True)
+    checkpoints.close()
+    assert manifest.steps(folder / "checkpoints") == [2]
+    assert sorted(path.name for path in files.folders(folder / "checkpoints")) == ["00000002"]
+
+
 def test_what_is_neither_a_folder_nor_a_bucket_is_refused_in_one_line():
     for place in ("s3://runs/x", "gs://", "memory://x"):
         with pytest.raises(UserError, match=r"folders are on a disk or in a bucket, gs://bucket/name"):

@@ -124,6 +124,7 @@ def kill(folder, launchers, rng, whom):
 def disturbed(folder, logs, rng, kills, packing, together):
     """Launches until all is complete, with so many `kills` on the way; what was killed.
 
+    Raises AssertionError where a launcher is refused, which none should be.
     together: how many launchers work at once. Most of a worker's time is its start, and saves are short, so
     half of the kills wait for one that trains or one that saves.
     """
@@ -142,7 +143,9 @@ def disturbed(folder, logs, rng, kills, packing, together):
                 whom = ""
             else:
                 time.sleep(0.01)
-        if 0 in [one.wait() for one in launchers]:
+        codes = [one.wait() for one in launchers]
+        assert 2 not in codes, f"a launcher was refused: see {logs / folder.name}.txt"
+        if 0 in codes:
             return killed
     raise AssertionError(f"{folder} isn't complete after {LAUNCHES} launches")
 

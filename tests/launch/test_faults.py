@@ -1,6 +1,8 @@
 """The campaign of `make faults`, shorter: kills at random moments lose nothing and change nothing."""
 
 import os
+import random
+import subprocess
 import time
 import uuid
 
@@ -25,6 +27,14 @@ def test_ten_kills_at_random_moments_lose_no_run_and_change_no_result(tmp_path):
 def test_kills_change_no_result_of_a_sweep_in_a_bucket_from_that_on_a_disk(bucket, tmp_path):
     killed, sweeps = faults.campaign(3, tmp_path, seed=1, bucket=f"{bucket}/{uuid.uuid4().hex}")
     assert sum(killed.values()) == 3 and sweeps >= 1
+
+
+def test_the_campaign_sees_a_launcher_that_is_refused_though_another_one_goes_on(tmp_path, monkeypatch):
+    codes = iter((2, 0))
+    refused = lambda *_, **__: subprocess.Popen(["sh", "-c", f"exit {next(codes)}"])  # noqa: E731
+    monkeypatch.setattr(faults, "launch", refused)
+    with pytest.raises(AssertionError, match="a launcher was refused"):
+        faults.disturbed(tmp_path / "sweep", tmp_path, random.Random(0), 0, "--pack=off", together=2)
 
 
 def test_the_campaign_sees_an_owner_that_writes_on_after_the_next_one_has_claimed_its_run(tmp_path):
