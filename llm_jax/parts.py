@@ -65,12 +65,15 @@ class Parts:
         self._next, self._rows = self._next + 1, 0
 
     def _end(self) -> None:
-        if self._part is not None:
-            part, self._part, self._ended = self._part, None, time.monotonic()
-            if self._waits:
-                try:
-                    self._place.create_bytes(part.getvalue().encode())
-                except FileExistsError as error:  # no later number either: the other one needs it next
-                    self._refused = error
-                    raise
-            part.close()
+        """What can't be uploaded now waits for the next try, as it is: it may stand already, unanswered."""
+        if self._part is None:
+            return
+        if self._waits:
+            self._rows = self._rows_per_part
+            try:
+                self._place.create_bytes(self._part.getvalue().encode())
+            except FileExistsError as error:  # no later number either: the other one needs it next
+                self._refused, self._part = error, None
+                raise
+        part, self._part, self._ended = self._part, None, time.monotonic()
+        part.close()

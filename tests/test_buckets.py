@@ -255,3 +255,25 @@ def test_a_writer_whose_part_another_one_made_writes_no_part_after_it(folder):
     parts.close()
     assert [path.name for path in folder.iterdir()] == ["00000.jsonl", "00001.jsonl"]
     assert (folder / "00001.jsonl").read_text() == "theirs"
+
+
+def test_a_part_that_could_not_be_uploaded_comes_before_those_after_it(folder, monkeypatch):
+    """Whole and as it was: the upload may have been made, and its answer lost."""
+    parts, upload, lost = Parts(folder, {}), buckets.BucketPath.create_bytes, [False, True]
+
+    def fails(self, data):
+        if lost:
+            if lost.pop():
+                upload(self, data)
+            raise TimeoutError("no answer")
+        upload(self, data)
+
+    monkeypatch.setattr(buckets.BucketPath, "create_bytes", fails)
+    parts.add({"step": 1})
+    for give in (parts.flush, lambda: parts.add({"step": 2})):
+        with pytest.raises(TimeoutError):
+            give()
+    parts.add({"step": 3})
+    parts.close()
+    rows = [json.loads(line) for path in folder.iterdir() for line in path.read_text().splitlines()]
+    assert [row.get("step", "part") for row in rows] == ["part", "part", 1, "part", 3]
