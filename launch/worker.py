@@ -114,8 +114,7 @@ def logging_in(folders: Sequence[Path]) -> Iterator[None]:
     """
     number = distributed.number()
     if files.in_bucket(folders[0]):
-        os.ftruncate(1, 0)
-        os.lseek(1, 0, os.SEEK_SET)
+        _forget_printed()
     else:
         with (folders[0] / sweep.log_name(number)).open("a") as log:
             os.dup2(log.fileno(), 1)
@@ -137,7 +136,13 @@ def logging_in(folders: Sequence[Path]) -> Iterator[None]:
             sys.stdout.flush()
             printed = os.pread(1, os.fstat(1).st_size, 0).decode(errors="replace")
             sweep.add_to_log(folders[0], printed, number)
-            os.ftruncate(1, 0)
+            _forget_printed()
+
+
+def _forget_printed() -> None:
+    """Empties what this process prints to; what it prints next stands at the beginning, not behind a hole."""
+    os.ftruncate(1, 0)
+    os.lseek(1, 0, os.SEEK_SET)
 
 
 def listen(tasks: queue.SimpleQueue) -> None:

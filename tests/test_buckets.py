@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from changes import changed
 
-from launch import status
+from launch import status, worker
 from llm_jax import buckets, config, files, manifest, records
 from llm_jax.checkpoints import Checkpoints
 from llm_jax.config import UserError
@@ -277,3 +277,14 @@ def test_a_part_that_could_not_be_uploaded_comes_before_those_after_it(folder, m
     parts.close()
     rows = [json.loads(line) for path in folder.iterdir() for line in path.read_text().splitlines()]
     assert [row.get("step", "part") for row in rows] == ["part", "part", 1, "part", 3]
+
+
+def test_what_a_worker_prints_after_a_run_has_no_hole_before_it(folder, capfd):
+    """Its launcher reads why it died there, and a follower's goes to the bucket as it is."""
+    os.write(1, b"before")
+    for text in ("first", "second"):
+        with worker.logging_in([folder]):
+            print(text, end="", flush=True)
+        os.write(1, b"after")
+        assert os.pread(1, 99, 0) == b"after"
+    assert (folder / "log.txt").read_text() == "firstsecond"
