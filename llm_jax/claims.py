@@ -39,6 +39,7 @@ PATIENCE = 1800.0  # seconds without a step, or a part of an evaluation or a sav
 
 _NUMBER = re.compile(r"\d{5}")
 _mine: set["Claim"] = set()
+_given_up: set[tuple[str, int]] = set()  # claims of this process that it could not sign as ended
 _seen: dict[tuple[str, int], tuple[int | None, float]] = {}  # the last new sign, and when it was first seen
 _patience, _before_leaving = float("inf"), lambda: None
 
@@ -91,16 +92,19 @@ class Claim:
                 self._signed = now
 
     def release(self) -> None:
-        """Sets the run free; where that can't be written, this process's end or the lease does."""
+        """Sets the run free; where that can't be written, for others this process's end or the lease does."""
         _mine.discard(self)
-        with contextlib.suppress(Exception):
+        try:
             self.beat(ended=True)
+        except Exception:
+            _given_up.add((str(self._store), self._number))
 
 
 def take(folder: str | Path) -> Claim | None:
     """The claim of a run; None where another process has it.
 
-    Whether one of another machine lives is known by its next sign or, after a LEASE, by none.
+    Whether one of another machine lives is known by its next sign or, after a LEASE, by none. Raises what the
+    store does where nothing can be written; then this process may try again.
     """
     there = store(f"{folder}/claims")
     number = _last(there)
@@ -115,7 +119,11 @@ def take(folder: str | Path) -> Claim | None:
     if not there.create(_name(number + 1), json.dumps(owner).encode()):
         return None
     claim = Claim(there, number + 1)
-    claim.beat()
+    try:
+        claim.beat()
+    except Exception:
+        claim.release()
+        raise
     _mine.add(claim)
     _heart()
     return claim
@@ -188,7 +196,7 @@ def stir() -> None:
 
 
 def _held(there: Store, number: int) -> bool:
-    if number < 0 or "ended" in (sign := _read(there, number, "sign")):
+    if number < 0 or (str(there), number) in _given_up or "ended" in (sign := _read(there, number, "sign")):
         return False
     if _here(there, number):
         made = _read(there, number)

@@ -1,6 +1,7 @@
 """Who has a run: one of all who try, on a disk and in a bucket, whatever dies, sleeps or turns its clock."""
 
 import concurrent.futures
+import errno
 import json
 import subprocess
 import sys
@@ -136,6 +137,26 @@ def test_an_owner_whose_signs_cannot_be_written_ends_before_others_may_take_its_
     unwritable.well = True  # a process that was stopped, say: nobody took its run meanwhile
     claim.move(3)
     claim.release()
+
+
+def test_a_process_that_could_not_sign_its_claim_may_try_again(folder, monkeypatch):
+    """At its beginning or at its end: it lives, but it doesn't have the run."""
+    there = type(store(folder))
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(there, "write", full)
+        claims.take(folder)
+    assert not claims.held(folder)
+    claim = claims.take(folder)
+    assert claims.held(folder) and claims.take(folder) is None
+    with monkeypatch.context() as patch:
+        patch.setattr(there, "write", full)
+        claim.release()
+    assert not claims.held(folder)
+    claims.take(folder).release()
 
 
 class Unwritable:
