@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from llm_jax import command_line
+from llm_jax import command_line, files
 from llm_jax.config import UserError
 from llm_jax.inference import options
 from llm_jax.inference.generation import computing
@@ -69,10 +69,11 @@ def read_ids(path: str) -> np.ndarray:
 
 def write(scores: Scores, place: pathlib.Path) -> None:
     """The arrays of `scores` by name, whole or not at all."""
-    partial = place.with_name(f"{place.name}.partial")
-    with partial.open("wb") as file:
-        np.savez(file, **scores._asdict())
-    partial.rename(place)
+    with files.filled(place.parent) as folder:
+        partial = folder / f"{place.name}.partial"
+        with partial.open("wb") as file:
+            np.savez(file, **scores._asdict())
+        partial.rename(folder / place.name)
 
 
 def table(opened: Opened, scores: Scores, row: int, candidates: int) -> list[str]:
@@ -107,8 +108,8 @@ def main() -> None:
         raise UserError("--text is empty: there is nothing to score")
     if f.candidates < 0:
         raise UserError(f"candidates is {f.candidates}; it is at least 0")
-    place = pathlib.Path(os.path.expanduser(f.out)) if f.out else None
-    if place and not place.parent.is_dir():
+    place = files.path(os.path.expanduser(f.out)) if f.out else None
+    if place and not files.in_bucket(place) and not place.parent.is_dir():
         raise UserError(f"--out={f.out}: there is no folder {place.parent}")
     if place and place.is_dir():
         raise UserError(f"--out={f.out} is a folder: name a .npz file in it")

@@ -5,17 +5,19 @@ import json
 import shutil
 import subprocess
 import sys
+import uuid
 
 import jax
 import numpy as np
 import pytest
 
-from llm_jax import records, sharding
+from llm_jax import files, records, sharding
 from llm_jax.config import UserError
-from llm_jax.data import Bytes, Chat, SentencePiece
+from llm_jax.data import Bytes, Chat, SentencePiece, Tokenizer
 from llm_jax.export import export
 from llm_jax.inference.opening import open_model
 from llm_jax.inference.pretrained import Pretrained, PretrainedTokenizer, content, widened
+from llm_jax.models import ModelConfig
 from llm_jax.models.lora import LoRA
 from llm_jax.optimizers import AdamW
 from llm_jax.pack import train_packed
@@ -65,6 +67,27 @@ def conversations(folder, count=60):
         line["messages"] = [TALK["messages"][0] | {"content": f"{n}?"}, TALK["messages"][1]]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return str(path)
+
+
+def test_it_starts_as_a_run_in_a_bucket_and_takes_its_tokenizer(base, tiny_run, tuned, bucket, command):
+    place = f"{bucket}/{uuid.uuid4().hex}"
+    train(dataclasses.replace(tiny_run, execution=ALONE), place)
+    run = tuned(model=ModelConfig.parse(place))
+    run = dataclasses.replace(run, data=dataclasses.replace(run.data, tokenizer=Tokenizer.parse(place)))
+    assert run.identity() == dataclasses.replace(run, model=Pretrained(str(base / "run"))).identity()
+    result = train(run, f"{place}-tuned")
+    whole = records.load_run(base / "run")["result"]
+    assert result["loss"] == pytest.approx(whole["loss"], abs=1e-6)
+    there, here = open_model(base / "run"), open_model(f"{place}-tuned")
+    equal(there.params, here.params)
+    assert here.tokenizer.data == there.tokenizer.data
+    out = f"--out={place}/s/scores.npz"
+    assert command("llm_jax.score", f"--model={place}-tuned", "--text=ab", out)[0] is None
+    assert len(np.load(files.path(place, "s/scores.npz").open("rb"))["ids"][0]) == 3
+    with pytest.raises(UserError, match=r"no run at 'gs://.*/none': of a bucket, runs alone can be opened"):
+        ModelConfig.parse(f"{bucket}/none").resolve(run.data)
+    with pytest.raises(UserError, match=r"no run at 'gs://.*/t.json': of a bucket, runs alone can be opened"):
+        Tokenizer.parse(f"{bucket}/t.json").size()
 
 
 @pytest.mark.parametrize("place", ["run", "directory", "file.gguf"])

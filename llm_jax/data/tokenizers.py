@@ -22,6 +22,7 @@ from llm_jax.config import Tagged, UserError, outside_identity
 from llm_jax.data import readers
 from llm_jax.data.cache import cache_folder, digest, once
 from llm_jax.data.templates import Template, named
+from llm_jax.files import in_bucket
 
 _FILES = {".model": "sentencepiece_file", ".json": "huggingface"}  # suffix -> kind
 _CHUNK_CHARACTERS = 4096  # BPE is slow on long texts, and chunks keep all threads busy
@@ -63,7 +64,8 @@ class Tokenizer(Tagged):
     @classmethod
     def parse(cls, text: str) -> "Tokenizer":
         suffix = pathlib.Path(text).suffix
-        if "pretrained" in cls.members and (suffix == ".gguf" or os.path.isdir(os.path.expanduser(text))):
+        is_model = in_bucket(text) or suffix == ".gguf" or os.path.isdir(os.path.expanduser(text))
+        if "pretrained" in cls.members and is_model:
             return cls.members["pretrained"](path=text)
         return cls.members[_FILES[suffix]](path=text) if suffix in _FILES else super().parse(text)
 

@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 
 from llm_jax.config import Tagged, UserError, nearest
+from llm_jax.files import in_bucket
 
 Params = Any  # nested dict of float32 arrays; a leaf's name is its role's name
 Batch = dict[str, jax.Array]
@@ -136,11 +137,12 @@ class ModelConfig(Tagged):
 
     @classmethod
     def parse(cls, text: str) -> "ModelConfig":
-        """A preset of `models/presets.py`, the member `text` with its defaults, or the model at a path."""
+        """A preset of `models/presets.py`, the member `text` with its defaults, or the model at a place."""
         from llm_jax.models.presets import PRESETS
 
         if text not in PRESETS and text not in cls.members:
-            if "pretrained" in cls.members and os.path.exists(os.path.expanduser(text)):
+            is_place = in_bucket(text) or os.path.exists(os.path.expanduser(text))
+            if "pretrained" in cls.members and is_place:
                 return cls.members["pretrained"](path=text)
             raise UserError(f"no model {text!r}; {nearest(text, cls.choices())}")
         return PRESETS[text] if text in PRESETS else super().parse(text)
