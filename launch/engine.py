@@ -10,6 +10,8 @@ What a launcher keeps in the folder: jobs/, what it asked an engine for (jobs.py
 """
 
 import contextlib
+import os
+import platform
 import shlex
 import signal
 import sys
@@ -23,13 +25,15 @@ from typing import Any, Protocol
 from absl import flags
 
 from launch import jobs, order, status, sweep
+from launch.outage import Outage
 from launch.pool import TRIES, WorkersError
 from launch.sweep import Plan, Planned
-from llm_jax import command_line, files, records
+from llm_jax import claims, command_line, files, records
 from llm_jax.command_line import Chosen
 from llm_jax.config import UserError
 
 SECONDS_BETWEEN_LOOKS, SECONDS_BETWEEN_LINES = 2.0, 30.0
+SECONDS_TO_STOP = 300.0  # a place, however far away, has to save its state and end
 STOP = "stop"
 
 
@@ -49,6 +53,9 @@ class Engine(Protocol):
     def stop(self, jobs: Iterable[str]) -> None:
         """Asks jobs to save and end (SIGTERM where there is such a thing), and gives their places back."""
 
+    def lost(self, job: str) -> bool:
+        """Whether the place of a job that ended was taken away: that says nothing of what ran there."""
+
     def tail(self, job: str) -> str:
         """The last that it printed, "" where that isn't known."""
 
@@ -61,7 +68,8 @@ class Crew:
 
     def __init__(self, engine: Engine, folder: Path, places: int, command: Sequence[str]) -> None:
         self._engine, self._folder, self._places, self._command = engine, folder, places, list(command)
-        self._jobs: set[str] = set()
+        self._jobs: dict[str, str] = {}  # those that live, and what their places are called in claims
+        self._started, self._outage = 0, Outage()
         self._in_vain, self._progress = 0, (-1, -1)
 
     def train(
@@ -70,36 +78,60 @@ class Crew:
         """As an order.Engine. Raises WorkersError if places end again and again before any run begins."""
         files.each(Planned.forget_failure, missing, self._folder)
         before()
-        said = 0.0
+        said, going_on = 0.0, True
         try:
-            while left := files.those(lambda run: not (run.complete or run.failure), missing, self._folder):
-                if (self._folder / STOP).exists():
-                    raise KeyboardInterrupt
-                self._look(left)
-                if time.monotonic() - said > SECONDS_BETWEEN_LINES:
-                    said = time.monotonic()
-                    lines = [status.line(status.rows(self._folder)), self._engine.waits()]
-                    print("; waits: ".join(filter(None, lines)), flush=True)
-                time.sleep(SECONDS_BETWEEN_LOOKS)
+            while going_on:
+                begun = time.monotonic()
+                with self._outage.borne():
+                    if (self._folder / STOP).exists():
+                        raise KeyboardInterrupt
+                    if not (going_on := self._look(missing)):
+                        break
+                    if begun - said > SECONDS_BETWEEN_LINES:
+                        said = begun
+                        lines = [status.line(status.rows(self._folder)), self._engine.waits()]
+                        print("; waits: ".join(filter(None, lines)), flush=True)
+                # A look at many runs in a bucket takes a while, and each request money.
+                time.sleep(max(SECONDS_BETWEEN_LOOKS, time.monotonic() - begun))
         except KeyboardInterrupt:
-            (self._folder / STOP).touch()  # places that a signal doesn't reach see it too
+            with contextlib.suppress(OSError):
+                (self._folder / STOP).touch()  # places that a signal doesn't reach see it too
             raise
         finally:
             self._engine.stop(self._engine.living(self._jobs))
-        return {run: run.failure for run in missing if run.failure}
+        failures = files.each(lambda run: run.failure, missing, self._folder)
+        return {run: why for run, why in zip(missing, failures, strict=True) if why}
 
-    def _look(self, left: Sequence[Planned]) -> None:
+    def _look(self, missing: Sequence[Planned]) -> bool:
+        """Fills places up; False once every run is complete or given up."""
+        found = files.each(lambda run: run.status, missing, self._folder)
+        standing = dict(zip(missing, found, strict=True))
+        left = [run for run in missing if standing[run] in ("missing", "running")]
         living = self._engine.living(self._jobs)
-        for job in self._jobs - living:
+        for job in self._jobs.keys() - living:
             self._ended(job, (len(left), sum(files.each(lambda run: run.standing, left, self._folder))))
-        self._jobs = set(living)
-        waits = files.each(lambda run: run.status == "missing" and run.ready, left, self._folder)
-        for _ in range(min(self._places - len(living), sum(waits))):
-            self._jobs.add(job := self._engine.start(self._command))
-            jobs.enlist(self._folder, self._engine.name, job, flags.FLAGS.dollars_per_hour)
+        self._jobs = {job: self._jobs[job] for job in living}
+        running = [run.folder for run in left if standing[run] == "running"]
+        busy = {owner.get("place") for owner in files.each(claims.owner, running, self._folder)}
+        waits = [run for run in left if standing[run] == "missing"]
+        ready = sum(files.each(lambda run: run.ready, waits, self._folder))
+        free = sum(place not in busy for place in self._jobs.values())  # it will take one of these
+        for _ in range(min(self._places - len(living), ready - free)):
+            self._start()
+        return bool(left)
+
+    def _start(self) -> None:
+        """Starts a place, or asks for one, under a name that no other launcher gives."""
+        self._started += 1
+        place = f"{platform.node()}-{os.getpid()}-{self._started}"
+        job = self._engine.start([*self._command, f"--place={place}"])
+        self._jobs[job] = place
+        jobs.enlist(self._folder, self._engine.name, job, flags.FLAGS.dollars_per_hour)
 
     def _ended(self, job: str, progress: tuple[int, int]) -> None:
         """A place that ends has found nothing more, or has died; where none gets any run on, all give up."""
+        if self._engine.lost(job):
+            return
         self._in_vain = 0 if progress != self._progress else self._in_vain + 1
         self._progress = progress
         if self._in_vain >= TRIES * self._places:
@@ -197,16 +229,21 @@ def carry_out(engine: Engine) -> int:
 def stoppable(name: str, launch: Callable[[], int]) -> int:
     """The exit code of `launch`: 1 where no worker can work, with what the last one printed.
 
-    130 or 143, and how to go on, if Ctrl-C, `stop` or SIGTERM ends it.
+    130 or 143, and how to go on, if Ctrl-C, `stop`, SIGTERM or the end of its terminal ends it.
     """
     terminated = threading.Event()
 
-    def terminate(*_: Any) -> None:
+    def terminate(number: int, _: Any) -> None:
+        if number == signal.SIGHUP:  # nobody reads any more
+            for stream in (1, 2):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         if not terminated.is_set():  # of a job's processes each may be told, and tell the others
             terminated.set()
             raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, terminate)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it: its terminal has been closed
+        signal.signal(signal.SIGHUP, terminate)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin without it
     try:
         return launch()

@@ -27,7 +27,7 @@ from launch import hosts, order, packs, sweep
 from launch.pool import Pool
 from launch.processes import Share, gpus, on_cpus, one_core_each, shares
 from launch.sweep import Plan, Planned
-from llm_jax import command_line, distributed, files, placement, records
+from llm_jax import claims, command_line, distributed, files, placement, records
 from llm_jax.command_line import Chosen
 from llm_jax.config import UserError
 from llm_jax.distributed import Place, tpus
@@ -42,6 +42,7 @@ CPU_EFFICIENCY, GPU_EFFICIENCY, SECONDS_PER_RUN = 0.25, 0.1, 3.0
 
 def main() -> int:
     experiment = command_line.chosen()
+    os.environ[claims.PLACE] = flags.FLAGS.place
     order.check(experiment)
     folder = engines.folder_of(experiment)
     measures = hasattr(experiment.module, "measure")
@@ -205,6 +206,7 @@ if __name__ == "__main__":
     )
     flags.DEFINE_string("folder", None, "where the runs go; runs/<experiment>-<scale> if not given")
     flags.DEFINE_bool("join", False, "take part in a launch: train what is free, end when nothing is")
+    flags.DEFINE_string("place", "", "what the launch calls this part of it")
     flags.DEFINE_bool("again", False, "go on with a launch: what it has given up stays so")
     elsewhere = "python -m llm_jax.train; here it is --config.execution.deterministic=true"
     command_line.run_main(main, {"deterministic": elsewhere})

@@ -227,6 +227,16 @@ class Ray:
     def _unfinished(self, tasks: Sequence[Any], seconds: float = 0.0) -> list[Any]:
         return self._ray.wait(tasks, num_returns=len(tasks), timeout=seconds)[1] if tasks else []
 
+    def lost(self, job: str) -> bool:
+        """Whether its node has gone."""
+        try:
+            self._ray.get(self._tasks[job], timeout=1)
+        except (self._ray.exceptions.NodeDiedError, self._ray.exceptions.LocalRayletDiedError):
+            return True
+        except self._ray.exceptions.RayError:
+            pass
+        return False
+
     def tail(self, job: str) -> str:
         try:
             return "".join(map(str, self._ray.get(self._tasks[job], timeout=1)))

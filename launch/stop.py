@@ -16,8 +16,6 @@ from absl import flags
 from launch import engine, jobs, status
 from llm_jax import command_line
 
-SECONDS_TO_SAVE = 150.0
-
 
 def stop(folder: Path) -> list[str]:
     """Leaves word for all who see the folder, and gives places back once what ran there has been saved.
@@ -26,7 +24,7 @@ def stop(folder: Path) -> list[str]:
     """
     status.rows(folder)
     (folder / engine.STOP).touch()
-    deadline = time.monotonic() + SECONDS_TO_SAVE
+    deadline = time.monotonic() + engine.SECONDS_TO_STOP
     while any(row.state == "running" for row in status.rows(folder)) and time.monotonic() < deadline:
         time.sleep(1)
     left = []

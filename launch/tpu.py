@@ -32,17 +32,20 @@ from pathlib import Path
 from absl import flags
 
 from launch import engine, gcloud, jobs
+from launch.engine import SECONDS_TO_STOP
 from launch.gcloud import NO_SUCH
 from llm_jax import claims, command_line, files
 from llm_jax.config import UserError
 
 SECONDS_BETWEEN_LOOKS = 20.0  # at a slice that is waited for
-SECONDS_TO_STOP = 300.0  # what runs there has to save its state and end
-DELETIONS = 5
+SECONDS_BETWEEN_DELETIONS = 60.0  # after DELETIONS in vain
+SECONDS_TO_LAND = 60.0  # a request that a launcher made before it died
+SET_UPS, DELETIONS = 5, 5  # a slice that has just come, or a network, may not answer at once
 ALIVE = ["--ssh-flag=-oServerAliveInterval=30", "--ssh-flag=-oServerAliveCountMax=4"]  # or ssh waits for ever
-ENDED = ("FAILED", "SUSPENDED", "SUSPENDING", "DELETING")
+TAKEN = ("SUSPENDED", "SUSPENDING", "DELETING")
+ENDED = ("FAILED", *TAKEN)
 SET_UP = (  # uv brings a Python that is new enough, whatever the image has
-    "mkdir -p llm_jax && tar -xzf llm_jax.tar.gz -C llm_jax && cd llm_jax && "
+    "rm -rf llm_jax && mkdir llm_jax && tar -xzf llm_jax.tar.gz -C llm_jax && cd llm_jax && "
     "python3 -m pip install --quiet --user uv && python3 -m uv venv --quiet --python 3.11 .venv && "
     "python3 -m uv pip install --quiet --python .venv '.[tpu,gs]'"
 )
@@ -65,6 +68,9 @@ class Tpu:
         self._folder, self._slices, self._run = folder, slices, run
         self._launcher = f"{slices.prefix}-{int(time.time()):x}-{os.getpid():x}"
         self._threads: dict[str, threading.Thread] = {}
+        self._over: set[str] = set()  # what ran there has ended, whether the slice could be deleted or not
+        self._lost: set[str] = set()
+        self._deletions: list[threading.Thread] = []  # of slices that launchers left behind
         self._stopping, self._deadline = threading.Event(), math.inf
         self._said: dict[str, str] = {}
         self._waits: dict[str, str] = {}
@@ -83,17 +89,24 @@ class Tpu:
         return job
 
     def living(self, asked_for: Iterable[str]) -> set[str]:
-        return {job for job in asked_for if self._threads[job].is_alive()}
+        return {job for job in asked_for if job not in self._over}
+
+    def lost(self, job: str) -> bool:
+        return job in self._lost
+
+    def left(self) -> list[str]:
+        """Slices of this launcher that could not be deleted."""
+        return [job for job in jobs.listed(self._folder).get(self.name, []) if job in self._threads]
 
     def stop(self, asked_for: Iterable[str]) -> None:
         """What runs there sees the file that says stop; slices are deleted when it has ended."""
         self._deadline = time.monotonic() + SECONDS_TO_STOP
         self._stopping.set()
         try:
-            for job in asked_for:
-                self._threads[job].join()
+            for thread in (*self._threads.values(), *self._deletions):
+                thread.join()
         except KeyboardInterrupt:
-            left = ", ".join(sorted(self.living(self._threads)))
+            left = ", ".join(sorted(job for job, thread in self._threads.items() if thread.is_alive()))
             print(f"not given back: {left}; python -m launch.stop --folder={self._folder} does it")
             raise
         self._stopping.clear()
@@ -107,41 +120,73 @@ class Tpu:
         return f"gcloud: {why[-1]}" if why else ""
 
     def _clear(self) -> None:
-        """Deletes the slices of launchers that have died; each has a claim of its own."""
+        """Deletes the slices of launchers that have died; each has a claim of its own.
+
+        What such a launcher had just asked for may come only now: all is deleted twice.
+        """
+
+        def delete(left: list[str]) -> None:
+            if gone := give_back(left, self._run):
+                self._stopping.wait(SECONDS_TO_LAND)
+                jobs.strike(self._folder, give_back(gone, self._run))
+
         claims.take(self._folder / "launchers" / self._launcher)
         of: dict[str, list[str]] = {}
         for job in jobs.listed(self._folder).get(self.name, []):
             of.setdefault(job.rpartition("/")[2].rpartition("-")[0], []).append(job)
         for launcher, left in of.items():
             if claims.take(self._folder / "launchers" / launcher):
-                jobs.strike(self._folder, give_back(left, self._run))
+                self._deletions.append(threading.Thread(target=delete, args=(left,), daemon=True))
+                self._deletions[-1].start()
 
     def _live(self, name: str, job: str, command: Sequence[str]) -> None:
-        def do(line: Sequence[str], log: Path | None = None, in_vain: Callable[[], bool] = never) -> str:
-            code, printed = self._run(line, log, in_vain)
-            if code:
-                self._said[job] = f"{shlex.join(line)}\n{printed}"
-                raise subprocess.SubprocessError
-            return printed
-
         asked_for = True
         try:
             if not (asked_for := self._ask_for(name, job)):
                 return
-            while (state := do(self._slices.state(name)).strip()) != "ACTIVE":
+            while (state := self._state(name, job)) != "ACTIVE":
                 if state in ENDED or self._stopping.wait(SECONDS_BETWEEN_LOOKS):
                     return
             for line in self._slices.set_up(name):
-                do(line, None, lambda: self._in_vain(name))
+                self._do(name, job, line, tries=SET_UPS)
             log = engine.kept_here(self._folder, "tpu") / f"{name}.txt"
-            do(self._slices.use(name, command), log, lambda: self._in_vain(name, saves=True))
+            self._do(name, job, self._slices.use(name, command), log)
         except subprocess.SubprocessError:
             pass  # `tail` says what; the crew asks for another slice
         finally:
             self._slices.code(name).unlink(missing_ok=True)
             self._waits.pop(job, None)
-            there = asked_for or self._may_be_there(name)
-            jobs.strike(self._folder, give_back([job], self._run) if there else [job])
+            self._delete(job, asked_for or self._may_be_there(name))
+
+    def _do(self, name: str, job: str, line: Sequence[str], log: Path | None = None, tries: int = 1) -> None:
+        """Runs a command for a slice, again where it fails; raises SubprocessError when that is in vain.
+
+        log: of what trains there, which saves its state when a stop is asked for.
+        """
+        for attempt in range(tries):
+            if attempt and self._stopping.wait(SECONDS_BETWEEN_LOOKS):
+                break
+            code, printed = self._run(line, log, lambda: self._in_vain(name, job, saves=log is not None))
+            if not code:
+                return
+            self._said[job] = f"{shlex.join(line)}\n{printed}"
+            if self._in_vain(name, job):
+                break
+        raise subprocess.SubprocessError
+
+    def _delete(self, job: str, there: bool) -> None:
+        """Deletes a slice, again until it has gone or the launch ends; then `launch.stop` may."""
+        while there:
+            last = self._stopping.is_set()
+            there = not give_back([job], self._run)
+            self._over.add(job)
+            if last:
+                break
+            if there:
+                self._stopping.wait(SECONDS_BETWEEN_DELETIONS)
+        self._over.add(job)
+        if not there:
+            jobs.strike(self._folder, [job])
 
     def _ask_for(self, name: str, job: str) -> bool:
         """Asks for a slice, again while what speaks against it may pass; False if none is to be had.
@@ -167,12 +212,25 @@ class Tpu:
         code, printed = self._run(self._slices.state(name), None, never)
         return not code or not (NO_SUCH in printed or gcloud.lasts(printed))
 
-    def _in_vain(self, name: str, saves: bool = False) -> bool:
+    def _state(self, name: str, job: str) -> str:
+        """The state of a slice, "" while gcloud can't say."""
+        code, printed = self._run(self._slices.state(name), None, never)
+        if code and NO_SUCH not in printed:
+            self._waits[job] = gcloud.error(printed)
+            return ""
+        self._waits.pop(job, None)
+        state = "DELETING" if code else printed.strip()
+        if state in ENDED:
+            self._said.setdefault(job, f"{name}: {state}")
+        if state in TAKEN:
+            self._lost.add(job)
+        return state
+
+    def _in_vain(self, name: str, job: str, saves: bool = False) -> bool:
         """Whether the slice has been taken back, or a stop was asked for, and what `saves` had its time."""
         if self._stopping.is_set() and (not saves or time.monotonic() > self._deadline):
             return True
-        code, printed = self._run(self._slices.state(name), None, never)
-        return NO_SUCH in printed if code else printed.strip() in ENDED
+        return self._state(name, job) in ENDED
 
 
 class Slices:
@@ -304,7 +362,8 @@ def main() -> int:
     if not values.dry_run:
         if shutil.which(_TPU[0]) is None:
             raise UserError("no gcloud here: install Google Cloud's command line")
-        return engine.carry_out(Tpu(folder, slices, really))
+        launched = Tpu(folder, slices, really)
+        return engine.carry_out(launched) or int(bool(launched.left()))
     engine.planned(experiment, folder)
     name, command = f"{slices.prefix}-0", engine.command_of(experiment, folder, Tpu.python)
     print(shlex.join(slices.make(name)))

@@ -35,6 +35,7 @@ from llm_jax.store import Store, store
 from llm_jax.values import AGAIN, LEASE
 
 BEAT = 10.0  # seconds
+PLACE = "LLM_JAX_PLACE"  # what a launcher calls where this process runs
 PATIENCE = 1800.0  # seconds without a step, or a part of an evaluation or a save, after which a run hangs
 
 _NUMBER = re.compile(r"\d{5}")
@@ -116,6 +117,7 @@ def take(folder: str | Path) -> Claim | None:
         time.sleep(min(1.0, LEASE / 20))
     owner = {"machine": _machine(), "pid": os.getpid(), "born": _born(os.getpid())}
     owner |= {"host": platform.node(), "begun": time.time(), "thread": threading.get_ident()}  # no two alike
+    owner |= {"place": os.environ.get(PLACE, "")}
     if not there.create(_name(number + 1), json.dumps(owner).encode()):
         return None
     claim = Claim(there, number + 1)

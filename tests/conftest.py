@@ -81,7 +81,7 @@ def command(monkeypatch, capfd):
         command_line._help.clear()
         return end.value.code, *capfd.readouterr()
 
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield run
     for number, handler in handlers.items():
         signal.signal(number, handler)

@@ -1,12 +1,14 @@
 """What all engines have in common, and what each of them asks its own tools for."""
 
 import contextlib
+import errno
 import json
 import os
 import re
 import signal
 import socket
 import subprocess
+import sys
 import time
 import types
 
@@ -14,7 +16,7 @@ import pytest
 from absl import flags
 from test_local import BITS, plan_of, wait_for
 
-from launch import engine, jobs, local, ray_cluster, retry, slurm, status, stop, sweep
+from launch import engine, jobs, local, outage, ray_cluster, retry, slurm, status, stop, sweep
 from launch.pool import WorkersError
 from llm_jax import claims, config, experiment_file, files
 from llm_jax.config import UserError
@@ -38,7 +40,7 @@ class Places:
     name = "places"
 
     def __init__(self, *lives):
-        self.lives, self.started, self.stopped = list(lives), [], []
+        self.lives, self.started, self.stopped, self.taken = list(lives), [], [], set()
 
     def start(self, command):
         self.started.append(command)
@@ -47,6 +49,9 @@ class Places:
 
     def living(self, jobs):
         return set()
+
+    def lost(self, job):
+        return job in self.taken
 
     def stop(self, jobs):
         self.stopped.append(list(jobs))
@@ -90,7 +95,8 @@ def test_a_place_that_dies_is_filled_again_until_every_run_has_ended(bits, tmp_p
     places.lives = [ended(first), lambda: None, lambda: second.record_failure("it broke")]
     before = []
     assert crew.train([first, second], 2, lambda: before.append(len(places.started))) == {second: "it broke"}
-    assert (before, places.started) == ([0], [["train"]] * 3)
+    assert before == [0] and [command[0] for command in places.started] == ["train"] * 3
+    assert len({command[1] for command in places.started}) == 3, "each has a name of its own"
     assert jobs.listed(tmp_path) == {"places": ["job1", "job2", "job3"]}
     assert jobs.dollars_per_hour(tmp_path) == 2.0
 
@@ -103,15 +109,90 @@ def test_where_no_place_gets_to_a_run_the_launch_ends_with_what_one_printed(bits
     assert places.stopped == [[]]
 
 
+def test_places_that_were_taken_away_are_filled_again_and_again(bits, tmp_path):
+    places = Places()
+    (run,), crew = crew_of(places, tmp_path, bits, runs=1)
+    places.lives = [*[lambda: None] * 3 * engine.TRIES, ended(run)]
+    places.taken = {f"job{number}" for number in range(1, 3 * engine.TRIES + 1)}
+    assert crew.train([run], 1, lambda: None) == {}
+
+
+@pytest.mark.parametrize(
+    ("runs", "busy", "started"), [(1, 0, 1), (3, 0, 3), (20, 0, 16), (3, 2, 3), (2, 2, 2)]
+)
+def test_there_are_as_many_places_as_runs_that_they_can_take(
+    runs, busy, started, bits, tmp_path, monkeypatch
+):
+    """However long places take to come up. busy: how many of the first ones have begun a run."""
+
+    class Slow(Places):
+        def start(self, command):
+            self.started.append(command[-1].removeprefix("--place="))
+            return self.started[-1]
+
+        def living(self, jobs):
+            return set(jobs)
+
+    places = Slow()
+    items, crew = crew_of(places, tmp_path, bits, runs)
+    crew._places = 16
+    crew._look(items)
+    owned = []
+    for item, place in zip(items[:busy], places.started, strict=False):
+        monkeypatch.setenv(claims.PLACE, place)
+        owned.append(claims.take(item.folder))
+    monkeypatch.setenv(claims.PLACE, "another launcher's")
+    for _ in range(3):
+        assert crew._look(items)
+    assert len(places.started) == started
+    for claim in owned:
+        claim.release()
+
+
+def test_an_outage_of_the_folder_is_waited_for_and_told_once(bits, tmp_path, monkeypatch, capsys):
+    places = Places()
+    (run,), crew = crew_of(places, tmp_path, bits, runs=1)
+    places.lives = [ended(run)]
+    look, fails = crew._look, [OSError(errno.ESTALE, "stale handle", "/mnt/runs")] * 3
+
+    def looks(missing):
+        if fails:
+            raise fails.pop()
+        return look(missing)
+
+    monkeypatch.setattr(crew, "_look", looks)
+    assert crew.train([run], 1, lambda: None) == {}
+    assert capsys.readouterr().out.count("/mnt/runs: stale handle; looking again") == 1
+    monkeypatch.setattr(outage, "SECONDS_OF_OUTAGE", -1.0)
+    fails += [OSError(errno.ESTALE, "stale handle", "/mnt/runs")] * 2
+    with pytest.raises(OSError, match="stale handle"):
+        crew.train([run], 1, lambda: None)
+
+
+def test_a_launch_saves_when_its_terminal_is_closed():
+    code = """
+import os, signal, sys, time
+from launch import engine
+def launch():
+    os.kill(os.getpid(), signal.SIGHUP)
+    time.sleep(60)
+sys.exit(engine.stoppable("local", launch))
+"""
+    begun = time.monotonic()
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 143
+    assert time.monotonic() - begun < 60
+
+
 def test_a_launch_without_workers_that_work_ends_with_what_one_printed(capsys):
     def launch():
         raise WorkersError("local: workers get no run on\nno room")
 
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    handled = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
+    before = [signal.getsignal(number) for number in handled]
     try:
         assert engine.stoppable("local", launch) == 1
     finally:
-        for number, handler in zip((signal.SIGTERM, signal.SIGINT), before, strict=True):
+        for number, handler in zip(handled, before, strict=True):
             signal.signal(number, handler)
     assert capsys.readouterr().err == "error: local: workers get no run on\nno room\n"
 
