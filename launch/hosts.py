@@ -4,19 +4,26 @@ All hosts start the same command. Host 0 leads: it plans and has the pool, of on
 each connects to host 0, and starts, feeds and ends a worker of its own as it is told there. The workers meet
 by jax.distributed, each time anew. What the leader says is a JSON line, as are the answers:
 
-    {"start": {...}}                  a worker with these environment variables, in the place of any before it
+    {"start": address}                a worker, in the place of any before it; where all of them meet
     {"task": {...}}, {"stop": true}   what to train, with all others; to save and end
     {"end": code}                     the place is done, and this command ends with this code
     {"host": number}                  the follower's first line
+    {"refused": reason}               it can have no worker there: a UserError, which ends the place with 2
     {"died": cause, "of": address}    its worker, that of so many that were to meet there
-    {"asked": signal}                 the follower has been told to end: all save, and all end
+    {"asked": true}                   the follower has been told to end: all save, and all end
 
 A leader that is done waits for hosts that have not come yet, to tell them so. A host that has gone ends the
 whole place, with AGAIN: whoever started it starts it again, and what was trained goes on from its
-checkpoints. One whose worker alone has died gets another, as do all others with it.
+checkpoints. One that never came ends it with 1, a failure, or it would be waited for again and again. One
+whose worker alone has died gets another, as do all others with it.
+
+Anybody may connect to the leader's port, or have taken it before. So both ends first show that they know the
+place's secret (distributed.SECRET), which isn't sent itself; who doesn't is neither obeyed nor told anything.
+Where there is none, as in what is started by hand, all know it.
 """
 
 import contextlib
+import hmac
 import json
 import os
 import selectors
@@ -37,15 +44,50 @@ from llm_jax.distributed import Place
 from llm_jax.values import AGAIN
 
 SECONDS_TO_COME = 900.0  # hosts of a place may be started one after the other
+SECONDS_TO_ANSWER = 10.0  # who doesn't is a stranger
 # Of a connection to a host that has vanished, which says nothing, not even goodbye; where a system has it.
 _KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 6, "TCP_USER_TIMEOUT": 90_000}
 
 
 def share(place: Place) -> Share:
-    """What of its host the worker of such a place gets: all that the place has of it."""
-    if place.devices is None:
+    """What of its host the worker of such a place gets: all that the place has of it.
+
+    Raises UserError where the host has fewer GPUs than tasks.
+    """
+    if place.devices is None or not (names := gpus()):
         return Share()
-    return Share(environment=(("CUDA_VISIBLE_DEVICES", ",".join(gpus()[n] for n in place.devices)),))
+    if max(place.devices) >= len(names):
+        raise UserError(
+            f"no GPU for task {max(place.devices)} of this node, which are counted from 0: each takes one of "
+            f"its {len(names)}, so --ntasks-per-node={len(names)}"
+        )
+    return Share(environment=(("CUDA_VISIBLE_DEVICES", ",".join(names[n] for n in place.devices)),))
+
+
+def _variables(place: Place, address: str) -> dict[str, str]:
+    """What a host's worker is told, of a place whose workers meet at `address`."""
+    meeting = place._replace(coordinator=address)
+    return distributed.variables(meeting) | {distributed.LAUNCHER: ""}  # it sees the end of its input
+
+
+def _secret() -> bytes:
+    return os.environ.get(distributed.SECRET, "").encode()
+
+
+def _knows(connected: socket.socket, secret: bytes, mine: str, other: str) -> bool:
+    """Whether the `other` end of a connection knows the secret, as it is shown there that `mine` does.
+
+    Raises OSError where it says nothing.
+    """
+
+    def proof(who: str, challenge: bytes) -> bytes:
+        return hmac.digest(secret, who.encode() + challenge, "sha256")
+
+    connected.settimeout(SECONDS_TO_ANSWER)
+    challenge = os.urandom(32)
+    connected.sendall(challenge)
+    connected.sendall(proof(mine, connected.recv(32)))
+    return hmac.compare_digest(connected.recv(32), proof(other, challenge))
 
 
 class Link:
@@ -88,8 +130,9 @@ class Followers:
         self._place, self._host = place, place.coordinator.rpartition(":")[0]
         self._links: dict[int, Link] = {}
         self._news = threading.Condition()
-        self._address, self._death, self._gone = "", "", ""
-        self._begun, self._code, self._stops = time.monotonic(), 0, stops
+        self._address, self._death, self._asked = "", "", False
+        self._over: tuple[int, str] | None = None  # with which code the place ends, and why
+        self._begun, self._code, self._stops, self._secret = time.monotonic(), 0, stops, _secret()
         self.ended = False
         port = int(place.coordinator.rpartition(":")[2])
         try:
@@ -104,19 +147,19 @@ class Followers:
     def begin(self) -> dict[str, str]:
         """Starts their workers, when all hosts are here; the environment variables of host 0's own."""
         with self._news:
-            began = time.monotonic()
-            while self._absent() and not self._gone and time.monotonic() < began + SECONDS_TO_COME:
+            deadline = time.monotonic() + SECONDS_TO_COME
+            while absent := self._absent():
+                if time.monotonic() > deadline:
+                    self._ends(1, f"after {SECONDS_TO_COME:.0f} s without {', '.join(absent)}")
+                self.check()
                 self._news.wait(1.0)
                 if self._stops():
                     raise KeyboardInterrupt
-            if absent := self._absent():
-                self._gone = self._gone or f"after {SECONDS_TO_COME:.0f} s without {', '.join(absent)}"
         self.check()
         port = distributed.address().rpartition(":")[2]
         self._address, self._death = f"{self._host}:{port}", ""
-        for number, link in self._links.items():
-            link.say(start=self._variables(number))
-        return self._variables(0)
+        self.say(start=self._address)
+        return _variables(self._place, self._address)
 
     def say(self, **message: Any) -> None:
         for link in self._links.values():
@@ -125,21 +168,29 @@ class Followers:
     def death(self, seconds: float = 0.0) -> str:
         """Why the first of their workers to die has died; "" if all live, as far as is known so soon."""
         with self._news:
-            self._news.wait_for(lambda: self._death or self._gone, seconds)
+            self._news.wait_for(lambda: self._death or self._over, seconds)
             return self._death
 
     def check(self) -> None:
-        """Raises SystemExit(AGAIN), with a line, where the place is not whole any more."""
-        if self._gone:
-            print(f"this place of {self._place.processes} hosts ends: {self._gone}", file=sys.stderr)
-            raise SystemExit(AGAIN)
+        """Raises SystemExit, with a line, where the place is not whole any more; AGAIN if a host has gone.
+
+        Where another host was told to end, so is this one, as by a signal. It is here that it is: this host
+        may have got the signal too, and what ends saves, which a second one would cut short.
+        """
+        if self._over:
+            code, why = self._over
+            print(f"this place of {self._place.processes} hosts ends: {why}", file=sys.stderr)
+            raise SystemExit(code)
+        if self._asked:
+            self._asked = False
+            signal.raise_signal(signal.SIGTERM)
 
     def end(self, code: int) -> int:
         """Tells all to end as this host does; where that is well, those too that are still to come."""
         with self._news, contextlib.suppress(KeyboardInterrupt):
             self.ended, self._code = True, code
             self.say(end=code)
-            if code == 0 and not (self._gone or self._stops()) and (absent := self._absent()):
+            if code == 0 and not (self._over or self._stops()) and (absent := self._absent()):
                 print(f"all is done; {', '.join(absent)} will be told", flush=True)
                 left = self._begun + SECONDS_TO_COME - time.monotonic()
                 self._news.wait_for(lambda: not self._absent(), max(0.0, left))
@@ -148,18 +199,21 @@ class Followers:
     def _absent(self) -> list[str]:
         return [f"host {n}" for n in range(1, self._place.processes) if n not in self._links]
 
-    def _variables(self, number: int) -> dict[str, str]:
-        there = Place(self._address, self._place.processes, number)
-        return distributed.variables(there) | {distributed.LAUNCHER: ""}  # it sees the end of its input
+    def _ends(self, code: int, why: str) -> None:
+        """The place does; what is found first is why."""
+        self._over = self._over or (code, why)
 
     def _greet(self) -> None:
         while True:
-            connected, address = self._server.accept()
-            threading.Thread(
-                target=self._listen, args=(Link(connected, f"the host at {address[0]}"),), daemon=True
-            ).start()
+            threading.Thread(target=self._listen, args=self._server.accept(), daemon=True).start()
 
-    def _listen(self, link: Link) -> None:
+    def _listen(self, connected: socket.socket, address: tuple[str, int]) -> None:
+        with contextlib.suppress(OSError):
+            if _knows(connected, self._secret, "host 0", "another host"):
+                return self._hear(Link(connected, f"the host at {address[0]}"))
+        connected.close()
+
+    def _hear(self, link: Link) -> None:
         known = False  # whoever isn't a host of this place says nothing here
         while link.open:
             for message in link.messages():
@@ -172,12 +226,14 @@ class Followers:
                                 link.say(end=self._code)
                         case {"died": cause, "of": self._address} if known and not self._death:
                             self._death = f"{link.who}: {cause}"
-                        case {"asked": int(asked)} if known and not self.ended:
-                            os.kill(os.getpid(), asked)
+                        case {"refused": reason} if known:
+                            self._ends(2, f"{link.who}: {reason}")
+                        case {"asked": True} if known:
+                            self._asked = True
                     self._news.notify_all()
         with self._news:
             if known and not self.ended:
-                self._gone = self._gone or f"{link.who} has gone"
+                self._ends(AGAIN, f"{link.who} has gone")
             self._news.notify_all()
 
 
@@ -208,35 +264,44 @@ def follow(place: Place, experiment: Path) -> int:
     1 where it never came, which whoever starts this counts as a failure, or it would be so for ever.
     """
     distributed.end_with_launcher()
-    link, who = _connected(place), f"host {place.process} of {place.processes}"
-    if link is None:
-        print(f"{who}: nobody at {place.coordinator}, which is host 0's", file=sys.stderr)
+    who = f"host {place.process} of {place.processes}"
+    try:
+        link = _connected(place)
+    except ConnectionError as error:
+        print(f"{who}: {error}", file=sys.stderr)
         return 1
     link.say(host=place.process)
     patience = [float("inf")]
 
-    def asked(number: int, _: Any) -> None:
-        link.say(asked=number)
-        patience[0] = min(patience[0], time.monotonic() + SECONDS_TO_STOP)
+    def asked(*_: Any) -> None:
+        if patience[0] == float("inf"):
+            link.say(asked=True)
+            patience[0] = time.monotonic() + SECONDS_TO_STOP
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, asked)
-    code = Hand(link, place, experiment, patience).work()
+    try:
+        code = Hand(link, place, experiment, patience).work()
+    except UserError as error:
+        link.say(refused=str(error))
+        raise
     if code is None:
         print(f"{who}: {link.who} has gone, and with it this place", file=sys.stderr)
     return AGAIN if code is None else code
 
 
-def _connected(place: Place) -> Link | None:
-    """A link to host 0, which may come later, and whose name may come with it."""
+def _connected(place: Place) -> Link:
+    """A link to host 0, which may come later, and whose name may come with it; raises ConnectionError."""
     host, _, port = place.coordinator.rpartition(":")
-    deadline = time.monotonic() + SECONDS_TO_COME
+    deadline, there = time.monotonic() + SECONDS_TO_COME, "nobody"
     while time.monotonic() < deadline:
-        try:
-            return Link(socket.create_connection((host, int(port)), timeout=10.0), "host 0")
-        except OSError:
-            time.sleep(1.0)
-    return None
+        with contextlib.suppress(OSError):
+            connected = socket.create_connection((host, int(port)), timeout=SECONDS_TO_ANSWER)
+            if _knows(connected, _secret(), "another host", "host 0"):
+                return Link(connected, "host 0")
+            there = f"somebody without this place's {distributed.SECRET}"
+        time.sleep(1.0)
+    raise ConnectionError(f"{there} at {place.coordinator}, which is host 0's")
 
 
 class Hand:
@@ -244,7 +309,7 @@ class Hand:
 
     def __init__(self, link: Link, place: Place, experiment: Path, patience: list[float]) -> None:
         self._link, self._experiment, self._share = link, experiment, share(place)
-        self._number, self._patience = place.process, patience
+        self._place, self._patience = place, patience
         self._worker: Worker | None = None
         self._folder: Path | None = None  # of the run that it was last told to train
         self._selector = selectors.DefaultSelector()
@@ -264,18 +329,18 @@ class Hand:
     def _obey(self) -> int | None:
         for message in self._link.messages():
             match message:
-                case {"start": variables}:
+                case {"start": str(address)}:
                     self._drop(seconds=0.0)
-                    mine = Share(self._share.cores, (*self._share.environment, *variables.items()))
-                    self._worker, self._folder = Worker(self._experiment, mine), None
-                    self._address = variables[distributed.VARIABLES[0]]
+                    told = _variables(self._place, address).items()
+                    mine = Share(self._share.cores, (*self._share.environment, *told))
+                    self._worker, self._folder, self._address = Worker(self._experiment, mine), None, address
                     self._selector.register(self._worker.pipe, selectors.EVENT_READ, self._hear)
                 case {"task": task} if self._worker is not None:
                     self._folder = files.path(task["runs"][0]["folder"])
                     self._worker.send(task)
                 case {"stop": True} if self._worker is not None:
                     self._worker.stop()
-                case {"end": code}:
+                case {"end": int(code)}:
                     return code
         return None
 
@@ -298,7 +363,7 @@ class Hand:
             try:
                 self._worker.wait(time.monotonic() + seconds)
                 if self._folder is not None and files.in_bucket(self._folder):  # what it couldn't any more
-                    sweep.add_to_log(self._folder, self._worker.printed(), self._number)
+                    sweep.add_to_log(self._folder, self._worker.printed(), self._place.process)
             finally:
                 self._worker.end()
             self._worker = None

@@ -27,18 +27,23 @@ from launch.pool import TRIES
 from launch.sweep import Plan, Planned
 from llm_jax import command_line, files
 from llm_jax.config import UserError
+from llm_jax.distributed import SECRET
 from llm_jax.values import AGAIN
 
 SECONDS_BETWEEN_LOOKS = 5.0
+RESTARTS = 100  # of a job, whatever for, after which one that ends with AGAIN by itself has ended
 
 # The shell gets the signals of its job, and hands on what asks to save. USR1 says that its time is almost up:
 # it is queued again. TERM is scancel's, or a preemption's, after which Slurm itself queues what it should.
 # What was killed, for its memory it may be, comes again a few times: so a run that kills its place is found.
+# What has lost a node does too, but not for ever, as where nodes lose each other each time.
 # On several nodes it is a step: srun would kill it, so scancel asks; of TERM Slurm itself tells its tasks.
 # One job of an array has the array's own number, which means all of them: each goes by its place there.
+# srun tells its tasks the secret by which they know each other: of the job's port anybody may know.
 SCRIPT = """#!/bin/bash
 cd {here}
 export PYTHONPATH={here}${{PYTHONPATH:+:$PYTHONPATH}}
+export {secret}=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \\n')
 asked= child=
 task="${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID"
 save() {{ asked=$1; [ -z "$child" ] || {ask}; }}
@@ -49,10 +54,13 @@ child=$!
 [ -z "$asked" ] || {ask}
 wait "$child"; code=$?
 while kill -0 "$child" 2> /dev/null; do wait "$child"; code=$?; done
-[ "$code" -ne 137 ] || [ "${{SLURM_RESTART_COUNT:-0}}" -lt {tries} ] || asked=in-vain
+restarts=${{SLURM_RESTART_COUNT:-0}}
 case $asked:$code in
-    :137|:{again}|time:143|time:{again}) [ -e {stop} ] || scontrol requeue "$task" ;;
-esac
+    time:143|time:{again}) ;;
+    :137) [ "$restarts" -lt {tries} ] ;;
+    :{again}) [ "$restarts" -lt {restarts} ] ;;
+    *) false ;;
+esac && [ ! -e {stop} ] && scontrol requeue "$task"
 exit $code
 """
 
@@ -104,6 +112,8 @@ class Slurm:
             stop=shlex.quote(str(self._folder / engine.STOP)),
             again=AGAIN,
             tries=TRIES,
+            restarts=RESTARTS,
+            secret=SECRET,
         )
 
     def living(self, jobs: Iterable[str]) -> set[str]:

@@ -41,6 +41,7 @@ TPU_PORT = 8482  # as JAX's own detection has it
 
 VARIABLES = ("LLM_JAX_COORDINATOR", "LLM_JAX_PROCESSES", "LLM_JAX_PROCESS")
 LAUNCHER = "LLM_JAX_LAUNCHER"  # the id of the process that started this one, on the same machine
+SECRET = "LLM_JAX_SECRET"  # by which a launcher's hosts know each other (launch/hosts.py)
 _FLAGS = ("coordinator", "processes", "process")
 _agreed, _met = itertools.count(), itertools.count()
 _spread: dict[str, Iterator[int]] = collections.defaultdict(itertools.count)

@@ -113,49 +113,92 @@ def test_a_host_whose_first_never_comes_has_failed(monkeypatch, capsys):
     assert capsys.readouterr().err == f"host 1 of 2: nobody at {place.coordinator}, which is host 0's\n"
 
 
-def test_a_host_whose_first_goes_comes_again(monkeypatch, capsys):
-    monkeypatch.setattr(hosts.signal, "signal", lambda *_: None)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        place = Place(f"127.0.0.1:{server.getsockname()[1]}", 2, 1)
-        threading.Thread(target=lambda: server.accept()[0].close()).start()
-        assert hosts.follow(place, SWEEP) == AGAIN
+def here(processes=2):
+    """A place on this machine, as its first host sees it."""
+    return Place(f"127.0.0.1:{distributed.address().rpartition(':')[2]}", processes, 0)
+
+
+def come(place, others, number=1):
+    """A link of another host, which its first one knows."""
+    link = hosts._connected(place)
+    link.say(host=number)
+    wait_for(lambda: number in others._links)
+    return link
+
+
+@pytest.fixture
+def told():
+    """A process of its own that may be interrupted: its handlers are as before, afterwards."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def signals(monkeypatch):
+    """What a follower does at a signal; only the main thread of a process has any."""
+    handlers = {}
+    monkeypatch.setattr(hosts.signal, "signal", handlers.__setitem__)
+    return handlers
+
+
+class Following:
+    """A follower in a thread; its first host says and hears by `link`."""
+
+    def __init__(self, place=Place("", 2, 1)):
+        self.codes = []
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            there = place._replace(coordinator=f"127.0.0.1:{server.getsockname()[1]}")
+            self._thread = threading.Thread(target=lambda: self.codes.append(hosts.follow(there, SWEEP)))
+            self._thread.start()
+            connected = server.accept()[0]
+        assert hosts._knows(connected, b"", "host 0", "another host")
+        self.link = hosts.Link(connected, "host 1")
+
+    def ended(self):
+        self._thread.join()
+        return self.codes
+
+
+def test_a_host_whose_first_goes_comes_again(signals, capsys):
+    following = Following()
+    following.link.socket.close()
+    assert following.ended() == [AGAIN]
     assert capsys.readouterr().err == "host 1 of 2: host 0 has gone, and with it this place\n"
 
 
 def test_the_first_host_ends_where_another_never_comes_or_goes(monkeypatch, capsys):
     monkeypatch.setattr(hosts, "SECONDS_TO_COME", 5.0)
-    place = Place(f"127.0.0.1:{distributed.address().rpartition(':')[2]}", 3, 0)
+    place = here(3)
     with pytest.raises(SystemExit) as end, hosts.leading(place) as others:
-        links = [hosts._connected(place) for _ in range(2)]
-        for number, link in enumerate(links, 1):
-            link.say(host=number)
+        links = [come(place, others, number) for number in (1, 2)]
         first = others.begin()
-        started = [next(iter(link.messages()))["start"] for link in links]
-        assert [dict(known)["LLM_JAX_PROCESS"] for known in (first, *started)] == ["0", "1", "2"]
-        assert len({known["LLM_JAX_COORDINATOR"] for known in (first, *started)}) == 1
+        assert [list(link.messages()) for link in links] == [[{"start": first["LLM_JAX_COORDINATOR"]}]] * 2
         links[1].say(died="its worker broke", of="an earlier place")
         links[1].say(died="its worker broke", of=first["LLM_JAX_COORDINATOR"])
         assert others.death(LONG_SECONDS) == "host 2: its worker broke"
         others.check()
         links[0].socket.close()
-        wait_for(lambda: others._gone)
+        wait_for(lambda: others._over)
         others.check()
     assert end.value.code == AGAIN
     assert "this place of 3 hosts ends: host 1 has gone" in capsys.readouterr().err
     assert list(links[1].messages()) == [{"end": AGAIN}]
     monkeypatch.setattr(hosts, "SECONDS_TO_COME", 0.1)
-    alone = Place(distributed.address(), 2, 0)
-    with pytest.raises(SystemExit), hosts.leading(alone) as others:
+    place = here(3)
+    with pytest.raises(SystemExit) as end, hosts.leading(place) as others:
+        link = come(place, others)
         others.begin()
-    assert "without host 1" in capsys.readouterr().err
+    assert end.value.code == 1, "a failure, or whoever starts places would start it for ever"
+    assert list(link.messages()) == [{"end": 1}]
+    assert capsys.readouterr().err.endswith("without host 2\n")
 
 
-def test_a_host_that_comes_when_all_is_done_is_told_so(monkeypatch):
+def test_a_host_that_comes_when_all_is_done_is_told_so(signals):
     """Else it would wait for its first, and be started again, for ever."""
-    place = Place(f"127.0.0.1:{distributed.address().rpartition(':')[2]}", 2, 0)
-    found = []
+    place, found = here(), []
     late = threading.Timer(0.5, lambda: found.append(hosts.follow(place._replace(process=1), SWEEP)))
-    monkeypatch.setattr(hosts.signal, "signal", lambda *_: None)  # of the main thread alone
     late.start()
     with hosts.leading(place) as others:
         assert others.end(0) == 0
@@ -163,27 +206,52 @@ def test_a_host_that_comes_when_all_is_done_is_told_so(monkeypatch):
     assert found == [0]
 
 
-def test_nobody_but_a_host_of_the_place_is_obeyed(monkeypatch):
-    killed = []
-    monkeypatch.setattr(os, "kill", lambda *asked: killed.append(asked))
-    place = Place(f"127.0.0.1:{distributed.address().rpartition(':')[2]}", 2, 0)
+def test_nobody_but_a_host_of_the_place_is_obeyed():
+    place = here()
     with hosts.leading(place) as others:
         strangers = [hosts._connected(place) for _ in range(3)]
-        strangers[0].say(asked=15)
+        strangers[0].say(asked=True)
         strangers[1].socket.sendall(b"GET / HTTP/1.1\n")
         strangers[2].say(host=2)
-        host = hosts._connected(place)
-        host.say(host=1)
+        host = come(place, others)
+        host.say(asked=signal.SIGKILL)
+        host.say(asked=True)
+        wait_for(lambda: others._asked)
+        assert others._asked is True and set(others._links) == {1}
+
+
+def test_who_does_not_know_the_secret_is_neither_obeyed_nor_told_it(monkeypatch, capsys):
+    monkeypatch.setattr(hosts, "SECONDS_TO_COME", 0.1)
+    monkeypatch.setenv(distributed.SECRET, "of this place")
+    place = here()
+    with hosts.leading(place) as others:
+        known = hosts._connected(place)
+        monkeypatch.setenv(distributed.SECRET, "of another place")
+        assert hosts.follow(place._replace(process=1), SWEEP) == 1
+        why = f"somebody without this place's {distributed.SECRET} at {place.coordinator}, which is host 0's"
+        assert capsys.readouterr().err == f"host 1 of 2: {why}\n"
+        monkeypatch.setenv(distributed.SECRET, "of this place")
+        known.say(host=1)
         wait_for(lambda: others._links)
-        host.say(asked=10)
-        wait_for(lambda: killed)
-        assert [asked for _, asked in killed] == [10] and set(others._links) == {1}
-        others.check()
+        with socket.create_connection(known.socket.getpeername()) as echo:  # what it sends isn't the answer
+            echo.sendall(echo.recv(32))
+            echo.sendall(echo.recv(32))
+            assert echo.recv(1) == b""
+
+
+def test_a_follower_sets_no_variables_that_it_is_told(signals, monkeypatch):
+    started = []
+    monkeypatch.setattr(hosts, "Worker", lambda _, share: started.append(dict(share.environment)) or 1 / 0)
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    following = Following()
+    following.link.say(start={"LD_PRELOAD": "/tmp/mine.so"} | variables(Place("h:1", 2, 1)))
+    following.link.say(start="h:1")
+    following.ended()
+    assert started == [variables(Place("h:1", 2, 1)) | {distributed.LAUNCHER: ""}]
 
 
 def test_a_launch_that_is_stopped_waits_for_no_host():
-    place = Place(f"127.0.0.1:{distributed.address().rpartition(':')[2]}", 2, 0)
-    with pytest.raises(KeyboardInterrupt), hosts.leading(place, lambda: True) as others:
+    with pytest.raises(KeyboardInterrupt), hosts.leading(here(), lambda: True) as others:
         others.begin()
 
 
@@ -201,7 +269,7 @@ def test_what_the_worker_of_another_host_printed_is_in_the_bucket_where_it_is_ki
     hand, ended = hosts.Hand(link, place, SWEEP, [math.inf]), []
     thread = threading.Thread(target=lambda: ended.append(hand.work()))
     thread.start()
-    leader.say(start=variables(place))
+    leader.say(start="h:1")
     leader.say(task={"runs": [{"folder": str(folder)}]})
     cause = "its worker was killed by SIGKILL (out of memory?) (about to die)"
     assert list(leader.messages()) == [{"died": cause, "of": "h:1"}]
@@ -217,27 +285,81 @@ def test_a_taken_port_is_named():
             hosts.Followers(Place(f"h:{port}", 2, 0))
 
 
-def test_a_host_that_is_told_to_end_has_the_first_told(monkeypatch):
+def launched_by(place, others, launch):
+    """The code of a launch on the first host, of whose workers some train when `launch` is called."""
+    return engine.stoppable("local", lambda: launch(come(place, others)))
+
+
+def test_a_host_that_is_told_to_end_has_the_first_told(told):
     """As where a node is given back: all save, and none is left behind."""
-    place = Place(f"127.0.0.1:{distributed.address().rpartition(':')[2]}", 2, 0)
-    told = threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda *_: told.set())
-    try:
-        with hosts.leading(place) as others:
-            link = hosts._connected(place)
-            link.say(host=1)
-            link.say(asked=signal.SIGTERM)
-            wait_for(told.is_set)
-            others.end(143)
-            assert list(link.messages()) == [{"end": 143}]
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    place = here()
+
+    def launch(link):
+        link.say(asked=True)
+        wait_for(lambda: others._asked)
+        others.check()
+
+    with hosts.leading(place) as others:
+        assert others.end(launched_by(place, others, launch)) == 143
+
+
+def test_ctrl_c_on_all_hosts_at_once_cuts_no_save_short(told):
+    """As srun hands it on: the first host has its own, and what the others say of theirs is no second one."""
+    place, saved = here(), []
+
+    def launch(link):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        finally:  # as the pool, which kills its workers at a second one
+            link.say(asked=True)
+            wait_for(lambda: others._asked)
+            saved.append(True)
+
+    with hosts.leading(place) as others:
+        assert launched_by(place, others, launch) == 130
+    assert saved
+
+
+def test_a_follower_says_once_that_it_was_told_to_end(signals):
+    following = Following()
+    assert list(following.link.messages()) == [{"host": 1}]
+    for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
+        signals[number](number, None)
+    assert list(following.link.messages()) == [{"asked": True}]
+    following.link.say(end=130)
+    assert following.ended() == [130]
+    following.link.socket.setblocking(False)
+    assert not list(following.link.messages())
 
 
 def test_a_task_of_a_node_keeps_to_its_devices(monkeypatch):
     monkeypatch.setattr(hosts, "gpus", lambda: ["4", "6"])
     assert hosts.share(Place("h:1", 4, 1, [1])) == Share(environment=(("CUDA_VISIBLE_DEVICES", "6"),))
     assert hosts.share(Place("h:1", 4, 1)) == Share()
+    with pytest.raises(UserError, match=r"no GPU for task 2 .* its 2, so --ntasks-per-node=2"):
+        hosts.share(Place("h:1", 4, 2, [2]))
+    monkeypatch.setattr(hosts, "gpus", lambda: [])
+    assert hosts.share(Place("h:1", 4, 3, [3])) == Share(), "on CPUs a node may have several tasks"
+
+
+def test_a_place_in_which_a_task_has_no_gpu_is_refused_by_all_of_it(signals, monkeypatch, capsys):
+    """Else its first host would take the others for lost, and ask to be started again."""
+    monkeypatch.setattr(hosts, "gpus", lambda: ["0"])
+    place, refused = here(), []
+
+    def follow():
+        with pytest.raises(UserError) as error:
+            hosts.follow(place._replace(process=1, devices=[1]), SWEEP)
+        refused.append(str(error.value))
+
+    thread = threading.Thread(target=follow)
+    thread.start()
+    with pytest.raises(SystemExit) as end, hosts.leading(place) as others:
+        wait_for(lambda: others._over)
+        others.begin()
+    thread.join()
+    assert end.value.code == 2
+    assert capsys.readouterr().err == f"this place of 2 hosts ends: host 1: {refused[0]}\n"
 
 
 # ---- as engines ask for them ----
@@ -249,8 +371,41 @@ def test_a_job_of_several_nodes_is_started_and_asked_by_slurm_on_all_of_them(tmp
     script = many.script(["train", "it"])
     assert re.search(r"^srun .*--ntasks-per-node=1 .*train it &$", script, re.M)
     assert 'scancel --signal=TERM "$task"' in script and "kill -TERM" not in script
+    assert re.search(rf"^export {distributed.SECRET}=\$\(.*urandom", script, re.M)
     alone = slurm.Slurm(tmp_path)
     assert "\nsrun" not in alone.script(["train"]) and not any("--nodes" in word for word in alone.line(2))
+
+
+@pytest.mark.parametrize(
+    ("ends", "restarts", "again"),
+    [
+        *((AGAIN, 0, True), (AGAIN, slurm.RESTARTS - 1, True), (AGAIN, slurm.RESTARTS, False)),
+        *((1, 0, False), (2, 0, False), (0, 0, False), (143, 0, False), (137, slurm.TRIES - 1, True)),
+    ],
+)
+def test_a_job_that_loses_a_node_each_time_is_not_queued_for_ever(ends, restarts, again, tmp_path):
+    known = {"SLURM_RESTART_COUNT": str(restarts)}
+    assert ended(tmp_path, f"exit {ends}", known) == (ends, again)
+
+
+@pytest.mark.parametrize("code", [143, AGAIN])
+def test_a_job_out_of_time_is_queued_again_however_often(code, tmp_path):
+    saves = f"trap 'exit {code}' TERM; kill -USR1 $PPID; while :; do sleep 0.1; done"
+    known = {"SLURM_RESTART_COUNT": str(10 * slurm.RESTARTS)}
+    assert ended(tmp_path, saves, known) == (code, True)
+    (tmp_path / engine.STOP).touch()
+    assert ended(tmp_path, saves, known) == (code, False)
+
+
+def ended(folder, command, known):
+    """How a job's script ends where its command is this one, and whether it is queued again."""
+    (folder / "scontrol").write_text(f"#!/bin/sh\necho $* > {folder}/asked\n")
+    (folder / "scontrol").chmod(0o755)
+    (folder / "asked").unlink(missing_ok=True)
+    place = {"SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "2", "PATH": f"{folder}:/usr/bin:/bin"}
+    script = slurm.Slurm(folder).script(["sh", "-c", command])
+    job = subprocess.run(["bash", "-c", script], env=place | known, check=False)
+    return job.returncode, (folder / "asked").exists()
 
 
 def test_a_place_of_several_hosts_trains_one_run_at_a_time(monkeypatch):
