@@ -6,9 +6,11 @@
 
 Each worker is a JobSet, with a job for its slice (for each of --slices, which train together over the data
 centre's network) and a pod for each host. It takes runs as long as there are any. A pod that dies is made
-again; one that the cluster takes back, or that ends because another one of its worker has, isn't counted as a
-failure. The pods of a JobSet find each other by its own headless service and by what GKE tells them:
-TPU_WORKER_ID, TPU_WORKER_HOSTNAMES, and MEGASCALE_* of all its slices, which is why workers don't share one.
+again, for each host RESTARTS times (a limit that Kubernetes knows from 1.29 on), after which its worker has
+failed; one that the cluster takes back, or that ends because another one of its worker has, isn't counted.
+What the user has to put right (exit code 2) fails the worker at once. The pods of a JobSet find each other by
+its own headless service and by what GKE tells them: TPU_WORKER_ID, TPU_WORKER_HOSTNAMES, and MEGASCALE_* of
+all its slices, which is why workers don't share one.
 After `launch.stop` workers save and end, and give their slices back. The folder is in a bucket (gs://...), or
 on a volume that all pods see and whoever looks at it (--claim: a PersistentVolumeClaim, mounted at the
 folder's parent). Forecasts and the report are made by `python -m launch.local` with the same arguments, when
@@ -31,7 +33,7 @@ from llm_jax.kernels.slices import GENERATIONS
 from llm_jax.values import AGAIN, nearest
 
 SECONDS_TO_SAVE = 120
-STOPPED = 143  # by SIGTERM
+REFUSED, STOPPED = 2, 143  # a UserError; by SIGTERM
 KNOWN = {  # by generation: cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus
     "tpu-v3-device": "v3",
     "tpu-v3-slice": "v3",
@@ -97,14 +99,17 @@ def manifest(
     if claim:
         container["volumeMounts"] = [{"name": "runs", "mountPath": mount}]
         pod["volumes"] = [{"name": "runs", "persistentVolumeClaim": {"claimName": claim}}]
+    # Rules are read in order. A disruption comes first: a disk that goes with its node is no user's error.
     disruption = {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
     lost_another = {"action": "Ignore", "onExitCodes": {"operator": "In", "values": [AGAIN, STOPPED]}}
+    refused = {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [REFUSED]}}
     job = {
         "parallelism": hosts,
         "completions": hosts,
         "completionMode": "Indexed",
-        "backoffLimit": RESTARTS * hosts,
-        "podFailurePolicy": {"rules": [disruption, lost_another]},
+        "backoffLimitPerIndex": RESTARTS,
+        "maxFailedIndexes": 0,
+        "podFailurePolicy": {"rules": [disruption, lost_another, refused]},
         "template": {"spec": pod},
     }
     metadata: dict[str, Any] = {"name": name}

@@ -233,7 +233,8 @@ def test_who_does_not_know_the_secret_is_neither_obeyed_nor_told_it(monkeypatch,
         monkeypatch.setenv(distributed.SECRET, "of this place")
         known.say(host=1)
         wait_for(lambda: others._links)
-        with socket.create_connection(known.socket.getpeername()) as echo:  # what it sends isn't the answer
+        address = known.socket.getpeername()
+        with socket.create_connection(address, timeout=5.0) as echo:  # what it sends isn't the answer
             echo.sendall(echo.recv(32))
             echo.sendall(echo.recv(32))
             assert echo.recv(1) == b""
@@ -437,7 +438,7 @@ def test_the_manifest_asks_for_a_slice_and_makes_dead_pods_again():
     made = jobset.manifest("sweep-0", ["python"], "image", "disk", "/runs", V5E, "2x4")
     (replicated,) = made["spec"]["replicatedJobs"]
     job = replicated["template"]["spec"]
-    assert (replicated["replicas"], job["completions"], job["backoffLimit"]) == (1, 1, jobset.RESTARTS)
+    assert (replicated["replicas"], job["completions"]) == (1, 1)
     (container,) = job["template"]["spec"]["containers"]
     assert container["resources"]["limits"] == {"google.com/tpu": 8}
     assert job["template"]["spec"]["restartPolicy"] == "Never", "a podFailurePolicy is refused with any other"
@@ -454,8 +455,28 @@ def test_the_manifest_has_a_pod_for_each_host_of_each_slice_that_trains_together
     assert (job["completionMode"], made["spec"]["network"]["enableDNSHostnames"]) == ("Indexed", True)
     assert job["template"]["spec"]["containers"][0]["resources"]["limits"] == {"google.com/tpu": 4}
     assert jobset.POOL in made["metadata"]["annotations"].values(), "all pods of a job on one slice"
-    ignored = [rule["onExitCodes"]["values"] for rule in job["podFailurePolicy"]["rules"][1:]]
-    assert ignored == [[AGAIN, 143]], "who ends for another pod's end hasn't failed"
+    limits = job["backoffLimitPerIndex"], job["maxFailedIndexes"], job.get("backoffLimit")
+    assert limits == (jobset.RESTARTS, 0, None), "of each host, and the first that has too many ends all"
+
+
+def action(job, code, *conditions):
+    """What Kubernetes does with a pod that ended so, by the first rule that matches; else it counts it."""
+    for rule in job["podFailurePolicy"]["rules"]:
+        codes = rule.get("onExitCodes", {"operator": "In", "values": ()})
+        assert codes["operator"] == "In" and len(rule) == 2
+        named = [(condition["type"], condition["status"]) for condition in rule.get("onPodConditions", ())]
+        if code in codes["values"] or set(named) & set(conditions):
+            return rule["action"]
+    return "Count"
+
+
+def test_pods_that_cannot_work_are_not_made_again_and_those_that_lost_others_are():
+    made = jobset.manifest("sweep-0", ["python"], "image", "disk", "/runs", V5E, "4x8")
+    job = made["spec"]["replicatedJobs"][0]["template"]["spec"]
+    assert [action(job, code) for code in (2, 1, 137)] == ["FailJob", "Count", "Count"]
+    assert [action(job, code) for code in (AGAIN, 143)] == ["Ignore", "Ignore"]
+    assert action(job, 2, ("DisruptionTarget", "True")) == "Ignore", "its node took the disk with it"
+    assert made["spec"]["failurePolicy"] == {"maxRestarts": 0}, "or the failed job would be made again whole"
 
 
 @pytest.mark.parametrize("wrong", ["--image=my image", "--claim=My_Runs"])
