@@ -200,7 +200,7 @@ def test_commands_for_slices_are_as_gcloud_documents_them(slices):
 
 @pytest.mark.skipif(not shutil.which("gcloud"), reason="gcloud isn't installed")
 def test_the_synopses_kept_are_gcloud_s_own():
-    """UPDATE_GOLDEN=1 writes them anew."""
+    """Those of 528.0.0; UPDATE_GOLDEN=1 writes them anew."""
     said = {}
     for command in json.loads(SYNOPSES.read_text()):
         words = ["gcloud", *command.split(), "--help"]
