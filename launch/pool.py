@@ -7,14 +7,17 @@ worker has died twice, each of them is tried alone. The biggest come first, so t
 short, and a worker goes on with the program that it has compiled. A branch waits until its trunk's checkpoint
 stands, or will not come any more. A worker that dies is replaced, and its runs go on from their checkpoints.
 Two pools may work on the same runs: each run belongs to the process that writes in its folder, and whoever
-comes second takes another and looks in again (llm_jax/claims.py).
+comes second takes another and looks in again (llm_jax/claims.py). A folder that doesn't answer ends nothing
+for a while: whoever decides looks at all it needs first, and acts then, so that it can be asked again.
 """
 
 import collections
+import math
 import selectors
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from launch import sweep
 from launch.hosts import Followers
@@ -30,6 +33,8 @@ TRIES = 3  # of a run, from one checkpoint
 SECONDS_BETWEEN_LOOKS = 1.0  # at workers, and at runs on a disk that another launcher has
 SECONDS_BETWEEN_REQUESTS = 10.0  # at those in a bucket
 SECONDS_OF_SILENCE = 300.0  # after which a worker is taken for dead; it speaks every ten
+SECONDS_OF_PATIENCE = 600.0  # with a folder that doesn't answer
+SECONDS_OF_CALM = 120.0  # after which an error of the folder is a new one
 
 
 class WorkersError(RuntimeError):
@@ -70,14 +75,18 @@ class Pool:
         numbers: dict[Shape, int] = {}  # hashing a shape takes a while
         self._shape = {run: numbers.setdefault(run.shape, len(numbers)) for run in runs}
         self._elsewhere: list[Planned] = []  # other launchers have them
+        self._startable = {run for run in runs if run.trunk is None}
         self._experiment, self._free = experiment, list(shares)
         self._workers: list[Worker] = []
+        self._heard: collections.deque[tuple[Worker, dict[str, Any]]] = collections.deque()
         self._tries: collections.Counter[tuple[Planned, int]] = collections.Counter()
         self._stillborn = 0
         self._failures: dict[Planned, str] = {}
         self._refusals: list[str] = []  # those among the failures that are UserErrors
         self._said: set[str] = set()  # of packs: why they are as wide as they are, and where they lie
         self._looked = self._looked_elsewhere = self._left = time.monotonic()
+        self._looked_at_trunks = -math.inf
+        self._trouble = -math.inf, -math.inf  # the first and the last error of the folder
         self._selector = selectors.DefaultSelector()
         self._display = SweepProgress({run.label: run.price for run in runs}, planned=planned)
 
@@ -94,9 +103,7 @@ class Pool:
         try:
             self._occupy()
             before()
-            while self._goes_on():
-                self._look_around()
-                self._occupy()
+            while self._turn():
                 for key, _ in self._selector.select(timeout=SECONDS_BETWEEN_LOOKS):
                     self._listen(key.data)
             if len(self._refusals) == len(self._runs) and len(set(self._refusals)) == 1:
@@ -109,13 +116,39 @@ class Pool:
             self._display.close()
             self._stop()
 
+    def _turn(self) -> bool:
+        """Does what is due; whether there will be more. What the folder doesn't let it do waits."""
+        try:
+            while self._heard:
+                self._heed(*self._heard[0])
+                self._heard.popleft()
+            self._look_around()
+            self._occupy()
+            return self._goes_on()
+        except OSError as error:
+            if error.filename is None:  # not the folder's
+                raise
+            self._bear(error)
+            return True
+
+    def _bear(self, error: OSError) -> None:
+        """Says what is wrong with the folder, once; raises it when that has lasted too long."""
+        (first, last), now = self._trouble, time.monotonic()
+        if now - last > SECONDS_OF_CALM:
+            first, patience = now, sweep.minutes(SECONDS_OF_PATIENCE)
+            self._display.say(f"{error.filename}: {error.strerror}; it is asked again for {patience}")
+        elif now - first > SECONDS_OF_PATIENCE:
+            raise error
+        self._trouble = first, now
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+
     def _goes_on(self) -> bool:
         if any(worker.open for worker in self._workers):
             return True
         if self._joins:
             # Whether the owners that it found are alive is known after a lease.
             looks_on = time.monotonic() - self._left < claims.LEASE + 2 * SECONDS_BETWEEN_LOOKS
-            return (looks_on and bool(self._elsewhere)) or any(pack.ready for pack in self._waiting)
+            return (looks_on and bool(self._elsewhere)) or bool(self._ready())
         return bool(self._waiting or self._elsewhere)
 
     # ---- runs ----
@@ -131,44 +164,44 @@ class Pool:
             pack = min(
                 ready, key=lambda pack: (self._program(pack) not in mine, self._program(pack) in others)
             )
+            stand = files.each(_stand, pack.runs, pack.runs[0].folder)
             self._waiting.remove(pack)
-            stand = files.each(lambda run: run.status, pack.runs, pack.runs[0].folder)
-            free = [
-                run
-                for run, status in zip(pack.runs, stand, strict=True)
-                if not self._is_elsewhere(run, status) and not self._is_worn_out(run)
-            ]
+            free = [run for run, how in zip(pack.runs, stand, strict=True) if not self._is_taken(run, *how)]
             if free:
                 mine.add(self._program(pack))
                 return pack.of(free)
         return None
 
     def _ready(self) -> list[Pack]:
-        return files.those(lambda pack: pack.ready, self._waiting, self._runs[0].folder)
+        """Those that need not wait any more; whether the others still must is asked now and then."""
+        if time.monotonic() - self._looked_at_trunks >= self._between:
+            wait = [run for pack in self._waiting for run in pack.runs if run not in self._startable]
+            self._startable |= set(files.those(lambda run: run.ready, wait, self._runs[0].folder))
+            self._looked_at_trunks = time.monotonic()
+        return [pack for pack in self._waiting if self._startable.issuperset(pack.runs)]
+
+    @property
+    def _between(self) -> float:
+        """Seconds between two looks at the runs of others."""
+        return SECONDS_BETWEEN_REQUESTS if files.in_bucket(self._runs[0].folder) else SECONDS_BETWEEN_LOOKS
 
     def _program(self, pack: Pack) -> tuple[int, int]:
         """Equal for packs that one compiled program serves."""
         return self._shape[pack.runs[0]], len(pack.runs)
 
-    def _is_elsewhere(self, run: Planned, status: str) -> bool:
-        """Whether another launcher has it, or has brought it to its end."""
+    def _is_taken(self, run: Planned, status: str, why: str) -> bool:
+        """Whether another launcher has it, or it has come to its end; what `_stand` says of it."""
         if status == "running":
             self._leave(run)
         elif status in sweep.ENDS:
             self._end(run, f"{status}, by another launcher")
         elif status == "failed":
-            self._failures[run] = run.failure
-            self._end(run, f"failed: {self._failures[run]}")
+            self._failures[run] = why
+            self._end(run, f"failed: {why}")
+        elif status == "worn out":
+            self._fail(run, why)
         else:
             return False
-        return True
-
-    def _is_worn_out(self, run: Planned) -> bool:
-        """Whether it has died too often where it stands, and all of its place with it: it is given up."""
-        deaths, step = claims.deaths(run.folder)
-        if deaths < TRIES or step != run.standing:
-            return False
-        self._fail(run, f"the process that trained it died, {deaths} times at step {step:,}")
         return True
 
     def _leave(self, run: Planned) -> None:
@@ -196,19 +229,19 @@ class Pool:
         self._look_elsewhere()
 
     def _look_elsewhere(self) -> None:
-        folder = self._runs[0].folder
-        between = SECONDS_BETWEEN_REQUESTS if files.in_bucket(folder) else 0.0
-        if not self._elsewhere or time.monotonic() - self._looked_elsewhere < between:
+        if not self._elsewhere or self._looked - self._looked_elsewhere < self._between:
             return
-        self._looked_elsewhere = time.monotonic()
-        runs, self._elsewhere = self._elsewhere, []
-        for run, status in zip(runs, files.each(lambda run: run.status, runs, folder), strict=True):
+        self._looked_elsewhere = self._looked
+        runs, stand = self._elsewhere, files.each(_stand, self._elsewhere, self._runs[0].folder)
+        self._elsewhere = []
+        for run, (status, why) in zip(runs, stand, strict=True):
             if status == "running":
                 self._elsewhere.append(run)
-            elif not self._is_elsewhere(run, status):
+            elif not self._is_taken(run, status, why):
                 self._waiting.append(Pack((run,)))
 
     def _end(self, run: Planned, note: str) -> None:
+        self._startable |= {branch for branch in self._runs if branch.trunk is run}
         self._display.end(run.label, note, good=note.startswith("done"))
 
     def _fail(self, run: Planned, reason: str) -> None:
@@ -225,59 +258,69 @@ class Pool:
         """Gives the packs that wait to idle workers, and starts workers for the rest."""
         for worker in self._workers:
             if worker.state == "taking" and not worker.open and (pack := self._next(worker)):
+                try:
+                    worker.give(pack)
+                except OSError:
+                    self._waiting.appendleft(pack)
+                    raise
                 worker.state = "training"
-                worker.give(pack)
         starting = sum(worker.state == "starting" for worker in self._workers)
         while self._free and len(self._waiting) > starting:
-            worker = Worker(self._experiment, self._free.pop(), self._others)
+            worker = Worker(self._experiment, self._free[-1], self._others)
             self._workers.append(worker)
+            self._free.pop()
             self._selector.register(worker.pipe, selectors.EVENT_READ, worker)
             starting += 1
 
     def _listen(self, worker: Worker) -> None:
-        for message in worker.messages():
-            match message:
-                case {"kind": "ready"}:
-                    worker.state = "taking"
-                case {"kind": "progress", "status": status}:
-                    self._display.show(Status(*status))
-                case {"kind": "continues", "run": number, "step": step}:
-                    self._display.say(f"{worker.pack.runs[number].label}: continued from step {step:,}")
-                case {"kind": "placed", "lines": lines}:
-                    self._say_once(worker, "\n".join(lines))
-                case {"kind": "packed", "members": members, "why": why}:
-                    self._say_once(worker, why)
-                    if rest := worker.pack.runs[members:]:
-                        self._waiting.appendleft(Pack(rest))
-                        worker.open = [run for run in worker.open if run not in rest]
-                case {
-                    "kind": "finished",
-                    "run": number,
-                    "status": status,
-                    "loss": loss,
-                    "steps_shared": shared,
-                }:
-                    run, note = (
-                        worker.pack.runs[number],
-                        status if loss is None else f"{status}, loss {loss:.4f}",
-                    )
-                    self._end(run, note + origin(run, shared))
-                    worker.open.remove(run)
-                case {"kind": "failed" | "refused" | "broken" as kind, "message": reason}:
-                    worker.state, runs = "leaving", worker.open
-                    worker.open = []
-                    if len(runs) > 1:
-                        self._display.say(f"{worker.pack.label}: {reason}; each is tried alone")
-                        self._waiting.extendleft(Pack((run,)) for run in reversed(runs))
-                    elif kind == "failed":
-                        self._fail(runs[0], reason)
-                    elif kind == "broken":
-                        if self._tries_left(runs[0], reason):
-                            self._waiting.appendleft(Pack((runs[0],)))
-                    else:
-                        self._refused(worker, runs[0], reason)
+        self._heard += ((worker, message) for message in worker.messages())
         if worker.closed:
-            self._bury(worker)
+            self._selector.unregister(worker.pipe)
+            self._heard.append((worker, {"kind": "closed"}))
+
+    def _heed(self, worker: Worker, message: dict[str, Any]) -> None:
+        match message:
+            case {"kind": "ready"}:
+                worker.state = "taking"
+            case {"kind": "progress", "status": status}:
+                self._display.show(Status(*status))
+            case {"kind": "continues", "run": number, "step": step}:
+                self._display.say(f"{worker.pack.runs[number].label}: continued from step {step:,}")
+            case {"kind": "placed", "lines": lines}:
+                self._say_once(worker, "\n".join(lines))
+            case {"kind": "packed", "members": members, "why": why}:
+                self._say_once(worker, why)
+                if rest := worker.pack.runs[members:]:
+                    self._waiting.appendleft(Pack(rest))
+                    worker.open = [run for run in worker.open if run not in rest]
+            case {
+                "kind": "finished",
+                "run": number,
+                "status": status,
+                "loss": loss,
+                "steps_shared": shared,
+            }:
+                run, note = (
+                    worker.pack.runs[number],
+                    status if loss is None else f"{status}, loss {loss:.4f}",
+                )
+                self._end(run, note + origin(run, shared))
+                worker.open.remove(run)
+            case {"kind": "failed" | "refused" | "broken" as kind, "message": reason}:
+                runs = worker.open
+                if len(runs) > 1:
+                    self._display.say(f"{worker.pack.label}: {reason}; each is tried alone")
+                    self._waiting.extendleft(Pack((run,)) for run in reversed(runs))
+                elif kind == "failed":
+                    self._fail(runs[0], reason)
+                elif kind == "broken":
+                    if self._tries_left(runs, reason)[runs[0]]:
+                        self._waiting.appendleft(Pack((runs[0],)))
+                else:
+                    self._refused(worker, runs[0], reason)
+                worker.state, worker.open = "leaving", []
+            case {"kind": "closed"}:
+                self._bury(worker)
 
     def _say_once(self, worker: Worker, what: str) -> None:
         if what not in self._said:
@@ -287,7 +330,7 @@ class Pool:
     def _refused(self, worker: Worker, run: Planned, reason: str) -> None:
         """A run's UserError: another launcher was faster, or its folder is damaged, or the sweep is wrong."""
         worker.process.wait()  # so that what the run's folder says isn't about this worker
-        if run.status == "running" or run.complete:
+        if (status := run.status) == "running" or status in sweep.ENDS:
             self._leave(run)
         elif run.begun:
             self._refusals.append(reason)
@@ -298,13 +341,12 @@ class Pool:
 
     def _bury(self, worker: Worker) -> None:
         """A worker has ended; the runs that it still had wait again, or have failed."""
-        self._selector.unregister(worker.pipe)
+        cause = worker.cause_of_death()
+        left = self._tries_left(worker.open, cause)
         self._workers.remove(worker)
         self._free.append(worker.share)
-        cause = worker.cause_of_death()
         if worker.open and files.in_bucket(worker.open[0].folder):  # it couldn't any more
             sweep.add_to_log(worker.pack.runs[0].folder, worker.printed())
-        left = {run: self._tries_left(run, cause) for run in worker.open}
         again = [run for run in worker.open if left[run]]
         if len(again) > 1 and min(left[run] for run in again) == 1:
             # One of them may be the cause, or all together too large.
@@ -318,20 +360,22 @@ class Pool:
                 raise WorkersError(f"workers can't start: {cause}\n{worker.printed()}")
         worker.close()
 
-    def _tries_left(self, run: Planned, cause: str) -> int:
-        """How often a run that has died may be tried again from where it stands; at 0 it is given up.
+    def _tries_left(self, runs: Sequence[Planned], cause: str) -> dict[Planned, int]:
+        """How often runs that have died may be tried again from where they stand; at 0 they are given up.
 
         Deaths elsewhere count too.
         """
-        place = run.standing
-        self._tries[run, place] += 1
-        elsewhere, there = claims.deaths(run.folder)
-        tries = max(self._tries[run, place], elsewhere if there == place else 0)
-        if tries >= TRIES:
-            self._fail(run, f"{cause}, {tries} times at step {place:,}")
-            return 0
-        self._display.say(f"{run.label}: {cause}; try {tries + 1} of {TRIES} continues it")
-        return TRIES - tries
+        stood = files.each(lambda run: (run.standing, claims.deaths(run.folder)), runs, self._runs[0].folder)
+        left = {}
+        for run, (place, (elsewhere, there)) in zip(runs, stood, strict=True):
+            self._tries[run, place] += 1
+            tries = max(self._tries[run, place], elsewhere if there == place else 0)
+            left[run] = max(TRIES - tries, 0)
+            if left[run]:
+                self._display.say(f"{run.label}: {cause}; try {tries + 1} of {TRIES} continues it")
+            else:
+                self._fail(run, f"{cause}, {tries} times at step {place:,}")
+        return left
 
     def _stop(self) -> None:
         """Ends all workers: they save what they are at; whoever takes too long, or a second Ctrl-C, kills."""
@@ -345,3 +389,13 @@ class Pool:
             for worker in self._workers:
                 worker.end()
             self._selector.close()
+
+
+def _stand(run: Planned) -> tuple[str, str]:
+    """(a run's status, why it failed); worn out is one that died too often, and its place with it."""
+    if (status := run.status) == "failed":
+        return status, run.failure
+    deaths, step = claims.deaths(run.folder) if status == "missing" else (0, 0)
+    if deaths >= TRIES and step == run.standing:
+        return "worn out", f"the process that trained it died, {deaths} times at step {step:,}"
+    return status, ""

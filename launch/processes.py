@@ -121,8 +121,8 @@ class Worker:
         os.close(write)
 
     def give(self, pack: Pack) -> None:
+        task = pack.task()  # which looks at folders
         self.pack, self.open = pack, list(pack.runs)
-        task = pack.task()
         if self.others:
             self.others.say(task=task)
         self.send(task)
