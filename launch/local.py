@@ -149,18 +149,17 @@ def placed(planned: Sequence[packs.Pack]) -> list[str]:
 
 def expected_time(plan: Plan, workers: int, place: Place | None = None) -> str:
     """A line that says how long the rest of the plan will take `workers`, and how that is known."""
-    missing = sweep.missing(plan.runs)
+    missing = set(sweep.missing(plan.runs))
     if not missing:
         return "all of it is complete"
     workers = min(len(missing), workers)
     flops = sum(run.price for run in missing)
     complete = [run for run in plan.runs if run not in missing and run.price]
-    if done := [run for run in complete if run.status == "done"]:
-        results = [
-            run["result"] for run in files.each(records.load_run, [run.folder for run in done], plan.folder)
-        ]
-        seconds = sum(result["wall_seconds"] / result.get("members", 1) for result in results)
-        expected = flops * seconds / sum(run.price for run in done) / workers
+    ended = files.each(records.load_run, [run.folder for run in complete], plan.folder)
+    done = [(run, end["result"]) for run, end in zip(complete, ended, strict=True) if end["status"] == "done"]
+    if done:
+        seconds = sum(result["wall_seconds"] / result.get("members", 1) for _, result in done)
+        expected = flops * seconds / sum(run.price for run, _ in done) / workers
         return f"about {sweep.minutes(expected)} at the speed of the {len(done)} done"
     speed, source = (None, f"the speed of {place.processes} hosts") if place else expected_speed()
     if speed is None:

@@ -10,15 +10,18 @@ import subprocess
 import threading
 import time
 import types
+import uuid
 
 import pytest
+from absl import flags
 from test_local import BITS, bits, plan_of, where_workers_find_things
 
-from launch import pool, processes, sweep
+from launch import local, pool, processes, status, sweep
 from launch.packs import packed
 from launch.pool import Pool
 from launch.processes import Share
-from llm_jax import config, files
+from llm_jax import config, files, records
+from llm_jax.command_line import Chosen
 from llm_jax.config import UserError
 from llm_jax.schedules import WSD
 
@@ -188,3 +191,66 @@ def test_whether_branches_must_wait_is_asked_of_many_at_once_and_not_with_every_
     waiting._end(trunks[0], "done")
     monkeypatch.setattr(pool, "SECONDS_BETWEEN_REQUESTS", 0.0)
     assert len(waiting._ready()) == 4 + 9 and len(asked) == (4 + 3) * 9
+
+
+def launched(bits, runs, folder, monkeypatch):
+    """As launch.local does it, with two workers; the exit code."""
+    module = types.SimpleNamespace(__file__=str(BITS), sweep=lambda base: list(runs))
+    given = {"workers": 2, "pack": "off", "join": False, "again": False, "dry_run": False}
+    monkeypatch.setattr(flags, "FLAGS", types.SimpleNamespace(**given))
+    monkeypatch.setattr(local, "matmul_speed", lambda: 1e10)  # which keeps all cores busy for a while
+    return local.launch(Chosen(module, "small", runs[0], ()), folder)
+
+
+def test_what_runs_in_a_bucket_are_asked_is_asked_of_many_at_once(bits, bucket, workers, monkeypatch):
+    folder, one_by_one = files.path(f"{bucket}/{uuid.uuid4().hex}"), []
+    read, runs = records.find_run, seeds(bits, 5)
+
+    def find_run(place):
+        if not getattr(files._within, "each", False):
+            one_by_one.append(place)
+        return read(place)
+
+    monkeypatch.setattr(records, "find_run", find_run)
+    workers.ends += [""] * 2 + ["interrupted"]
+    with pytest.raises(KeyboardInterrupt):
+        launched(bits, runs, folder, monkeypatch)
+    assert launched(bits, runs, folder, monkeypatch) == 0
+    assert status.line(status.rows(folder)) == "5/5 runs done"
+    assert one_by_one == []
+
+
+def test_a_thousand_runs_are_launched_resumed_and_reported_in_less_than_five_seconds(
+    bits, tmp_path, workers, monkeypatch
+):
+    """Each of them, of a core's time, the writing of results included; nine of ten runs are branches.
+
+    The slowest takes about two, so that a slow machine passes too; python's start and imports take as long.
+    """
+    runs = lengths(bits, 100, 10)
+    workers.ends += [""] * 500 + ["interrupted"]
+
+    def took(command):
+        begun = time.process_time()
+        command()
+        return time.process_time() - begun
+
+    def interrupted():
+        with pytest.raises(KeyboardInterrupt):
+            launched(bits, runs, tmp_path, monkeypatch)
+
+    def reported(counts):
+        assert status.table(status.rows(tmp_path)).splitlines()[-1].startswith(counts)
+
+    def all_of_it():
+        assert launched(bits, runs, tmp_path, monkeypatch) == 0
+
+    seconds = {
+        "launched and interrupted": took(interrupted),
+        "reported": took(lambda: reported("500/1000 runs done, 500 waiting")),
+        "resumed": took(all_of_it),
+        "complete": took(all_of_it),
+        "reported again": took(lambda: reported("1000/1000 runs done")),
+    }
+    assert len(workers.tasks) == 1001
+    assert max(seconds.values()) < 5, seconds
