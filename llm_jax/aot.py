@@ -170,19 +170,27 @@ def search(run: Run, topology: str, count: int = 1) -> list[dict[str, Any]]:
     """All that was tried, the best first: what fits, by the most tokens a second that the roofline allows.
 
     A batch that fits stands for all smaller ones of its mesh and remat, and no mesh's dearer remat is tried
-    where a cheaper one holds the largest batch.
+    where a cheaper one holds the largest batch. What can't be compiled is told and passed over; where nothing
+    can, raises the UserError of the last.
     """
     chips = len(slices.describe(topology, count)) // count
     found: list[dict[str, Any]] = []
+    refused: UserError | None = None
     for one in candidates(run, chips, count):
         mesh, remat, rows = one.execution.mesh, one.execution.layout.remat, one.data.batch_size
         same = [old for old in found if old["fits"] and old["asked"] == dataclasses.asdict(mesh)]
         if any(old["batch_size"] >= rows for old in same):
             continue
-        facts = compiled_for(one, topology, count) | {"asked": dataclasses.asdict(mesh)}
-        spread = " x ".join(f"{size} {name}" for name, size in facts["mesh"].items())
-        print(f"{spread}, remat {remat}, {rows} rows: {_said(facts)}", file=sys.stderr)
-        found.append(facts)
+        spread = " x ".join(f"{size} {name}" for name, size in dataclasses.asdict(mesh).items() if size > 1)
+        try:
+            facts = compiled_for(one, topology, count) | {"asked": dataclasses.asdict(mesh)}
+            found.append(facts)
+            said = _said(facts)
+        except UserError as error:
+            said = refused = error
+        print(f"{spread}, remat {remat}, {rows} rows: {said}", file=sys.stderr)
+    if refused and not found:
+        raise refused
     return sorted(found, key=lambda facts: -tokens_per_second(facts))
 
 

@@ -114,12 +114,17 @@ def test_unknown_slices_and_a_missing_libtpu_are_one_line(monkeypatch):
         slices.describe("v5e:4x4")
 
 
-def test_search_keeps_what_fits_and_orders_it_by_tokens_a_second(tiny_run, monkeypatch, capfd):
+def test_search_orders_what_fits_by_tokens_a_second_and_passes_over_what_cannot_be_compiled(
+    tiny_run, monkeypatch, capfd
+):
     run, tried = changed(tiny_run, data__batch_size=16), []
+    refuses = False
 
     def compiled_for(one, topology, count):
         mesh, remat, rows = one.execution.mesh, one.execution.layout.remat, one.data.batch_size
         tried.append((mesh.tensor, remat, rows))
+        if (mesh.tensor, remat) == (1, "full") or refuses:
+            raise UserError("it can't be compiled: scoped vmem")
         fits = rows <= {"none": 8, "dots": 16, "full": 32}[remat] * mesh.tensor
         seconds = (rows + 8) * {"none": 1.0, "dots": 1.5, "full": 4.0}[remat] * mesh.tensor
         facts = {
@@ -140,7 +145,12 @@ def test_search_keeps_what_fits_and_orders_it_by_tokens_a_second(tiny_run, monke
     assert not found[-1]["fits"] and aot.tokens_per_second(found[-1]) == 0
     assert len(set(tried)) == len(tried) and (1, "none", 64) in tried
     assert (1, "dots", 8) not in tried  # 8 rows fit without
-    assert capfd.readouterr().err.count("fits: ") == sum(facts["fits"] for facts in found)
+    said = capfd.readouterr().err
+    assert said.count("fits: ") == sum(facts["fits"] for facts in found)
+    assert "\n8 fsdp, remat full, 64 rows: it can't be compiled: scoped vmem\n" in said
+    refuses = True
+    with pytest.raises(UserError, match="scoped vmem"):
+        aot.search(run, "v5e:2x4")
 
 
 def test_experts_are_shared_out_in_some_of_the_meshes_that_are_tried(tiny_run):
