@@ -10,6 +10,7 @@ What a launcher keeps in the folder: jobs/, what it asked an engine for (jobs.py
 """
 
 import contextlib
+import functools
 import os
 import platform
 import shlex
@@ -69,7 +70,7 @@ class Crew:
     def __init__(self, engine: Engine, folder: Path, places: int, command: Sequence[str]) -> None:
         self._engine, self._folder, self._places, self._command = engine, folder, places, list(command)
         self._jobs: dict[str, str] = {}  # those that live, and what their places are called in claims
-        self._started, self._outage = 0, Outage()
+        self._started, self._outage = 0, Outage(functools.partial(print, flush=True))
         self._in_vain, self._progress = 0, (-1, -1)
 
     def train(

@@ -1,31 +1,34 @@
-"""Times in which a disk or a bucket doesn't answer, which launchers wait for."""
+"""Times in which a folder's disk or bucket doesn't answer, which launchers wait for."""
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator
 
-SECONDS_OF_OUTAGE = 600.0
+from launch import sweep
+
+SECONDS_OF_PATIENCE = 600.0
+SECONDS_OF_CALM = 120.0  # after which an error is a new one
 
 
 class Outage:
-    """Errors of the system, told once and borne until they have lasted for SECONDS_OF_OUTAGE.
+    """Errors of a folder, told once and borne until they have lasted for SECONDS_OF_PATIENCE."""
 
-    say: what tells of them in a line.
-    """
-
-    def __init__(self, say: Callable[[str], None] = lambda line: print(line, flush=True)) -> None:
-        self._say, self._since = say, None
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say, self._first, self._last = say, -math.inf, -math.inf
 
     @contextlib.contextmanager
     def borne(self) -> Iterator[None]:
-        """What happens in it is given up at an OSError, to be tried again; raises one that lasts."""
+        """What is done in it is given up at an error of the folder, to be tried again; raises what lasts."""
         try:
             yield
         except OSError as error:
-            if self._since is None:
-                self._since = time.monotonic()
-                self._say(f"{error.filename or 'the folder'}: {error.strerror or error}; looking again")
-            elif time.monotonic() - self._since > SECONDS_OF_OUTAGE:
+            now = time.monotonic()
+            if now - self._last > SECONDS_OF_CALM:
+                self._first = now
+            if error.filename is None or now - self._first > SECONDS_OF_PATIENCE:
                 raise
-        else:
-            self._since = None
+            if self._first == now:
+                patience = sweep.minutes(SECONDS_OF_PATIENCE)
+                self._say(f"{error.filename}: {error.strerror}; it is asked again for {patience}")
+            self._last = now

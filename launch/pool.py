@@ -21,6 +21,7 @@ from typing import Any
 
 from launch import sweep
 from launch.hosts import Followers
+from launch.outage import Outage
 from launch.packs import Pack
 from launch.processes import SECONDS_TO_STOP, Share, Worker
 from launch.sweep import LOG, Planned
@@ -33,8 +34,6 @@ TRIES = 3  # of a run, from one checkpoint
 SECONDS_BETWEEN_LOOKS = 1.0  # at workers, and at runs on a disk that another launcher has
 SECONDS_BETWEEN_REQUESTS = 10.0  # at those in a bucket
 SECONDS_OF_SILENCE = 300.0  # after which a worker is taken for dead; it speaks every ten
-SECONDS_OF_PATIENCE = 600.0  # with a folder that doesn't answer
-SECONDS_OF_CALM = 120.0  # after which an error of the folder is a new one
 
 
 class WorkersError(RuntimeError):
@@ -86,9 +85,9 @@ class Pool:
         self._said: set[str] = set()  # of packs: why they are as wide as they are, and where they lie
         self._looked = self._looked_elsewhere = self._left = time.monotonic()
         self._looked_at_trunks = -math.inf
-        self._trouble = -math.inf, -math.inf  # the first and the last error of the folder
         self._selector = selectors.DefaultSelector()
         self._display = SweepProgress({run.label: run.price for run in runs}, planned=planned)
+        self._outage = Outage(self._display.say)
 
     def run(self, before: Callable[[], None] = lambda: None) -> dict[Planned, str]:
         """Blocks until every run is complete or has failed; returns the reasons of those that failed.
@@ -118,29 +117,15 @@ class Pool:
 
     def _turn(self) -> bool:
         """Does what is due; whether there will be more. What the folder doesn't let it do waits."""
-        try:
+        with self._outage.borne():
             while self._heard:
                 self._heed(*self._heard[0])
                 self._heard.popleft()
             self._look_around()
             self._occupy()
             return self._goes_on()
-        except OSError as error:
-            if error.filename is None:  # not the folder's
-                raise
-            self._bear(error)
-            return True
-
-    def _bear(self, error: OSError) -> None:
-        """Says what is wrong with the folder, once; raises it when that has lasted too long."""
-        (first, last), now = self._trouble, time.monotonic()
-        if now - last > SECONDS_OF_CALM:
-            first, patience = now, sweep.minutes(SECONDS_OF_PATIENCE)
-            self._display.say(f"{error.filename}: {error.strerror}; it is asked again for {patience}")
-        elif now - first > SECONDS_OF_PATIENCE:
-            raise error
-        self._trouble = first, now
         time.sleep(SECONDS_BETWEEN_LOOKS)
+        return True
 
     def _goes_on(self) -> bool:
         if any(worker.open for worker in self._workers):
@@ -306,13 +291,15 @@ class Pool:
                 )
                 self._end(run, note + origin(run, shared))
                 worker.open.remove(run)
-            case {"kind": "failed" | "refused" | "broken" as kind, "message": reason}:
+            case {"kind": "failed" | "refused" | "taken" | "broken" as kind, "message": reason}:
                 runs = worker.open
                 if len(runs) > 1:
                     self._display.say(f"{worker.pack.label}: {reason}; each is tried alone")
                     self._waiting.extendleft(Pack((run,)) for run in reversed(runs))
                 elif kind == "failed":
                     self._fail(runs[0], reason)
+                elif kind == "taken":
+                    self._leave(runs[0])
                 elif kind == "broken":
                     if self._tries_left(runs, reason)[runs[0]]:
                         self._waiting.appendleft(Pack((runs[0],)))
@@ -328,11 +315,9 @@ class Pool:
             self._display.say(f"{worker.pack.label}: {what}")
 
     def _refused(self, worker: Worker, run: Planned, reason: str) -> None:
-        """A run's UserError: another launcher was faster, or its folder is damaged, or the sweep is wrong."""
+        """A run's UserError: its folder is damaged, or the sweep is wrong."""
         worker.process.wait()  # so that what the run's folder says isn't about this worker
-        if (status := run.status) == "running" or status in sweep.ENDS:
-            self._leave(run)
-        elif run.begun:
+        if run.begun:
             self._refusals.append(reason)
             self._fail(run, reason)
         else:

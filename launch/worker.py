@@ -15,6 +15,7 @@ on the file descriptor FD; a run is told by its number in the task:
     {"kind": "packed", "members", "why"}    so many of the runs, the first ones, fit and are trained at once
     {"kind": "finished", "run", "status", "loss", "steps_shared"}
     {"kind": "refused", "message": ...}     a UserError; the process ends
+    {"kind": "taken", "message": ...}       another process has the run; the process ends
     {"kind": "broken", "message": ...}      a disk's or a device's error, which may pass; the process ends
     {"kind": "failed", "message": ...}      any other error; the process ends
 
@@ -93,7 +94,7 @@ def attempt(task: dict[str, Any], say: Say, experiment: types.ModuleType) -> boo
             else:
                 results = train_packed(runs, folders[: len(runs)], hooks, reporters)
     except UserError as error:
-        say(kind="refused", message=str(error))
+        say(kind="taken" if isinstance(error, claims.TakenError) else "refused", message=str(error))
         return False
     except Exception as error:
         kind = "broken" if isinstance(error, (OSError, jax.errors.JaxRuntimeError)) else "failed"

@@ -45,6 +45,10 @@ _seen: dict[tuple[str, int], tuple[int | None, float]] = {}  # the last new sign
 _patience, _before_leaving = float("inf"), lambda: None
 
 
+class TakenError(UserError):
+    """Another process has the run."""
+
+
 class Claim:
     """A claim of this process. lost: the error to raise once it is gone. still: seconds without a step."""
 
@@ -85,7 +89,7 @@ class Claim:
             last = _last(self._store)
             if last != self._number:
                 gone = FileNotFoundError(errno.ENOENT, "the folder has gone", str(self._store))
-                taken = UserError(f"{self._store}: another process has taken this run over")
+                taken = TakenError(f"{self._store}: another process has taken this run over")
                 self.lost = self.lost or (gone if last < self._number else taken)
             if not self.lost and "ended" not in self._sign:
                 self._sign |= {"beat": self._sign["beat"] + 1, "time": time.time(), **more}

@@ -153,7 +153,8 @@ class Record:
     def _take(self) -> None:
         self._claim = self._claim or claims.take(self.folder)
         if self._claim is None:
-            raise UserError(f"{self.folder}: another process is running this run; wait for it or end it")
+            busy = f"{self.folder}: another process is running this run; wait for it or end it"
+            raise claims.TakenError(busy)
 
     def _open(self) -> None:
         head = self._head | {"time": time.time(), "facts": self._facts}

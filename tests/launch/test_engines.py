@@ -162,8 +162,8 @@ def test_an_outage_of_the_folder_is_waited_for_and_told_once(bits, tmp_path, mon
 
     monkeypatch.setattr(crew, "_look", looks)
     assert crew.train([run], 1, lambda: None) == {}
-    assert capsys.readouterr().out.count("/mnt/runs: stale handle; looking again") == 1
-    monkeypatch.setattr(outage, "SECONDS_OF_OUTAGE", -1.0)
+    assert capsys.readouterr().out.count("/mnt/runs: stale handle; it is asked again for 10 min") == 1
+    monkeypatch.setattr(outage, "SECONDS_OF_PATIENCE", -1.0)
     fails += [OSError(errno.ESTALE, "stale handle", "/mnt/runs")] * 2
     with pytest.raises(OSError, match="stale handle"):
         crew.train([run], 1, lambda: None)

@@ -324,6 +324,7 @@ def test_ctrl_c_on_all_hosts_at_once_cuts_no_save_short(told):
 def test_a_follower_says_once_that_it_was_told_to_end(signals):
     following = Following()
     assert list(following.link.messages()) == [{"host": 1}]
+    wait_for(lambda: {signal.SIGINT, signal.SIGTERM} <= signals.keys())
     for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
         signals[number](number, None)
     assert list(following.link.messages()) == [{"asked": True}]

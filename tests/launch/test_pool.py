@@ -16,7 +16,7 @@ import pytest
 from absl import flags
 from test_local import BITS, bits, plan_of, where_workers_find_things
 
-from launch import local, pool, processes, status, sweep
+from launch import local, outage, pool, processes, status, sweep
 from launch.packs import packed
 from launch.pool import Pool
 from launch.processes import Share
@@ -41,8 +41,8 @@ class Process:
         runs = json.loads(line)["runs"]
         self.tasks.append([run["label"] for run in runs])
         match self.ends.pop(0) if self.ends else "":
-            case "broken":
-                self._say(kind="broken", message="OSError: no disk")
+            case "broken" | "taken" as kind:
+                self._say(kind=kind, message="OSError: no disk")
                 self._end(1)
             case "killed":
                 self._end(-signal.SIGKILL)
@@ -140,13 +140,21 @@ def test_a_folder_that_stays_out_of_reach_ends_the_launch_and_its_workers(
     bits, tmp_path, workers, monkeypatch
 ):
     monkeypatch.setattr(pool, "SECONDS_BETWEEN_LOOKS", 0.001)
-    monkeypatch.setattr(pool, "SECONDS_OF_PATIENCE", 0.05)
+    monkeypatch.setattr(outage, "SECONDS_OF_PATIENCE", 0.05)
     plan, begun = plan_of(tmp_path, *seeds(bits, 2)), time.monotonic()
     fails(monkeypatch, "status")
     with pytest.raises(OSError, match="Stale file handle"):
         pool_of(plan).run()
     assert time.monotonic() - begun > 0.05
     assert (workers.tasks, len(workers.stopped)) == ([], 1)
+
+
+def test_a_run_that_another_launcher_had_and_lost_is_trained(bits, tmp_path, workers, monkeypatch):
+    """It was taken when the worker looked, and is free when the pool does."""
+    monkeypatch.setattr(pool, "SECONDS_BETWEEN_LOOKS", 0.001)
+    workers.ends += ["taken"]
+    assert pool_of(plan_of(tmp_path, *seeds(bits, 1))).run() == {}
+    assert workers.tasks == [["seed-0"]] * 2
 
 
 @pytest.mark.parametrize("error", [UserError("it is damaged"), BrokenPipeError()])
