@@ -37,7 +37,8 @@ RESTARTS = 100  # of a job, whatever for, after which one that ends with AGAIN b
 # it is queued again. TERM is scancel's, or a preemption's, after which Slurm itself queues what it should.
 # What was killed, for its memory it may be, comes again a few times: so a run that kills its place is found.
 # What has lost a node does too, but not for ever, as where nodes lose each other each time.
-# On several nodes it is a step: srun would kill it, so scancel asks; of TERM Slurm itself tells its tasks.
+# On several nodes it is a step: srun would kill it, so scancel asks; of TERM Slurm itself tells its tasks. It
+# tells them alone in the grace of a preemption, and takes a job that ends in it for one that has failed.
 # One job of an array has the array's own number, which means all of them: each goes by its place there.
 # srun tells its tasks the secret by which they know each other: of the job's port anybody may know.
 SCRIPT = """#!/bin/bash
@@ -56,7 +57,7 @@ wait "$child"; code=$?
 while kill -0 "$child" 2> /dev/null; do wait "$child"; code=$?; done
 restarts=${{SLURM_RESTART_COUNT:-0}}
 case $asked:$code in
-    time:143|time:{again}) ;;
+    time:143|time:{again}{preempted}) ;;
     :137) [ "$restarts" -lt {tries} ] ;;
     :{again}) [ "$restarts" -lt {restarts} ] ;;
     *) false ;;
@@ -111,6 +112,7 @@ class Slurm:
             cancel="asked=cancelled" if many else "save cancelled",
             stop=shlex.quote(str(self._folder / engine.STOP)),
             again=AGAIN,
+            preempted="|:143" if many else "",
             tries=TRIES,
             restarts=RESTARTS,
             secret=SECRET,

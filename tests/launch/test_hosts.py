@@ -399,13 +399,23 @@ def test_a_job_out_of_time_is_queued_again_however_often(code, tmp_path):
     assert ended(tmp_path, saves, known) == (code, False)
 
 
-def ended(folder, command, known):
+def test_what_a_preemption_s_grace_ends_on_several_nodes_is_queued_again(tmp_path):
+    """Slurm tells the tasks of a step, not the script of its job."""
+    known = {"SLURM_RESTART_COUNT": str(10 * slurm.RESTARTS)}
+    assert ended(tmp_path, "exit 143", known, hosts=2) == (143, True)
+    cancelled = "trap 'exit 143' TERM; kill -TERM $PPID; sleep 0.5; kill -TERM $$"
+    assert ended(tmp_path, cancelled, known, hosts=2) == (143, False)
+
+
+def ended(folder, command, known, hosts=1):
     """How a job's script ends where its command is this one, and whether it is queued again."""
-    (folder / "scontrol").write_text(f"#!/bin/sh\necho $* > {folder}/asked\n")
-    (folder / "scontrol").chmod(0o755)
+    stubs = {"scontrol": f"echo $* > {folder}/asked", "srun": f'shift {len(slurm.SRUN) - 1}; exec "$@"'}
+    for name, does in stubs.items():
+        (folder / name).write_text(f"#!/bin/sh\n{does}\n")
+        (folder / name).chmod(0o755)
     (folder / "asked").unlink(missing_ok=True)
     place = {"SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "2", "PATH": f"{folder}:/usr/bin:/bin"}
-    script = slurm.Slurm(folder).script(["sh", "-c", command])
+    script = slurm.Slurm(folder, hosts=hosts).script(["sh", "-c", command])
     job = subprocess.run(["bash", "-c", script], env=place | known, check=False)
     return job.returncode, (folder / "asked").exists()
 
