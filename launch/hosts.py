@@ -300,6 +300,7 @@ def _connected(place: Place) -> Link:
             if _knows(connected, _secret(), "another host", "host 0"):
                 return Link(connected, "host 0")
             there = f"somebody without this place's {distributed.SECRET}"
+            connected.close()
         time.sleep(1.0)
     raise ConnectionError(f"{there} at {place.coordinator}, which is host 0's")
 
