@@ -80,14 +80,15 @@ class Stripe(NamedTuple):
     keys: slice
 
 
-def stripes(length: int, keys: int, window: int | None, aligned: bool) -> list[Stripe]:
+def stripes(length: int, keys: int, window: int | None, aligned: bool, calls: int = 1) -> list[Stripe]:
     """How `length` queries are cut; the last stripe may reach past the end.
 
     aligned: query i stands where key i does, so that a stripe skips keys. Else all see all, in one stripe.
+    calls: how many share the program's straight code, of which XLA may hold all scores at once.
     """
     most, pieces = cuts(length)
     blocks = -(-length // most)
-    size, each = -(-length // blocks), -(-blocks // pieces)
+    size, each = -(-length // blocks), -(-blocks * calls // pieces)
     if not aligned:
         return [Stripe(0, blocks, size, slice(0, keys))]
     cut = []
@@ -121,16 +122,17 @@ def forward(
     rule: Rule,
     ahead: jax.Array | None = None,
     dtype: jnp.dtype | None = None,
+    calls: int = 1,
 ) -> tuple[jax.Array, jax.Array]:
     """The result and each row's log-sum-exp, [B, G, R, T, K] and float32 [B, G, R, T, 1].
 
     ahead: how many positions the first query stands after the first key; None is self-attention. A row that
     sees nothing has the result 0 and the log-sum-exp of minus infinity. dtype: the result's, if it isn't that
-    of the queries.
+    of the queries. calls: see `stripes`.
     """
     q_BGRTK, segments, zero = _tied(q_BGRTK, segments)
     length, pieces = q_BGRTK.shape[3], []
-    for stripe in stripes(length, k_BGSK.shape[2], rule.window, aligned=ahead is None):
+    for stripe in stripes(length, k_BGSK.shape[2], rule.window, ahead is None, calls):
         k, v = k_BGSK[:, :, stripe.keys], v_BGSK[:, :, stripe.keys]
 
         def block(_, xs, k=k, v=v, keys=stripe.keys):
@@ -157,6 +159,7 @@ def backward(
     d_out_BGRTK: jax.Array,
     rule: Rule,
     ahead: jax.Array | None = None,
+    calls: int = 1,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The parts of the gradients of q, k and v, float32, that come from these keys.
 
@@ -164,7 +167,7 @@ def backward(
     """
     q_BGRTK, segments, zero = _tied(q_BGRTK, segments)
     d_q, d_k, d_v = [], jnp.zeros(k_BGSK.shape, jnp.float32), jnp.zeros(v_BGSK.shape, jnp.float32)
-    for stripe in stripes(q_BGRTK.shape[3], k_BGSK.shape[2], rule.window, aligned=ahead is None):
+    for stripe in stripes(q_BGRTK.shape[3], k_BGSK.shape[2], rule.window, ahead is None, calls):
         k, v = k_BGSK[:, :, stripe.keys], v_BGSK[:, :, stripe.keys]
 
         def block(sums, xs, k=k, v=v, keys=stripe.keys):

@@ -194,14 +194,14 @@ def _backward(
 def _seeing(function: Callable, rule: Rule, keys: list[Keys]) -> Callable:
     """`function` of chunked.py, by (queries, keys, the number of their chunk, anything more).
 
-    None: it is that of the queries.
+    None: it is that of the queries. A device has two chunks, so there are two calls where one device has one.
     """
     size = keys[0].k.shape[2]
 
     def see(queries: Queries, held: Keys, chunk: jax.Array | None = None, *more: jax.Array) -> Any:
         segments = None if held.segments is None else (queries.segments, held.segments)
         ahead = None if chunk is None else queries.start - chunk * size
-        return function(queries.q, held.k, held.v, segments, *more, rule=rule, ahead=ahead)
+        return function(queries.q, held.k, held.v, segments, *more, rule=rule, ahead=ahead, calls=2)
 
     return see
 

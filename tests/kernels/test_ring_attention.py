@@ -54,6 +54,24 @@ def test_ring_attention_equals_the_reference_with_its_gradient(sizes, segmented,
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+def test_eight_devices_take_a_sequence_eight_times_as_long_in_the_memory_of_one():
+    """What lies between arguments and results, which are as large, of the forward pass and the gradient."""
+
+    def temporary_bytes(length, ways):
+        mesh = make_mesh(MeshConfig(data=1, sequence=ways), jax.devices()[:ways])
+        with jax.set_mesh(mesh):
+            place = jax.NamedSharding(mesh, jax.P(None, "sequence"))
+            x = jax.ShapeDtypeStruct((1, length, 4, 64), jnp.float32, sharding=place)
+            segments = jax.ShapeDtypeStruct((1, length), jnp.int32, sharding=place)
+            kind = "ring" if ways > 1 else "chunked"
+            loss = lambda *qkv: attend(*qkv[:3], segments=qkv[3], kind=kind).sum()  # noqa: E731
+            step = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(x, x, x, segments)
+            return step.compile().memory_analysis().temp_size_in_bytes
+
+    one, each = temporary_bytes(2048, 1), temporary_bytes(8 * 2048, 8)
+    assert 0.5 * one < each <= one
+
+
 def test_in_bfloat16_a_result_is_rounded_once_however_many_turns_it_takes():
     v = jax.random.normal(jax.random.key(0), (2, 128, 2, 16), jnp.bfloat16)
     alike = jnp.zeros_like(v)  # every key has the same weight, so nothing but results is rounded
