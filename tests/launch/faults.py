@@ -10,7 +10,8 @@ kill changes who is computed with whom, losses are equal to 1e-5. Prints what wa
 the first difference.
 
 One owner at a time: between a claim's first row and its last one, and between a checkpoint's first file and
-its manifest, no other claim was made.
+its manifest, no other claim was made. None trained twice: an owner goes on at most two saves before the last
+row of the owner before it (a kill may cut one of them), and none begins after the result.
 """
 
 import argparse
@@ -38,14 +39,14 @@ from llm_jax.schedules import WSD  # noqa: E402
 
 bits, _ = experiment_file.load_experiment(str(HERE / "bits.py"))
 SCALES = {"slow": 0.02}
-STEPS, SEEDS = 120, 3
+STEPS, SEEDS, SAVED_EVERY = 120, 3, 3
 MOST_KILLS, LAUNCHES = 20, 200  # of a sweep
 
 
 def get_config(scale):
     """Saves every few steps, so that kills hit saves too."""
     base = config.replace(bits.get_config("small"), "data.seconds", SCALES[scale])
-    base = config.replace(base, "execution.checkpoint.every_steps", 3)
+    base = config.replace(base, "execution.checkpoint.every_steps", SAVED_EVERY)
     return config.replace(base, "optimizer.schedule", WSD(warmup_steps=10))
 
 
@@ -166,8 +167,19 @@ def alone_at_it(run):
         assert not others, f"{run} had two owners at once, at {others} since 1970"
 
 
+def trained_again(run):
+    """The most steps that an owner had logged and the next one trained once more."""
+    last = most = 0
+    for line in records._lines(run):
+        if "resume_at" in line:
+            last, most = line["resume_at"], max(most, last - line["resume_at"])
+        elif "step" in line:
+            last = line["step"]
+    return most
+
+
 def check(folder, alone, tolerance):
-    """Raises AssertionError for a run that is lost, was trained by two at once, or has another result."""
+    """Raises AssertionError for a run that is lost, was trained twice or by two, or has another result."""
     for place in sorted(path.parent for path in alone.glob("*/config.json")):
         run = folder / place.name
         found, wanted = records.load_run(run)["result"], records.load_run(place)["result"]
@@ -176,7 +188,8 @@ def check(folder, alone, tolerance):
         assert len(ours) == len(theirs) and abs(ours - theirs).max() <= tolerance, f"{run}: another result"
         assert abs(found["train_loss"] - wanted["train_loss"]) <= tolerance, f"{run}: another result"
         alone_at_it(run)
-        ended = written(run / "result.json")
+        again, ended = trained_again(run), written(run / "result.json")
+        assert again <= 2 * SAVED_EVERY, f"{run} was trained twice: {again} steps"
         assert all(start["time"] <= ended for start in records.starts(run)), f"{run} was trained twice"
 
 

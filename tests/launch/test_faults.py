@@ -48,3 +48,14 @@ def test_the_campaign_sees_an_owner_that_writes_on_after_the_next_one_has_claime
     os.utime(tmp_path / "metrics" / "00000.jsonl", (late, late))
     with pytest.raises(AssertionError, match="had two owners at once"):
         faults.alone_at_it(tmp_path)
+
+
+def test_the_campaign_sees_an_owner_that_begins_anew_where_a_checkpoint_stood(tmp_path):
+    for start, stop in ((0, 10), (6, 8), (8, 12), (3, 4)):
+        with Record(tmp_path, tensorboard=False) as record:
+            record.start({"identity": "one"}, {})
+            record.resume_at(start)
+            for step in range(start, stop):
+                record.log(step + 1, {"loss": 1.0})
+        again = {0: 0, 6: 4, 8: 4, 3: 9}[start]
+        assert faults.trained_again(tmp_path) == again
