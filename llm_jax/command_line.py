@@ -6,6 +6,7 @@
 """
 
 import dataclasses
+import errno
 import os
 import re
 import sys
@@ -31,6 +32,8 @@ class Chosen:
     overrides: tuple[tuple[str, str], ...]
 
 
+# What Python says of a write without the file's name, and which is never the program's fault.
+_OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
 _overrides: list[tuple[str, str]] = []
 _help: list[str] = []
 
@@ -167,9 +170,9 @@ def run_main(main: Callable[[], int | None], elsewhere: Mapping[str, str] | None
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
             sys.exit(2)
         except OSError as error:
-            if error.filename is None:
+            if error.filename is None and error.errno not in _OF_DISKS:
                 raise
-            print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+            print(f"error: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:  # while modules load, llm_jax/__init__.py says it
             print("stopped", file=sys.stderr)

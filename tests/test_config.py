@@ -293,6 +293,19 @@ def test_the_command_line_picks_a_file_a_scale_and_fields(tmp_path):
     assert ask(f"--config={file}", "--config.layers", "-7") == (0, "Config(layers=-7)", "")
 
 
+@pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="no /dev/full on this system")
+def test_a_full_disk_is_told_in_a_line_though_python_names_no_file():
+    code = """
+from llm_jax.command_line import run_main
+def main():
+    with open("/dev/full", "w") as full:
+        full.write("text")
+run_main(main)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "error: a file: No space left on device\n")
+
+
 def test_a_command_has_no_flags_but_its_own_and_help_tells_them_all(command):
     for wrong in ("--config=isoflop.py", "--config.seed=1"):
         name = wrong.partition("=")[0]
